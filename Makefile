@@ -1,0 +1,50 @@
+# mla2dsa: make install | demo | test | lint | clean. Everything but clean installs first, once.
+# Another Python (3.11 or newer): make install PYTHON=python3.13
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+MODEL := examples/tiny-mla
+OUT := demo-out
+TYPED := .mypy_cache/package
+
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: install demo test lint clean distclean
+
+install: $(INSTALLED)
+
+# torch comes first, alone, so that no other package can pull in a different one; setuptools so that the build of
+# mla2dsa itself uses the pinned version too.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "mla2dsa needs Python 3.11 or newer, and $(PYTHON) is not: make install PYTHON=python3.13" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch setuptools
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[test]'
+	@touch $@
+
+demo: install
+	$(BIN)/python $(MODEL)/corpus.py --split train --max-bytes 1000000 --out $(OUT)/calibration.txt
+	$(BIN)/mla2dsa convert $(MODEL) $(OUT)/tiny-dsa --index-topk 64 --calibration $(OUT)/calibration.txt --overwrite
+	$(BIN)/mla2dsa verify $(MODEL) $(OUT)/tiny-dsa --text $(MODEL)/held_out
+	$(BIN)/python examples/generate.py $(OUT)/tiny-dsa --prompt-file $(MODEL)/held_out/py_compile.py.txt
+
+test: install
+	$(BIN)/pytest -n 2 $(PYTEST_ARGS)
+
+# mypy needs the package under its own name, whatever the checkout folder is called: a folder of links.
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf $(TYPED) && mkdir -p $(TYPED)/mla2dsa
+	@for part in *.py py.typed */__init__.py; do ln -s "$(CURDIR)/$${part%/__init__.py}" $(TYPED)/mla2dsa/; done
+	MYPYPATH=$(TYPED) $(BIN)/mypy -p mla2dsa
+
+clean:
+	rm -rf $(OUT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,1 @@
+"""Out of PyTorch: DSA checkpoints and where tensors lie in files."""

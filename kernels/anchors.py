@@ -1,0 +1,77 @@
+"""Ops that keep a whole module as one node when a model is captured: dense attention and the MoE experts.
+
+Registering is a side effect of the import. Both run the model's own maths; neither is specific to DSA.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .contracts import check_dense_attention, check_moe_experts
+
+_ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+@torch.library.custom_op("mla2dsa::dense_attention", mutates_args=())
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale * q k^T + mask) v: q [B,H,T,d], k [B,H,S,d], v [B,H,S,dv] -> [B,H,T,dv].
+
+    mask: [B|1, H|1, T, S], bool (True attends) or additive in the dtype of q; None is causal and needs T == S.
+    A row whose bool mask is all False gives 0. bfloat16, float16, float32, float64.
+    Raises ValueError naming the argument whose shape, dtype or device does not fit.
+    """
+    check_dense_attention(q, k, v, mask)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return out.contiguous()
+
+
+@dense_attention.register_fake
+def _dense_attention_fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    check_dense_attention(q, k, v, mask)
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+@torch.library.custom_op("mla2dsa::moe_experts", mutates_args=())
+def moe_experts(
+    hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: str
+) -> Tensor:
+    """out[n] = sum_k w[n,k] down_e(act(gate_e(x)) * up_e(x)), with e = top_k_index[n,k]; [N,D] in the dtype of hidden.
+
+    hidden [N,D]; top_k_index [N,k] int32 or int64, an id outside [0, E) adds nothing; top_k_weights [N,k];
+    gate_up_proj [E,2I,D], gate rows first; down_proj [E,D,I]. activation: silu, gelu, gelu_pytorch_tanh, relu.
+    Raises ValueError naming the argument that does not fit.
+    """
+    check_moe_experts(hidden, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
+    act = _ACTIVATION[activation]
+    out = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+    for expert, slots in _slots_by_expert(top_k_index, gate_up_proj.shape[0]):
+        token = slots // top_k_index.shape[1]  # [n]
+        gate, up = F.linear(hidden[token], gate_up_proj[expert]).chunk(2, -1)  # [n,I] each
+        y = F.linear(act(gate) * up, down_proj[expert])  # [n,D]
+        y = y * top_k_weights.flatten()[slots].unsqueeze(-1)
+        out.index_add_(0, token, y.to(out.dtype))
+    return out
+
+
+@moe_experts.register_fake
+def _moe_experts_fake(
+    hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: str
+) -> Tensor:
+    check_moe_experts(hidden, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+def _slots_by_expert(top_k_index: Tensor, experts: int) -> list[tuple[int, Tensor]]:
+    """The flat positions of top_k_index that each expert serves, in token order; only experts that serve any."""
+    flat = top_k_index.flatten().long()
+    flat = torch.where((flat >= 0) & (flat < experts), flat, experts)
+    order = flat.argsort(stable=True)
+    groups = order.split(torch.bincount(flat, minlength=experts + 1).tolist())
+    return [(expert, slots) for expert, slots in enumerate(groups[:experts]) if slots.numel()]

@@ -1,0 +1,94 @@
+"""The DSA ops by name: `torch.ops.mla2dsa.lightning_indexer`, `sparse_mla`, `attention_mass`, and the capture anchors.
+
+Importing this module registers all of them, each with a fake that keeps dynamic dims dynamic under torch.export.
+All are functional, deterministic, and not differentiable. Letters: B batch, T queries, S key slots, H heads, R
+kv_lora_rank, dr qk_rope_head_dim, HI and dI the indexer's heads and head width.
+
+CPU tensors run `cpu`, others `reference`; MLA2DSA_KERNELS=reference forces the latter everywhere.
+"""
+
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from . import anchors as anchors  # registers the capture anchors
+from . import cpu, reference
+from .contracts import check_attention_mass, check_lightning_indexer, check_sparse_mla
+
+KERNELS_ENV = "MLA2DSA_KERNELS"
+
+
+@torch.library.custom_op("mla2dsa::lightning_indexer", mutates_args=())
+def lightning_indexer(q: Tensor, k: Tensor, weights: Tensor, key_begin: Tensor, key_end: Tensor, topk: int) -> Tensor:
+    """The slots each query attends to: q [B,T,HI,dI], k [B,S,dI], weights [B,T,HI] -> int32 [B,T,min(topk,S)].
+
+    Score I[t,s] = sum_h w[t,h] ReLU(q[t,h] . k[s]) (DeepSeek-V3.2-Exp report, equation 1); constant factors are
+    already in `weights`, which may be negative. Accumulated in float32, in float64 for float64 inputs.
+    key_begin, key_end [B,T] int32 or int64: keys outside the half-open range never compete.
+
+    Exact: a row holds min(topk, keys in its range) slots, the best scores, ties to the lowest slot. Order: slots
+    ascending, then -1. A NaN or -inf score ranks last, as the lowest finite number would; it still competes.
+    Raises ValueError naming the argument whose shape, dtype or device does not fit, or a topk that is not positive.
+    """
+    check_lightning_indexer(q, k, weights, key_begin, key_end, topk)
+    out: Tensor = _kernels(q.device).lightning_indexer(q, k, weights, key_begin, key_end, topk)
+    return out
+
+
+@lightning_indexer.register_fake
+def _lightning_indexer_fake(
+    q: Tensor, k: Tensor, weights: Tensor, key_begin: Tensor, key_end: Tensor, topk: int
+) -> Tensor:
+    check_lightning_indexer(q, k, weights, key_begin, key_end, topk)
+    return q.new_empty((q.shape[0], q.shape[1], torch.sym_min(topk, k.shape[1])), dtype=torch.int32)
+
+
+@torch.library.custom_op("mla2dsa::sparse_mla", mutates_args=())
+def sparse_mla(q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_rank: int) -> Tensor:
+    """Absorbed MLA over selected keys: q [B,T,H,R+dr], kv [B,S,R+dr], indices int32 [B,T,K] -> [B,T,H,R].
+
+    out = sum_s softmax_s(scale * q . kv[s]) kv[s, :R] over the slots in `indices` (DeepSeek-V3.2-Exp report,
+    equation 2, in MQA form). Slots outside [0, S), -1 among them, are ignored wherever they stand; a row without
+    any gives 0. A slot listed twice counts twice. Softmax and sums in float32 (float64 for float64 inputs).
+    Raises ValueError naming the argument whose shape, dtype or device does not fit.
+    """
+    check_sparse_mla(q, kv, indices, kv_lora_rank)
+    out: Tensor = _kernels(q.device).sparse_mla(q, kv, indices, scale, kv_lora_rank)
+    return out
+
+
+@sparse_mla.register_fake
+def _sparse_mla_fake(q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_rank: int) -> Tensor:
+    check_sparse_mla(q, kv, indices, kv_lora_rank)
+    return q.new_empty((*q.shape[:-1], kv_lora_rank))
+
+
+@torch.library.custom_op("mla2dsa::attention_mass", mutates_args=())
+def attention_mass(q: Tensor, kv: Tensor, key_begin: Tensor, key_end: Tensor, scale: float) -> Tensor:
+    """Where dense attention looks: absorbed query rows q [B,R,H,d], kv [B,S,d] -> float32 [B,R,S] (float64 if q is).
+
+    Softmax of scale * q . kv over the keys in [key_begin, key_end) ([B,R], int32 or int64), averaged over heads; 0
+    outside the range, so a row sums to 1, or to 0 when its range is empty. The target the indexer is distilled from
+    (DeepSeek-V3.2-Exp report, equation 3).
+    Raises ValueError naming the argument whose shape, dtype or device does not fit.
+    """
+    check_attention_mass(q, kv, key_begin, key_end)
+    out: Tensor = _kernels(q.device).attention_mass(q, kv, key_begin, key_end, scale)
+    return out
+
+
+@attention_mass.register_fake
+def _attention_mass_fake(q: Tensor, kv: Tensor, key_begin: Tensor, key_end: Tensor, scale: float) -> Tensor:
+    check_attention_mass(q, kv, key_begin, key_end)
+    return q.new_empty((q.shape[0], q.shape[1], kv.shape[1]), dtype=reference.accumulation_dtype(q.dtype))
+
+
+def _kernels(device: torch.device) -> ModuleType:
+    """The module whose functions serve this device."""
+    forced = os.environ.get(KERNELS_ENV)
+    if forced not in (None, "", "reference"):
+        raise UserError(f"{KERNELS_ENV}={forced} is not known: unset it, or set it to reference")
+    return cpu if device.type == "cpu" and not forced else reference

@@ -1,0 +1,1 @@
+"""What reads, decides and drives: checkpoints, plan, capture, calibration, conversion, verification."""

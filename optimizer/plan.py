@@ -1,0 +1,142 @@
+"""The plan: what a conversion would do to a model, and why not, without reading a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..errors import UserError
+from ..exporters.dsa_config import can_write
+from ..kernels.spec import IndexerConfig, IndexerWeights
+from ..passes.mla_to_dsa import Converted, mla_to_dsa
+from ..passes.sites import Miss, MlaDims
+from .capture import Capture, capture
+from .checkpoint import Checkpoint
+from .donor import Donor
+from .recipe import DEFAULT_TOPK, Recipe
+from .weights import WeightSource
+
+MAX_HEADS = 64
+HEAD_DIM = 128
+CONTEXTS = (8192, 32768, 131072)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will happen. layers: (name, dims) of every MLA attention; misses: attention that is not dense MLA.
+
+    refusal: why no checkpoint can be written for this model now (None: it can). notes: what the user should know.
+    """
+
+    model: str
+    model_type: str
+    indexer: IndexerConfig
+    source: str
+    layers: tuple[tuple[str, MlaDims], ...]
+    misses: tuple[Miss, ...]
+    refusal: str | None
+    notes: tuple[str, ...]
+    new_parameters: int
+    context: int
+
+    def attention_flops(self, length: int) -> tuple[float, float]:
+        """Attention FLOPs of one decoded token at `length`, all layers, counted: (dense absorbed, DSA)."""
+        dense = sparse = 0.0
+        for _, d in self.layers:
+            per_key = 2.0 * d.num_heads * (2 * d.kv_lora_rank + d.qk_rope_head_dim)
+            dense += per_key * length
+            sparse += per_key * min(length, self.indexer.index_topk)
+            sparse += 2.0 * self.indexer.index_n_heads * self.indexer.index_head_dim * length
+        return dense, sparse
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model, "model_type": self.model_type, "indexer": asdict(self.indexer), "source": self.source,
+            "layers": [{"name": name, **asdict(dims)} for name, dims in self.layers],
+            "misses": [asdict(miss) for miss in self.misses], "refusal": self.refusal, "notes": list(self.notes),
+            "new_parameters": self.new_parameters, "context": self.context,
+            "decode_attention_flops": {str(n): dict(zip(("dense", "dsa"), self.attention_flops(n), strict=True)) for n in CONTEXTS},
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan and what making it produced: the captured program and the rewritten one (no weights in either)."""
+
+    plan: Plan
+    checkpoint: Checkpoint
+    capture: Capture
+    converted: Converted
+    donor: Donor | None
+
+
+def prepare(model: str, recipe: Recipe, allow_partial: bool = False, attention: str = "anchor") -> Prepared:
+    """Open, capture, match and rewrite `model`. Raises UserError for anything that would stop the conversion itself.
+
+    A model whose checkpoint cannot be written yet is still planned; `Plan.refusal` says so.
+    """
+    checkpoint = Checkpoint.open(model)
+    if checkpoint.is_dsa():
+        raise UserError(f"{model}: already a DSA model (it has an indexer); nothing to convert")
+    captured = capture(checkpoint.config, attention)
+    donor = Donor.open(recipe.donor) if recipe.donor else None
+    config = indexer_config(recipe, checkpoint.config, captured.max_length, donor)
+    converted = mla_to_dsa(captured.program, config, allow_partial=allow_partial)
+    checkpoint.check_shapes(WeightSource(checkpoint, captured).expected())
+    layers = tuple((site.name, site.dims) for site in converted.found.sites)
+    plan = Plan(
+        model=str(model), model_type=str(checkpoint.config.get("model_type")), indexer=config,
+        source=f"donor:{recipe.donor}" if recipe.donor else recipe.indexer, layers=layers,
+        misses=converted.found.misses, refusal=can_write(checkpoint.config),
+        notes=tuple(_notes(checkpoint, config, layers)), new_parameters=_new_parameters(config, layers),
+        context=captured.max_length,
+    )  # fmt: skip
+    return Prepared(plan, checkpoint, captured, converted, donor)
+
+
+def indexer_config(
+    recipe: Recipe, config: Mapping[str, Any], context: int, donor: Donor | None = None
+) -> IndexerConfig:
+    """Sizes the recipe leaves open: from the donor, else heads as many as the model's (at most 64) of width 128."""
+    topk = recipe.index_topk or (donor.config.index_topk if donor else DEFAULT_TOPK)
+    if topk >= context:
+        raise UserError(
+            f"index_topk {topk} is not smaller than the model's context of {context} tokens, so nothing would be sparse; "
+            "pass a smaller --index-topk"
+        )
+    if donor is not None:
+        fixed = (donor.config.index_n_heads, donor.config.index_head_dim)
+        asked = (recipe.index_n_heads or fixed[0], recipe.index_head_dim or fixed[1])
+        if asked != fixed:
+            raise UserError(
+                f"the donor's indexer has {fixed[0]} heads of {fixed[1]}, {asked[0]} of {asked[1]} were asked for"
+            )
+        return IndexerConfig(topk, *fixed)
+    heads = recipe.index_n_heads or min(MAX_HEADS, int(config.get("num_attention_heads") or MAX_HEADS))
+    return IndexerConfig(topk, heads, recipe.index_head_dim or HEAD_DIM)
+
+
+def _new_parameters(config: IndexerConfig, layers: tuple[tuple[str, MlaDims], ...]) -> int:
+    total = 0
+    for _, dims in layers:
+        for shape in IndexerWeights.shapes(config, dims.hidden_size, dims.q_width).values():
+            total += shape[0] * (shape[1] if len(shape) > 1 else 1)
+    return total
+
+
+def _notes(checkpoint: Checkpoint, config: IndexerConfig, layers: tuple[tuple[str, MlaDims], ...]) -> list[str]:
+    notes = []
+    if config.index_n_heads not in (32, 64):
+        notes.append(f"{config.index_n_heads} index heads: DeepGEMM (vLLM and SGLang on SM90) takes 32 or 64 only")
+    mtp = checkpoint.has_mtp_layers()
+    if mtp:
+        notes.append(
+            f"{len(mtp)} tensors of multi-token-prediction layers are kept without an indexer: no speculative decoding with them"
+        )
+    needed = max((d.qk_rope_head_dim + 1 + d.kv_lora_rank for _, d in layers), default=0)
+    if config.index_head_dim < needed:
+        notes.append(
+            f"index_head_dim {config.index_head_dim} keeps the strongest part of the latent ({needed} would keep all)"
+        )
+    return notes

@@ -1,0 +1,51 @@
+"""What calibration knows of one MLA layer: its linear maps (from the weights) and samples (from running the dense model)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SiteMaps:
+    """The linear maps of one MLA layer, read off the graph and the weights. Floating dtype of the calibration (float32).
+
+    Written with x the layer's normed hidden state [D] and u the query latent `q_resid` [Rq] (x itself without q latent):
+    head h's pre-softmax logit is ``scale * (q_absorbed[h] @ u . c_s + rope_t(q_rope[h] @ u) . rope_s(k_rope @ x_s))`` with
+    ``c = latent_gain * (latent @ x) / rms(latent @ x)``.
+
+    scale: softmax scale of the layer.
+    q_absorbed: [H, kv_lora_rank, Rq] = W_UK[h]^T W_q_nope[h].
+    q_rope: [H, qk_rope_head_dim, Rq], rows in half-split rotary order (pair i is rows i and i + dr/2, frequency i).
+    latent: [kv_lora_rank, D], rows of kv_a_proj before the latent norm.
+    latent_gain: [kv_lora_rank], gain of the latent norm (with any constant factor the model puts on the latent).
+    k_rope: [qk_rope_head_dim, D], half-split rotary order.
+    """
+
+    scale: float
+    q_absorbed: Tensor
+    q_rope: Tensor
+    latent: Tensor
+    latent_gain: Tensor
+    k_rope: Tensor
+
+
+@dataclass(frozen=True)
+class SiteSample:
+    """One calibration sequence of T tokens seen by one layer of the dense model, with R sampled query rows.
+
+    hidden: [T, D]; q_resid: [T, Rq]; cos, sin: [T, qk_rope_head_dim / 2] (zero-width for NoPE layers).
+    rows: [R] int64, the sampled query positions, ascending.
+    query: [R, H, kv_lora_rank + qk_rope_head_dim], absorbed and rotated; key: [T, kv_lora_rank + qk_rope_head_dim].
+    mass: [R, T], dense attention probabilities averaged over heads; 0 where a key is in the future.
+    """
+
+    hidden: Tensor
+    q_resid: Tensor
+    cos: Tensor
+    sin: Tensor
+    rows: Tensor
+    query: Tensor
+    key: Tensor
+    mass: Tensor

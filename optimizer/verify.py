@@ -1,0 +1,233 @@
+"""Prove a conversion: exactness below index_topk, agreement with transformers, and quality on text above it.
+
+A check that does not hold makes the verification fail; there are no warnings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..kernels.spec import IndexerConfig, IndexerWeights
+from ..passes.check import compare, relative_difference
+from ..passes.execute import Runner
+from ..passes.mla_to_dsa import Converted, mla_to_dsa
+from . import transformers_check as hf
+from .capture import Capture, capture
+from .checkpoint import Checkpoint
+from .evaluate import LayerRecall, TextResult, layer_recalls, on_text, program_inputs, selection_runners
+from .weights import WeightSource
+
+GRAPH_TOLERANCE = 1e-5  # relative, float32, dense graph against converted graph
+TRANSFORMERS_TOLERANCE = 1e-4  # relative, float32, converted graph against DeepseekV32ForCausalLM
+SHORT = 256  # tokens of the exactness check, at most
+PARITY_SEQUENCES = 2
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was held against its limit. detail: where it failed, or what was looked at."""
+
+    name: str
+    passed: bool
+    value: float
+    limit: float
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All checks, recall per layer, and the text figures. `origin` says what text it was, or that it was random tokens."""
+
+    checks: tuple[Check, ...]
+    layers: tuple[LayerRecall, ...]
+    text: TextResult
+    origin: str
+    skipped: tuple[str, ...] = field(default=())
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"passed": self.passed, **asdict(self)}
+
+    def failure(self) -> str:
+        """The first check that failed, as one line."""
+        bad = next(check for check in self.checks if not check.passed)
+        return f"verification failed: {bad.name}: {bad.value:.3g}, expected at most {bad.limit:.3g}" + (
+            f" ({bad.detail})" if bad.detail else ""
+        )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A dense checkpoint and the DSA checkpoint made from it, with the graphs of both."""
+
+    dense: WeightSource
+    sparse: WeightSource
+    converted: Converted
+    config: IndexerConfig
+
+    @property
+    def layers(self) -> list[tuple[str, str, str]]:
+        return [(change.name, change.before, change.after) for change in self.converted.changes]
+
+    def runners(self) -> tuple[Runner, dict[str, Runner]]:
+        dense_program, sparse_program = self.dense.capture.program, self.converted.program
+        dense = Runner(dense_program, self.dense.loader(dense_program), [old for _, old, _ in self.layers])
+        load = self.sparse.loader(sparse_program)
+        return dense, selection_runners(sparse_program, load, [new for _, _, new in self.layers])
+
+    def indexers(self) -> dict[str, IndexerWeights]:
+        found = {}
+        for name, _, _ in self.layers:
+            tensors = IndexerWeights.shapes(self.config, 1, 1)
+            load = self.sparse.checkpoint.load
+            found[name] = IndexerWeights.from_tensors({t: load(f"{name}.indexer.{t}", torch.float32) for t in tensors})
+        return found
+
+
+def open_pair(dense: Path, dsa: Path, device: str = "cpu", captured: Capture | None = None) -> Pair:
+    """Open both and rewrite the dense graph. Raises UserError when they do not belong together."""
+    base, made = Checkpoint.open(dense), Checkpoint.open(dsa)
+    if base.is_dsa():
+        raise UserError(f"{dense}: has an indexer, expected the dense checkpoint first")
+    sizes = [made.config.get(name) for name in ("index_topk", "index_n_heads", "index_head_dim")]
+    if not all(isinstance(size, int) for size in sizes):
+        raise UserError(
+            f"{dsa}: not a DSA checkpoint (index_topk, index_n_heads or index_head_dim missing in config.json)"
+        )
+    config = IndexerConfig(*(int(size) for size in sizes if size is not None))
+    captured = captured or capture(base.config)
+    converted = mla_to_dsa(captured.program, config)
+    dense_source, sparse_source = WeightSource(base, captured, device), WeightSource(made, captured, device)
+    base.check_shapes(dense_source.expected())
+    indexers = {
+        f"{site.name}.indexer.{name}": shape
+        for site in converted.found.sites
+        for name, shape in IndexerWeights.shapes(config, site.dims.hidden_size, site.dims.q_width).items()
+    }
+    made.check_shapes(sparse_source.expected() | indexers)
+    return Pair(dense_source, sparse_source, converted, config)
+
+
+def verify(
+    pair: Pair,
+    sequences: Sequence[Tensor],
+    origin: str,
+    max_loss_delta: float,
+    skip_transformers: bool = False,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Verification:
+    """Run every check. sequences: [L] held-out token ids, L > index_topk."""
+    topk = pair.config.index_topk
+    if len(sequences[0]) <= topk + 1:
+        raise UserError(
+            f"{origin}: sequences of {len(sequences[0])} tokens, expected more than index_topk {topk}; give longer text"
+        )
+    report = on_progress or (lambda stage, done, total: None)
+    checks = [_exactness(pair, sequences)]
+    report("exactness", 1, 1)
+    skipped = []
+    if skip_transformers:
+        skipped.append("transformers (asked for)")
+    else:
+        checks += _against_transformers(pair, sequences)
+        report("transformers", 1, 1)
+    dense, selections = pair.runners()
+    text = on_text(
+        dense, selections, sequences, topk, pair.dense.device, lambda done, total: report("text", done, total)
+    )
+    layers = layer_recalls(pair.dense, pair.indexers(), pair.config, sequences)
+    checks += _quality(text, layers, max_loss_delta)
+    return Verification(tuple(checks), tuple(layers), text, origin, tuple(skipped))
+
+
+def _exactness(pair: Pair, sequences: Sequence[Tensor]) -> Check:
+    """index_topk tokens or fewer: everything is selected, so both graphs must agree in every layer."""
+    length = min(pair.config.index_topk, SHORT, len(sequences[0]))
+    batch = program_inputs(sequences[0][:length], pair.dense.device)
+    padded = _left_padded(sequences, length, pair.dense.device)
+    result = compare(
+        pair.dense.capture.program, pair.converted.program, [batch, padded], pair.layers, GRAPH_TOLERANCE,
+        pair.dense.loader(pair.dense.capture.program), pair.sparse.loader(pair.converted.program),
+    )  # fmt: skip
+    bad = result.first_bad
+    detail = (
+        f"first differs in {bad.name}" if bad else f"{length} tokens, all layers and logits, with and without padding"
+    )
+    return Check("dense = DSA up to index_topk (graph)", bad is None, result.worst, GRAPH_TOLERANCE, detail)
+
+
+def _left_padded(sequences: Sequence[Tensor], length: int, device: str) -> dict[str, Tensor]:
+    """Two rows, the first a third shorter and padded on the left."""
+    rows = [sequences[0][:length], sequences[-1][:length]]
+    batch = {name: torch.cat([program_inputs(row)[name] for row in rows]) for name in program_inputs(rows[0])}
+    batch["attention_mask"][0, : length // 3] = 0
+    batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _against_transformers(pair: Pair, sequences: Sequence[Tensor]) -> list[Check]:
+    """Load both checkpoints with transformers: keys, bit equality below index_topk, our graph above it."""
+    hf.refuse_if_too_large(pair.sparse.checkpoint)
+    model, info = hf.load_model(pair.sparse.checkpoint.path, "DeepseekV32ForCausalLM")
+    faults = hf.loading_faults(info)
+    checks = [
+        Check(
+            "transformers loads it, no key missing or unexpected",
+            not faults,
+            len(faults),
+            0,
+            faults[0] if faults else "",
+        )
+    ]
+    if faults:
+        return checks
+    length = min(pair.config.index_topk, SHORT, len(sequences[0]))
+    short = program_inputs(sequences[0][:length])
+    sparse_short = hf.logits(model, short)
+    dense_model, _ = hf.load_model(pair.dense.checkpoint.path, "DeepseekV3ForCausalLM")
+    gap = float((hf.logits(dense_model, short) - sparse_short).abs().max())
+    del dense_model
+    checks.append(
+        Check("dense = DSA up to index_topk (transformers, bit for bit)", gap == 0.0, gap, 0.0, f"{length} tokens")
+    )
+    batches = [program_inputs(ids, pair.sparse.device) for ids in sequences[:PARITY_SEQUENCES]]
+    _, selections = pair.runners()
+    worst = 0.0
+    for ids, outputs in zip(sequences, selections["dsa"].outputs_of(batches), strict=False):
+        difference = relative_difference(hf.logits(model, program_inputs(ids)), outputs[0].cpu())
+        worst = difference if difference != difference or difference > worst else worst
+    detail = f"{len(batches)} sequences of {len(sequences[0])} tokens"
+    checks.append(
+        Check(
+            "graph = DeepseekV32ForCausalLM above index_topk",
+            worst <= TRANSFORMERS_TOLERANCE,
+            worst,
+            TRANSFORMERS_TOLERANCE,
+            detail,
+        )
+    )
+    return checks
+
+
+def _quality(text: TextResult, layers: Sequence[LayerRecall], max_loss_delta: float) -> list[Check]:
+    delta = text.by_selection["dsa"].loss_delta
+    missed = [1 - sum(values) / len(layers) for values in ([r.dsa for r in layers], [r.window for r in layers])]
+    return [
+        Check("loss increase on text, nats/token", delta <= max_loss_delta, delta, max_loss_delta, "all layers sparse"),
+        Check(
+            "attention mass missed, no more than a window of the same size misses",
+            missed[0] <= missed[1],
+            missed[0],
+            missed[1],
+        ),
+    ]

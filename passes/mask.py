@@ -1,0 +1,207 @@
+"""Prove that an attention mask is causal & key padding, by evaluating it.
+
+The mask may depend on shapes, constants and integer inputs of the program only. It is run on concrete cases: no padding,
+left and right padding, batch 1, and one sequence longer than every number in the mask's arithmetic, so that a sliding
+window or a chunk size of any probed length shows itself. Which input is the padding mask is found, not named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .graph_eval import CannotEvaluate, ancestors, carries_tensors, concrete, evaluate, is_tensor, shape, symbols, value
+from .sites import Core, NoMatch
+
+aten = torch.ops.aten
+
+LONGEST_PROBE = 8192
+_ARITHMETIC = ("add", "sub", "rsub", "gt", "ge", "lt", "le", "eq", "ne", "floor_divide", "remainder", "fmod", "mul", "div", "bitwise_right_shift", "__rshift__")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Probe:
+    batch: int
+    length: int
+    left: bool = False
+    right: bool = False
+
+    def padding(self) -> Tensor:
+        """[batch, length] of 1 for real tokens."""
+        keep = torch.ones(self.batch, self.length, dtype=torch.long)
+        if self.left:
+            keep[0, :2] = 0
+            keep[-1, :1] = 0
+        if self.right:
+            keep[-1, -1:] = 0
+        return keep
+
+
+class MaskProver:
+    """Judges masks; the verdict is kept per mask node, since all layers usually share one."""
+
+    def __init__(self, user_inputs: Iterable[Node], constants: Mapping[Node, Tensor]) -> None:
+        self._inputs = set(user_inputs)
+        self._constants = constants
+        self._verdicts: dict[tuple[Node, bool], Node | NoMatch | None] = {}
+
+    def padding_input(self, core: Core) -> Node | None:
+        """The input that hides padded keys (None when nothing does). Raises NoMatch if the mask is anything else."""
+        if core.mask is None:
+            if core.is_causal:
+                return None
+            raise NoMatch("no mask and not causal: bidirectional attention", core.out)
+        key = (core.mask, core.mask_hides)
+        if key not in self._verdicts:
+            try:
+                self._verdicts[key] = self._judge(core.mask, core.mask_hides)
+            except NoMatch as miss:
+                self._verdicts[key] = miss
+        verdict = self._verdicts[key]
+        if isinstance(verdict, NoMatch):
+            raise verdict
+        return verdict
+
+    def _judge(self, mask: Node, hides: bool) -> Node | None:
+        cone = ancestors(mask, stop=_is_size)
+        candidates = self._leaves(cone, mask)
+        longest = max(_literals(cone, self._constants), default=0)
+        if longest > LONGEST_PROBE:
+            raise NoMatch(f"the mask's arithmetic uses {longest}: a window or chunk too long to probe", mask)
+        probes = [_Probe(2, 5), _Probe(3, 6, left=True), _Probe(2, 4, right=True), _Probe(1, 3)]
+        if longest > 1:
+            probes.append(_Probe(1, longest + 5))
+        verdict = "it depends on no input"
+        for padding in [None, *candidates]:
+            failed = self._first_failure(mask, hides, candidates, padding, probes)
+            if failed is None:
+                return padding
+            verdict = failed
+        raise NoMatch(f"the mask is not causal plus key padding: {verdict}", mask)
+
+    def _leaves(self, cone: Iterable[Node], mask: Node) -> list[Node]:
+        leaves = [
+            n for n in cone if n.op in ("placeholder", "get_attr") and carries_tensors(n) and n not in self._constants
+        ]
+        for leaf in leaves:
+            if leaf not in self._inputs or not is_tensor(leaf) or value(leaf).is_floating_point():
+                raise NoMatch(
+                    f"the mask depends on activations or weights ({leaf.name}): already sparse, or biased", mask
+                )
+            if len(shape(leaf)) != 2:
+                raise NoMatch(f"the mask depends on input {leaf.name}, which is not [batch, sequence]", mask)
+            if _reaches_rotation(leaf):
+                raise NoMatch(
+                    f"the mask depends on positions ({leaf.name}; packed-sequence detection): export with an attention_mask input",
+                    mask,
+                )
+        return leaves
+
+    def _first_failure(
+        self, mask: Node, hides: bool, leaves: list[Node], padding: Node | None, probes: list[_Probe]
+    ) -> str | None:
+        for probe in probes:
+            if padding is None and (probe.left or probe.right):
+                continue
+            try:
+                visible = self._visible(mask, hides, leaves, padding, probe)
+            except CannotEvaluate as error:
+                return f"it cannot be evaluated ({error})"
+            expected = torch.arange(probe.length)[None, :] <= torch.arange(probe.length)[:, None]
+            keep = probe.padding().bool() if padding is not None else torch.ones(probe.batch, probe.length).bool()
+            expected = expected[None, None] & keep[:, None, None, :]
+            rows = keep[:, None, :, None]  # what a padded query sees does not matter
+            if not torch.equal(
+                (visible & rows).expand(probe.batch, -1, -1, -1), (expected & rows).expand(-1, visible.shape[1], -1, -1)
+            ):
+                return f"it differs at batch {probe.batch}, length {probe.length}" + (
+                    " with left padding" if probe.left else ""
+                )
+        return None
+
+    def _visible(self, mask: Node, hides: bool, leaves: list[Node], padding: Node | None, probe: _Probe) -> Tensor:
+        env = self._bind(mask, leaves, probe)
+        feed: dict[Node, Tensor] = dict(self._constants)
+        for leaf in leaves:
+            if leaf is padding:
+                feed[leaf] = probe.padding().to(value(leaf).dtype)
+            else:  # an input that must not matter gets noise
+                noise = torch.randint(
+                    0, 2, (probe.batch, probe.length), generator=torch.Generator().manual_seed(probe.length)
+                )
+                feed[leaf] = noise.to(value(leaf).dtype)
+        got: Tensor = evaluate([mask], feed, env)[0]
+        if got.dim() != 4 or tuple(got.shape[-2:]) != (probe.length, probe.length):
+            raise NoMatch(f"the mask is {tuple(got.shape)} for {probe.length} tokens: capture without a cache", mask)
+        if got.dtype == torch.bool:
+            return ~got if hides else got
+        hidden = got <= -1e4
+        if not bool(((got == 0) | hidden).all()):
+            raise NoMatch("the additive mask carries a bias, not only 0 and -inf", mask)
+        return ~hidden
+
+    def _bind(self, mask: Node, leaves: list[Node], probe: _Probe) -> dict[sympy.Symbol, int]:
+        env: dict[sympy.Symbol, int] = {}
+        for node in leaves or self._inputs:
+            if is_tensor(node) and len(shape(node)) >= 2:
+                _bind_size(shape(node)[0], probe.batch, env)
+                _bind_size(shape(node)[1], probe.length, env)
+        for size in shape(mask)[-2:]:
+            if not symbols(size):
+                raise NoMatch("the mask has a fixed length: export with a dynamic sequence", mask)
+            _bind_size(size, probe.length, env)
+        _bind_size(shape(mask)[0], probe.batch, env)
+        for leaf in leaves:
+            if [concrete(s, env) for s in shape(leaf)] != [probe.batch, probe.length]:
+                raise NoMatch(f"the mask's input {leaf.name} does not cover the keys", mask)
+        return env
+
+
+def _is_size(node: Node) -> bool:
+    """Sizes are bound by the probe: whose size it is does not matter."""
+    return node.target is aten.sym_size.int
+
+
+def _bind_size(size: object, number: int, env: dict[sympy.Symbol, int]) -> None:
+    if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+        env.setdefault(size.node.expr, number)
+
+
+def _literals(cone: Iterable[Node], constants: Mapping[Node, Tensor]) -> list[int]:
+    """Numbers in the mask's arithmetic: windows, chunk sizes, offsets."""
+    found: list[int] = []
+    for node in cone:
+        if node in constants and constants[node].numel() <= 16 and constants[node].device.type != "meta":
+            found += [int(abs(v)) for v in constants[node].double().flatten().tolist() if 1 < abs(v) < 2**31]
+        elif node.op == "call_function" and _op_name(node) in _ARITHMETIC:
+            found += [
+                int(abs(a))
+                for a in node.args
+                if isinstance(a, int | float) and not isinstance(a, bool) and 1 < abs(a) < 2**31
+            ]
+    return found
+
+
+def _op_name(node: Node) -> str:
+    name = str(node.target)
+    return name.split(".")[1] if name.startswith("aten.") else getattr(node.target, "__name__", name)
+
+
+def _reaches_rotation(leaf: Node, limit: int = 400) -> bool:
+    """True for position ids: an input that feeds cos or sin before any projection."""
+    seen: set[Node] = set()
+    stack = [leaf]
+    while stack and len(seen) < limit:
+        node = stack.pop()
+        if node in seen or node.target in (aten.linear.default, aten.embedding.default):
+            continue
+        seen.add(node)
+        if node.target in (aten.cos.default, aten.sin.default, aten.polar.default):
+            return True
+        stack.extend(user for user in node.users if is_tensor(user))
+    return False

@@ -1,0 +1,189 @@
+"""Edit an exported program and keep it valid: graph, signature, state dict and fake values stay in step; no re-trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from .graph_eval import value
+
+aten = torch.ops.aten
+
+
+class ProgramEditor:
+    """Works on a copy of `program`'s graph. `nodes` maps the original nodes to the copies; `finish` gives the result."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self._program = program
+        self.graph = Graph()
+        self.nodes: dict[Node, Node] = {}
+        output = self.graph.graph_copy(program.graph, self.nodes)
+        self._output = self.graph.output(output)
+        original_output = next(iter(reversed(program.graph.nodes)))
+        self._output.meta.update(original_output.meta)
+        self.nodes[original_output] = self._output
+        self.module = GraphModule(program.graph_module, self.graph)
+        self.module.meta.update(program.graph_module.meta)
+        signature = program.graph_signature
+        self._input_specs = list(signature.input_specs)
+        self._output_specs = list(signature.output_specs)
+        self._state = dict(program.state_dict)
+        self._constants = dict(program.constants)
+        self._placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
+        self.fake_mode = next(v.fake_mode for n in self._placeholders if hasattr(v := value(n), "fake_mode"))
+        self._first_user_input = next(i for i, s in enumerate(self._input_specs) if s.kind == InputKind.USER_INPUT)
+        self._new_inputs: list[Node] = []
+        self._new_outputs: dict[str, Node] = {}
+        self._values: dict[Any, Any] = {}
+
+    @property
+    def first_user_input(self) -> Node:
+        return self._placeholders[self._first_user_input]
+
+    def add_parameter(self, name: str, tensor: Tensor) -> Node:
+        """A new frozen parameter called `name`; a meta tensor stands for one whose values come later."""
+        node = self._lift("p_", name, tensor, InputSpec(InputKind.PARAMETER, TensorArgument(""), name, None))
+        self._state[name] = torch.nn.Parameter(tensor, requires_grad=False)
+        return node
+
+    def add_constant(self, name: str, tensor: Tensor) -> Node:
+        """A new constant of the program (not part of the checkpoint)."""
+        node = self._lift("b_", name, tensor, InputSpec(InputKind.BUFFER, TensorArgument(""), name, False))
+        self._constants[name] = tensor
+        return node
+
+    def _lift(self, prefix: str, name: str, tensor: Tensor, spec: InputSpec) -> Node:
+        with self.graph.inserting_before(self.first_user_input):
+            node = self.graph.placeholder(prefix + name.replace(".", "_"))
+        with self.fake_mode:  # on the graph's device, also when the values come later
+            node.meta["val"] = torch.empty(tensor.shape, dtype=tensor.dtype, device=value(self.first_user_input).device)
+        spec.arg = TensorArgument(node.name)
+        self._input_specs.insert(self._first_user_input, spec)
+        self._placeholders.insert(self._first_user_input, node)
+        self._first_user_input += 1
+        return node
+
+    def add_input(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Node:
+        """A new keyword input of fixed shape."""
+        with self.graph.inserting_after(self._placeholders[-1]):
+            node = self.graph.placeholder(name)
+        device = value(self.first_user_input).device
+        with self.fake_mode:
+            node.meta["val"] = torch.empty(shape, dtype=dtype, device=device)
+        self._input_specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None))
+        self._placeholders.append(node)
+        self._new_inputs.append(node)
+        return node
+
+    def add_output(self, name: str, node: Node) -> None:
+        """The finished program then returns (what it returned before, {name: value, ...})."""
+        self._new_outputs[name] = node
+        self._output.args = ((*self._output.args[0], node),)  # type: ignore[misc]
+
+    def builder(self, before: Node) -> GraphBuilder:
+        return GraphBuilder(self, before)
+
+    def remove_dead(self) -> int:
+        """Drop metadata asserts and everything nobody reads any more; returns the number of nodes removed."""
+        count = len(self.graph.nodes)
+        for node in list(self.graph.nodes):
+            if "_assert_tensor_metadata" in str(node.target):
+                self.graph.erase_node(node)
+        self.graph.eliminate_dead_code()
+        return count - len(self.graph.nodes)
+
+    def finish(self) -> ExportedProgram:
+        """The edited program, verified. Raises if the graph is not well formed."""
+        calls, example = self._program.module_call_graph, self._program.example_inputs
+        if self._new_inputs or self._new_outputs:
+            calls, example = [self._extended_call()], None
+        self.graph.lint()
+        self.module.recompile()
+        return ExportedProgram(
+            root=self.module,
+            graph=self.graph,
+            graph_signature=ExportGraphSignature(input_specs=self._input_specs, output_specs=self._output_specs),
+            state_dict=self._state,
+            range_constraints=dict(self._program.range_constraints),
+            module_call_graph=calls,
+            example_inputs=example,
+            constants=self._constants,
+            verifiers=self._program.verifiers,
+        )
+
+    def _extended_call(self) -> ModuleCallEntry:
+        """The calling convention with the added inputs and outputs."""
+        signature = self._program.module_call_graph[0].signature
+        assert signature is not None
+        args, kwargs = pytree.tree_unflatten(list(range(signature.in_spec.num_leaves)), signature.in_spec)
+        kwargs = {**kwargs, **{node.name: 0 for node in self._new_inputs}}
+        result = pytree.tree_unflatten(list(range(signature.out_spec.num_leaves)), signature.out_spec)
+        if self._new_outputs:
+            result = (result, dict.fromkeys(self._new_outputs, 0))
+            self._output_specs += [
+                OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None)
+                for node in self._new_outputs.values()
+            ]
+        names = [*(signature.forward_arg_names or []), *(node.name for node in self._new_inputs)]
+        in_spec, out_spec = pytree.tree_structure((args, kwargs)), pytree.tree_structure(result)
+        return ModuleCallEntry(fqn="", signature=ModuleCallSignature([], [], in_spec, out_spec, names))
+
+
+class GraphBuilder:
+    """Adds ops before one node and records their fake values.
+
+    Layers are alike: a fake value is computed once per (op, argument shapes) and used again, which is what makes the
+    rewrite of 61 layers take about as long as that of one.
+    """
+
+    def __init__(self, editor: ProgramEditor, before: Node) -> None:
+        self.editor, self._before = editor, before
+        self._provenance = {k: before.meta[k] for k in ("nn_module_stack", "source_fn_stack") if k in before.meta}
+
+    def __call__(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        with self.editor.graph.inserting_before(self._before):
+            node = self.editor.graph.call_function(op, args, kwargs)
+        key = (op, _fingerprint(args), _fingerprint(kwargs))
+        known = self.editor._values
+        if key not in known:
+            with self.editor.fake_mode:
+                known[key] = op(*map_arg(args, value), **map_arg(kwargs, value))
+        node.meta["val"] = known[key]
+        node.meta.update(self._provenance)
+        return node
+
+    def size(self, node: Node, axis: int) -> Node | int:
+        """The size of one axis, as a number when it is fixed."""
+        size = value(node).shape[axis]
+        return size if isinstance(size, int) else self(aten.sym_size.int, node, axis)
+
+
+def _fingerprint(arg: Any) -> Any:
+    """What a fake value depends on: shapes, dtypes, plain arguments."""
+    if isinstance(arg, Node):
+        return _fingerprint(value(arg))
+    if isinstance(arg, Tensor):
+        return ("tensor", tuple(map(str, arg.shape)), tuple(map(str, arg.stride())), arg.dtype, arg.device)
+    if isinstance(arg, torch.SymInt):
+        return ("size", str(arg))
+    if isinstance(arg, tuple | list):
+        return tuple(_fingerprint(item) for item in arg)
+    if isinstance(arg, dict):
+        return tuple((k, _fingerprint(v)) for k, v in arg.items())
+    return (type(arg), arg)

@@ -1,0 +1,61 @@
+"""The capture anchors against the formulas they stand for."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from op_samples import FLOAT_TOLERANCE, randn, relative_rms
+
+from mla2dsa.kernels import anchors
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["causal", "bool", "additive"])
+def test_dense_attention(kind: str, dtype: torch.dtype) -> None:
+    q, k, v = (randn(2, 3, 6, width, seed=width, dtype=dtype) for width in (8, 8, 5))
+    k = randn(2, 3, 6, 8, seed=9, dtype=dtype)
+    allowed = torch.ones(6, 6, dtype=torch.bool).tril()[None, None].repeat(2, 1, 1, 1)
+    if kind != "causal":
+        allowed[1, :, 4, 0] = False
+    additive = torch.zeros(2, 1, 6, 6, dtype=dtype).masked_fill(~allowed, -torch.inf)
+    mask = {"causal": None, "bool": allowed, "additive": additive}[kind]
+    want = (q @ k.mT * 0.4 + additive).softmax(-1) @ v
+    assert relative_rms(anchors.dense_attention(q, k, v, mask, 0.4), want) < FLOAT_TOLERANCE[dtype]
+
+
+def test_dense_attention_row_without_keys_is_zero() -> None:
+    q, v = randn(1, 2, 3, 8), randn(1, 2, 3, 8, seed=1)
+    mask = torch.tensor([[True, False, False], [False] * 3, [True] * 3]).view(1, 1, 3, 3)
+    out = anchors.dense_attention(q, q, v, mask, 0.3)
+    assert out[:, :, 1].abs().max() == 0
+    torch.testing.assert_close(out[:, :, 0], v[:, :, 0])
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
+def test_moe_experts(activation: str) -> None:
+    hidden, gate_up, down, weights = randn(9, 6), randn(3, 8, 6, seed=1), randn(3, 6, 4, seed=2), randn(9, 2, seed=3)
+    index = torch.randint(-1, 5, (9, 2), generator=torch.Generator().manual_seed(4))  # ids -1, 3 and 4 name no expert
+    act = {
+        "silu": lambda x: x * x.sigmoid(),
+        "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
+        "gelu_pytorch_tanh": lambda x: x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+        "relu": lambda x: x.clamp(min=0),
+    }[activation]
+    want = torch.zeros_like(hidden)
+    for n, j in torch.cartesian_prod(torch.arange(9), torch.arange(2)).tolist():
+        if 0 <= (e := int(index[n, j])) < 3:
+            want[n] += weights[n, j] * (down[e] @ (act(gate_up[e, :4] @ hidden[n]) * (gate_up[e, 4:] @ hidden[n])))
+    got = anchors.moe_experts(hidden, index, weights, gate_up, down, activation)
+    assert relative_rms(got, want) < 1e-12
+    assert (
+        relative_rms(
+            anchors.moe_experts(
+                *(x.float() if x.is_floating_point() else x for x in (hidden, index, weights, gate_up, down)),
+                activation,
+            ),
+            want,
+        )
+        < 1e-6
+    )

@@ -1,0 +1,131 @@
+"""What a user installs: a wheel with the package and nothing beside it. Also: our folders shadow no other package."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from email.parser import Parser
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOT_SOURCES = (".*", "__pycache__", "*.egg-info", "build", "dist", "demo-out", "*.safetensors")
+
+
+def run(*command: str, cwd: Path) -> str:
+    """Standard output of a command that must succeed. PYTHONPATH and PYTHONSAFEPATH are not set, as for most users."""
+    clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    done = subprocess.run(command, cwd=cwd, env=clean, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def packages_in_tree() -> set[str]:
+    """mla2dsa and every folder with an __init__.py below it."""
+    inits = (init for top in ROOT.glob("*/__init__.py") for init in top.parent.rglob("__init__.py"))
+    return {"mla2dsa", *(".".join(("mla2dsa", *init.relative_to(ROOT).parts[:-1])) for init in inits)}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """Built from a copy of the tree: a build in place leaves folders behind that later builds would pick up."""
+    work = tmp_path_factory.mktemp("wheel")
+    sources = work / "a-checkout.of any name"
+    shutil.copytree(ROOT, sources, ignore=shutil.ignore_patterns(*NOT_SOURCES))
+    flags = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(work))
+    run(sys.executable, "-m", "pip", "wheel", str(sources), *flags, cwd=work)
+    return zipfile.ZipFile(next(work.glob("*.whl")))
+
+
+def python_members(wheel: zipfile.ZipFile) -> list[PurePosixPath]:
+    return [PurePosixPath(name) for name in wheel.namelist() if name.endswith(".py")]
+
+
+def test_declared_packages_are_those_in_the_tree() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert set(settings["tool"]["setuptools"]["packages"]) == packages_in_tree()
+
+
+def test_wheel_packages_are_those_in_the_tree(wheel: zipfile.ZipFile) -> None:
+    shipped = {".".join(path.parent.parts) for path in python_members(wheel) if path.name == "__init__.py"}
+    assert shipped == packages_in_tree()
+
+
+def test_wheel_modules_are_those_in_the_tree(wheel: zipfile.ZipFile) -> None:
+    folders = [ROOT.joinpath(*package.split(".")[1:]) for package in packages_in_tree()]
+    expected = {"mla2dsa" / file.relative_to(ROOT) for folder in folders for file in folder.glob("*.py")}
+    assert {Path(path) for path in python_members(wheel)} == expected
+
+
+def test_wheel_has_one_top_level_name(wheel: zipfile.ZipFile) -> None:
+    top = {name.split("/")[0] for name in wheel.namelist()}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"mla2dsa"}
+
+
+def test_wheel_is_typed_and_licensed(wheel: zipfile.ZipFile) -> None:
+    names = wheel.namelist()
+    assert "mla2dsa/py.typed" in names
+    licence = next(name for name in names if name.endswith("licenses/LICENSE"))
+    assert "Apache License" in wheel.read(licence).decode()
+    metadata = Parser().parsestr(wheel.read(next(name for name in names if name.endswith("/METADATA"))).decode())
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.11"
+
+
+def test_wheel_declares_the_command(wheel: zipfile.ZipFile) -> None:
+    entry = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+    assert "mla2dsa = mla2dsa.cli:main" in wheel.read(entry).decode()
+
+
+def test_wheel_runs_without_the_repository(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """Unpacked and put first on the path, with site packages (and so the editable install) only after it."""
+    wheel.extractall(tmp_path / "site")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
+        "sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]\n"
+        "import mla2dsa.cli, mla2dsa.kernels.spec\n"
+        "print(mla2dsa.cli.__file__)"
+    )
+    assert run(sys.executable, "-c", code, cwd=tmp_path).strip() == str(tmp_path / "site" / "mla2dsa" / "cli.py")
+
+
+# What stands before the guard's work is checked too: without the trap, the guard would have nothing to prove.
+GUARD_PROBE = """
+import importlib.util, os, runpy, sys
+def kernels_is_ours():
+    spec = importlib.util.find_spec("kernels")
+    return spec is not None and os.path.realpath(spec.origin).startswith(os.path.realpath(os.getcwd()) + os.sep)
+assert kernels_is_ours(), "the repository root is not on sys.path: nothing to guard against"
+sys.argv = ["mla2dsa", "--help"]
+try:
+    runpy.run_module("mla2dsa", run_name="__main__")
+except SystemExit as stop:
+    assert not stop.code, stop.code
+assert not kernels_is_ours(), "the guard in __main__ left the repository root on sys.path"
+from transformers import DeepseekV3ForCausalLM
+"""
+
+
+def test_main_guards_against_the_kernels_folder() -> None:
+    run(sys.executable, "-c", GUARD_PROBE, cwd=ROOT)
+
+
+def test_transformers_models_import_from_the_repository_root() -> None:
+    run(sys.executable, "-c", "from transformers import DeepseekV3ForCausalLM", cwd=ROOT)
+
+
+def test_env_runs_from_the_repository_root() -> None:
+    assert "transformers" in run(sys.executable, "-m", "mla2dsa", "env", cwd=ROOT)
+
+
+def test_constraints_pin_every_dependency() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.lower().replace("_", "-").split("==") for line in lines if line and not line.startswith("#"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    names = {requirement.split(">=")[0].strip().lower().replace("_", "-") for requirement in wanted}
+    assert names <= pins.keys(), f"constraints.txt lacks {sorted(names - pins.keys())}"
+    assert pins["torch"] == "2.13.0", "a local version (+cpu) would shut out every other build"
