@@ -54,6 +54,17 @@ def check_attention_mass(q: Tensor, kv: Tensor, key_begin: Tensor, key_end: Tens
     _check_range(key_begin, key_end, q)
 
 
+def check_cache_write(cache: Tensor, new: Tensor, slots: Tensor) -> None:
+    """cache [B,C,d], new [B,T,d], slots [B,T]."""
+    _typed("cache", cache, 3, FLOATS)
+    _typed("new", new, 3, FLOATS, cache)
+    _typed("slots", slots, 2, INTS, cache)
+    _match("new", new, 0, "cache", cache, 0)
+    _match("new", new, 2, "cache", cache, 2)
+    _match("slots", slots, 0, "new", new, 0)
+    _match("slots", slots, 1, "new", new, 1)
+
+
 def check_dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     """q [B,H,T,d], k [B,H,S,d], v [B,H,S,dv], mask [B|1, H|1, T, S] bool or floating, or None (then T == S)."""
     _typed("q", q, 4, FLOATS)

@@ -1,4 +1,4 @@
-"""The DSA ops by name: `torch.ops.mla2dsa.lightning_indexer`, `sparse_mla`, `attention_mass`, and the capture anchors.
+"""The DSA ops by name: `torch.ops.mla2dsa.lightning_indexer`, `sparse_mla`, `attention_mass`, `cache_write`, and the capture anchors.
 
 Importing this module registers all of them, each with a fake that keeps dynamic dims dynamic under torch.export.
 All are functional, deterministic, and not differentiable. Letters: B batch, T queries, S key slots, H heads, R
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import UserError
 from . import anchors as anchors  # registers the capture anchors
 from . import cpu, reference
-from .contracts import check_attention_mass, check_lightning_indexer, check_sparse_mla
+from .contracts import check_attention_mass, check_cache_write, check_lightning_indexer, check_sparse_mla
 
 KERNELS_ENV = "MLA2DSA_KERNELS"
 
@@ -84,6 +84,24 @@ def attention_mass(q: Tensor, kv: Tensor, key_begin: Tensor, key_end: Tensor, sc
 def _attention_mass_fake(q: Tensor, kv: Tensor, key_begin: Tensor, key_end: Tensor, scale: float) -> Tensor:
     check_attention_mass(q, kv, key_begin, key_end)
     return q.new_empty((q.shape[0], q.shape[1], kv.shape[1]), dtype=reference.accumulation_dtype(q.dtype))
+
+
+@torch.library.custom_op("mla2dsa::cache_write", mutates_args=())
+def cache_write(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
+    """A copy of `cache` [B,C,d] with row slots[b,t] of sequence b replaced by new[b,t]: new [B,T,d], slots [B,T].
+
+    slots: int32 or int64. A slot outside [0, C) is not written. When a slot comes twice in a sequence its rows must be
+    equal (right padding repeats the last token), otherwise which one stays is unspecified. dtype of `cache`.
+    Raises ValueError naming the argument whose shape, dtype or device does not fit.
+    """
+    check_cache_write(cache, new, slots)
+    return reference.cache_write(cache, new, slots)
+
+
+@cache_write.register_fake
+def _cache_write_fake(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
+    check_cache_write(cache, new, slots)
+    return torch.empty_like(cache, memory_format=torch.contiguous_format)
 
 
 def _kernels(device: torch.device) -> ModuleType:

@@ -46,6 +46,15 @@ def attention_mass(q: Tensor, kv: Tensor, key_begin: Tensor, key_end: Tensor, sc
     return softmax_or_zero(logits, allowed.any(-1)[:, :, None, None]).mean(2)  # [B,T,S]
 
 
+def cache_write(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
+    """The cache with new rows at their slots. See `ops`."""
+    out = cache.clone(memory_format=torch.contiguous_format)  # [B,C,d]
+    inside = (slots >= 0) & (slots < cache.shape[1])  # [B,T]
+    batch = torch.arange(cache.shape[0], device=cache.device)[:, None].expand_as(slots)  # [B,T]
+    out[batch[inside], slots[inside].long()] = new[inside].to(cache.dtype)
+    return out
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 inputs, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32

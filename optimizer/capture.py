@@ -151,7 +151,7 @@ def _computed_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
             fake = module._buffers[name]
             module._buffers[name] = torch.full(
                 fake.shape, float("nan") if fake.is_floating_point() else -1, dtype=fake.dtype
-            )  # type: ignore[union-attr]
+            )
         if names:
             with torch.no_grad():
                 model._init_weights(module)  # type: ignore[operator]

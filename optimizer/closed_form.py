@@ -73,6 +73,7 @@ class _Moments:
     norm: Tensor
 
 
+@torch.no_grad()
 def closed_form(maps: SiteMaps, samples: Sequence[SiteSample], config: IndexerConfig) -> ClosedForm:
     """The indexer of one layer whose scores follow sum_h a_h ReLU(logit_h) with a_h >= 0.
 
@@ -237,8 +238,9 @@ def _constant_one(samples: Sequence[SiteSample]) -> tuple[Tensor, float, float]:
     fitted, others = tokens[0::2], tokens[1::2]
     ridge = float(ONE_RIDGE * fitted.square().sum() / fitted.shape[1])
     weight = torch.ones_like(fitted[:, 0])
+    gram = fitted @ fitted.T if len(fitted) < fitted.shape[1] else None
     for _ in range(ONE_ROUNDS):
-        one = _weighted_ridge(fitted, weight, ridge)
+        one = _weighted_ridge(fitted, gram, weight, ridge)
         before, weight = weight, torch.where(fitted @ one < 1, 1.0, EXCESS_WEIGHT).to(fitted)
         if torch.equal(weight, before):
             break
@@ -247,15 +249,19 @@ def _constant_one(samples: Sequence[SiteSample]) -> tuple[Tensor, float, float]:
     return one, _variation(read), float((read < 0).double().mean())
 
 
-def _weighted_ridge(tokens: Tensor, weight: Tensor, ridge: float) -> Tensor:
-    """argmin over v of sum_t weight_t (v . x_t - 1)^2 + ridge |v|^2, by the smaller of the two equivalent systems."""
-    if len(tokens) < tokens.shape[1]:
-        gram = tokens @ tokens.T + torch.diag(ridge / weight)
-        return tokens.T @ torch.linalg.solve(gram, torch.ones_like(weight))
+def _weighted_ridge(tokens: Tensor, gram: Tensor | None, weight: Tensor, ridge: float) -> Tensor:
+    """argmin over v of sum_t weight_t (v . x_t - 1)^2 + ridge |v|^2.
+
+    gram: tokens @ tokens.T where there are fewer tokens than channels, for the smaller of two equivalent systems.
+    """
+    if gram is not None:
+        dual = gram.clone()
+        dual.diagonal().add_(ridge / weight)
+        return tokens.T @ torch.linalg.solve(dual, torch.ones_like(weight))
     weighted = tokens * weight[:, None]
-    gram = weighted.T @ tokens
-    gram.diagonal().add_(ridge)
-    return torch.linalg.solve(gram, weighted.sum(0))
+    primal = weighted.T @ tokens
+    primal.diagonal().add_(ridge)
+    return torch.linalg.solve(primal, weighted.sum(0))
 
 
 def _head_shares(weights: IndexerWeights, config: IndexerConfig, samples: Sequence[SiteSample]) -> Tensor:

@@ -114,6 +114,16 @@ def convert(
     return Outcome(plan, tuple(layers), proof[0] if proof else None, reports[-1])
 
 
+def dry_run(model: str, out: Path, recipe: Recipe, *, overwrite: bool = False) -> Plan:
+    """The plan of a conversion, after every check that can be made before work starts."""
+    prepared = prepare(model, recipe)
+    if prepared.plan.refusal is not None:
+        raise UserError(f"{model}: no DSA checkpoint can be written: {prepared.plan.refusal}")
+    check_target(prepared.checkpoint.path, out, overwrite=overwrite)
+    _sequences(prepared, recipe)
+    return prepared.plan
+
+
 def _in_layer_order(weights: Mapping[str, IndexerWeights], prepared: Prepared) -> dict[str, IndexerWeights]:
     return {site.name: weights[site.name] for site in prepared.converted.found.sites}
 

@@ -100,7 +100,7 @@ def distil(
     for step, index in enumerate(_order(len(samples), schedule), start=1):
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step - 1, plateau)
-        losses.append(_train(_folded(student, row_scale), optimizer, config, samples[index]))
+        losses.append(_train(student, row_scale, optimizer, config, samples[index]))
         if on_step is not None:
             on_step(step, losses[-1])
         if step % schedule.eval_every and step != end:
@@ -148,13 +148,17 @@ def _detached(weights: IndexerWeights) -> IndexerWeights:
 
 
 def _train(
-    weights: IndexerWeights, optimizer: torch.optim.Optimizer, config: IndexerConfig, sample: SiteSample
+    student: IndexerWeights,
+    row_scale: Tensor,
+    optimizer: torch.optim.Optimizer,
+    config: IndexerConfig,
+    sample: SiteSample,
 ) -> float:
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    loss = divergence(index_scores(weights, config, sample), sample.mass)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+    with torch.enable_grad():
+        loss = divergence(index_scores(_folded(student, row_scale), config, sample), sample.mass)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(list(vars(student).values()), CLIP)
     if not torch.isfinite(loss) or not torch.isfinite(norm):
         raise UserError("distillation diverged: the loss is not finite; lower the learning rate")
     optimizer.step()

@@ -34,9 +34,9 @@ class Donor:
             raise UserError(
                 f"{model}: no donor of indexers ({missing[0] + ' in config.json' if missing else 'indexer tensors'} missing)"
             )
-        sizes = IndexerConfig(*(int(str(config[name])) for name in _SIZES))
+        topk, heads, width = (int(str(config[name])) for name in _SIZES)
         interleaved = bool(config.get("indexer_rope_interleave", config.get("model_type") == "glm_moe_dsa"))
-        return cls(checkpoint, sizes, interleaved)
+        return cls(checkpoint, IndexerConfig(topk, heads, width), interleaved)
 
     def weights(self, sites: tuple[MlaSite, ...]) -> Iterator[tuple[str, IndexerWeights]]:
         """(layer name, float32 weights) of every site, in half-split layout. Raises UserError on a layer that does not fit."""

@@ -67,7 +67,8 @@ def _mask(
     padding = others.get("attention_mask")
     if padding is not None:
         visible = visible & padding[:, None, None, :kv_length].to(torch.bool)
-    return visible.expand(batch_size, -1, -1, -1)
+    mask = visible.expand(batch_size, -1, -1, -1)
+    return mask
 
 
 def _experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -22,15 +22,15 @@ class _Strict(BaseModel):
 class Distil(_Strict):
     """Schedule of the distillation: steps of one sequence each, peak learning rate."""
 
-    steps: int = Field(256, ge=1)
-    lr: float = Field(3e-3, gt=0)
+    steps: int = Field(default=256, ge=1)
+    lr: float = Field(default=3e-3, gt=0)
 
 
 class Verify(_Strict):
     """Limits of the verification. max_loss_delta: nats/token on held-out text, all layers sparse at once."""
 
-    max_loss_delta: float = Field(0.05, gt=0)
-    sequences: int = Field(8, ge=1)
+    max_loss_delta: float = Field(default=0.05, gt=0)
+    sequences: int = Field(default=8, ge=1)
 
 
 class Recipe(_Strict):
@@ -38,13 +38,13 @@ class Recipe(_Strict):
 
     indexer: Literal["closed-form", "distil", "donor"] = "closed-form"
     donor: str | None = None
-    index_topk: int | None = Field(None, ge=1)
-    index_n_heads: int | None = Field(None, ge=1)
-    index_head_dim: int | None = Field(None, ge=1)
+    index_topk: int | None = Field(default=None, ge=1)
+    index_n_heads: int | None = Field(default=None, ge=1)
+    index_head_dim: int | None = Field(default=None, ge=1)
     calibration: str | None = None
-    tokens: int | None = Field(None, ge=1)
-    sequence_length: int | None = Field(None, ge=2)
-    rows: int = Field(128, ge=1)
+    tokens: int | None = Field(default=None, ge=1)
+    sequence_length: int | None = Field(default=None, ge=2)
+    rows: int = Field(default=128, ge=1)
     seed: int = 0
     distil: Distil = Distil()
     verify: Verify = Verify()

@@ -25,7 +25,7 @@ class LowestSlotTies(TorchFunctionMode):
         if func is torch.Tensor.topk and args[0].dim() == 3:
             count = args[1] if len(args) > 1 else kwargs["k"]
             ordered = torch.sort(args[0], dim=-1, descending=True, stable=True)
-            return torch.return_types.topk((ordered.values[..., :count], ordered.indices[..., :count]))  # type: ignore[attr-defined]
+            return torch.return_types.topk((ordered.values[..., :count], ordered.indices[..., :count]))
         return func(*args, **(kwargs or {}))
 
 

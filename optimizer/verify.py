@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UsageError, UserError
 from ..kernels.spec import IndexerConfig, IndexerWeights
 from ..passes.check import compare, relative_difference
 from ..passes.execute import Runner
@@ -22,6 +22,8 @@ from . import transformers_check as hf
 from .capture import Capture, capture
 from .checkpoint import Checkpoint
 from .evaluate import LayerRecall, TextResult, layer_recalls, on_text, program_inputs, selection_runners
+from .recipe import Verify
+from .text import load_tokenizer, random_tokens, read_tokens
 from .weights import WeightSource
 
 GRAPH_TOLERANCE = 1e-5  # relative, float32, dense graph against converted graph
@@ -104,7 +106,8 @@ def open_pair(dense: Path, dsa: Path, device: str = "cpu", captured: Capture | N
         raise UserError(
             f"{dsa}: not a DSA checkpoint (index_topk, index_n_heads or index_head_dim missing in config.json)"
         )
-    config = IndexerConfig(*(int(size) for size in sizes if size is not None))
+    topk, heads, width = (int(size) for size in sizes if size is not None)
+    config = IndexerConfig(topk, heads, width)
     captured = captured or capture(base.config)
     converted = mla_to_dsa(captured.program, config)
     dense_source, sparse_source = WeightSource(base, captured, device), WeightSource(made, captured, device)
@@ -231,3 +234,32 @@ def _quality(text: TextResult, layers: Sequence[LayerRecall], max_loss_delta: fl
             missed[1],
         ),
     ]
+
+
+def verify_folders(
+    dense: Path,
+    dsa: Path,
+    text: str | None = None,
+    *,
+    sequences: int = 8,
+    sequence_length: int | None = None,
+    max_loss_delta: float | None = None,
+    skip_transformers: bool = False,
+    device: str = "cpu",
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Verification:
+    """Open both folders, read `text` (random tokens without one), and run every check. Raises UserError."""
+    if sequences < 1:
+        raise UsageError(f"--sequences {sequences}, expected at least 1")
+    pair = open_pair(dense, dsa, device)
+    topk, context = pair.config.index_topk, pair.dense.capture.max_length
+    length = sequence_length or min(context, max(1024, 4 * topk))
+    if not topk + 1 < length <= context:
+        raise UsageError(f"--sequence-length {length}, expected more than index_topk {topk} and at most the context of {context} tokens")
+    if text is None:
+        tokens = random_tokens(length * sequences, int(pair.dense.checkpoint.config["vocab_size"]))
+    else:
+        tokens = read_tokens(text, load_tokenizer(pair.dense.checkpoint.path))
+    chosen = tokens.sequences(length, sequences)
+    limit = Verify().max_loss_delta if max_loss_delta is None else max_loss_delta
+    return verify(pair, chosen, tokens.origin, limit, skip_transformers, on_progress)

@@ -59,10 +59,12 @@ def value_up(build: GraphBuilder, site: MlaSite) -> Node:
 
 def _rows_of(build: GraphBuilder, site: MlaSite, rows: Tensor, name: str) -> Node:
     heads, width = rows.shape
-    weight, per_head = site.kv_b_weight, value(site.kv_b_weight).shape[0] // rows.shape[0]
+    weight = site.kv_b_weight
+    per_head, rest = divmod(value(weight).shape[0], heads)
     first = int(rows[0, 0])
     regular = torch.arange(heads)[:, None] * per_head + first + torch.arange(width)
-    if torch.equal(rows, regular):  # [head][nope | v], as every released checkpoint stores it: a view
+    if not rest and first + width <= per_head and torch.equal(rows, regular):
+        # [head][nope | v], as every released checkpoint stores it: a view
         blocks = build(aten.view.default, weight, [heads, per_head, site.dims.kv_lora_rank])
         return build(aten.slice.Tensor, blocks, 1, first, first + width)
     index = build.editor.add_constant(f"{site.name}.{name}", rows.flatten().to(value(weight).device))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from .graph_eval import CASTS, is_tensor, shape, symbols
 from .sites import Core, NoMatch
@@ -14,6 +14,7 @@ from .sites import Core, NoMatch
 aten = torch.ops.aten
 
 SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
+_WHERES = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
 SDPA = aten.scaled_dot_product_attention.default
 ANCHOR = "mla2dsa.dense_attention.default"
 # Fused kernels some captures contain already: an attention we must not overlook, although we do not read it.
@@ -25,6 +26,10 @@ def find_cores(graph: Graph) -> list[Core | tuple[Node, str]]:
     """Every attention core in graph order; one that cannot be read is a (node, reason) pair."""
     found: list[Core | tuple[Node, str]] = []
     for node in graph.nodes:
+        inner = _nested_graph(node)
+        if inner is not None:
+            users = ", ".join(sorted({str(user.target) for user in node.users}))
+            found += [(node, f"attention stands in a nested graph ({users})") for _ in find_cores(inner)]
         if node.op != "call_function":
             continue
         reader = _reader(node)
@@ -50,9 +55,23 @@ def _reader(node: Node) -> Any:
     return None
 
 
+def _nested_graph(node: Node) -> Graph | None:
+    owner = node.graph.owning_module
+    if node.op != "get_attr" or owner is None:
+        return None
+    inner = getattr(owner, str(node.target), None)
+    return inner.graph if isinstance(inner, GraphModule) else None
+
+
 def _is_over_tokens(softmax: Node) -> bool:
-    """Attention normalises over a dynamic token axis; routers normalise over a fixed number of experts."""
-    return len(shape(softmax)) >= 3 and bool(symbols(shape(softmax)[int(softmax.args[1])]))  # type: ignore[call-overload]
+    """Attention normalises over a dynamic token axis; routers normalise over a fixed number of experts.
+
+    In a program of fixed sequence length nothing but the rank tells the two apart.
+    """
+    sizes = shape(softmax)
+    if len(sizes) == 4 and not any(symbols(size) for size in sizes[1:]):
+        return True
+    return len(sizes) >= 3 and bool(symbols(sizes[int(softmax.args[1])]))  # type: ignore[call-overload]
 
 
 def _opaque(node: Node) -> Core:
@@ -84,6 +103,8 @@ def _anchor(node: Node) -> Core:
 
 
 def _eager(softmax: Node) -> Core:
+    if int(softmax.args[1]) not in (-1, len(shape(softmax)) - 1):  # type: ignore[call-overload]
+        raise NoMatch("softmax is not over the keys", softmax)
     out, val = _weighted_sum(softmax)
     query, key, scale, mask, hides = _scores(softmax.args[0])  # type: ignore[arg-type]
     return Core("eager", query, key, val, out, scale, mask, hides)
@@ -123,6 +144,8 @@ def _scores(node: Node) -> tuple[Node, Node, float, Node | None, bool]:
         node, factor, new_mask, new_hides = step
         scale *= factor
         if new_mask is not None:
+            if scale != 1.0:
+                raise NoMatch("attention scores are scaled after the mask", node)
             mask, hides = new_mask, new_hides
     query, transposed = node.args
     if not _swaps_last_two(transposed):
@@ -142,12 +165,14 @@ def _score_step(node: Node, mask_free: bool) -> tuple[Node, float, Node | None, 
         return first, 1.0 / number, None, False  # type: ignore[return-value]
     if not mask_free:
         return None
-    if node.target is aten.add.Tensor and isinstance(rest[0], Node) and is_tensor(rest[0]):
+    if node.target is aten.add.Tensor and isinstance(rest[0], Node) and is_tensor(rest[0]) and not node.kwargs:
         return first, 1.0, rest[0], False  # type: ignore[return-value]
     if node.target is aten.masked_fill.Scalar and float(rest[1]) <= -1e4:  # type: ignore[arg-type]
         return first, 1.0, rest[0], True  # type: ignore[return-value]
-    if node.target is aten.where.self and _is_hiding_constant(rest[1]):
+    if node.target in _WHERES and _is_hiding_constant(rest[1]):
         return rest[0], 1.0, first, False  # type: ignore[return-value]
+    if node.target in _WHERES and _is_hiding_constant(rest[0]):
+        return rest[1], 1.0, first, True  # type: ignore[return-value]
     return None
 
 
@@ -163,6 +188,8 @@ def _swaps_last_two(node: Any) -> bool:
     if not isinstance(node, Node):
         return False
     rank = len(shape(node))
+    if node.target is aten.mT.default:
+        return True
     if node.target is aten.transpose.int:
         return {int(d) % rank for d in node.args[1:3]} == {rank - 1, rank - 2}  # type: ignore[arg-type]
     if node.target is aten.permute.default:

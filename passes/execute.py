@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -139,7 +140,7 @@ def _cut(program: ExportedProgram, cores: set[str], weights: set[Node]) -> list[
     last = {node: max((position[u] for u in node.users if u in position), default=position[node]) for node in nodes}
     at = [position[node] for node in nodes if node.name in cores]
     bounds = [0, *_cheapest_cuts(nodes, last, at), len(nodes)]
-    return [_piece(nodes, start, end, last, weights) for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [_piece(nodes, start, end, last, weights) for start, end in pairwise(bounds)]
 
 
 def _cheapest_cuts(nodes: list[Node], last: Mapping[Node, int], cores: list[int]) -> list[int]:
@@ -156,7 +157,7 @@ def _cheapest_cuts(nodes: list[Node], last: Mapping[Node, int], cores: list[int]
         total += delta
         alive.append(total)
     final = max(i for i, node in enumerate(nodes) if linear_parts(node) or i == cores[-1])
-    spans = [*zip(cores, cores[1:], strict=False), (cores[-1], final)]
+    spans = [*pairwise(cores), (cores[-1], final)]
     return [min(range(end, start, -1), key=lambda i: alive[i]) for start, end in spans if end > start]
 
 

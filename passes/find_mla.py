@@ -23,11 +23,13 @@ from torch.fx import Graph, Node
 
 from .cores import find_cores
 from .graph_eval import (
+    BLANK,
     CASTS,
-    UNINITIALISED,
+    END,
     CannotEvaluate,
     concrete_shape,
     evaluate,
+    integers,
     is_move,
     is_tensor,
     linear_parts,
@@ -36,13 +38,18 @@ from .graph_eval import (
     shape,
     symbols,
 )
-from .mask import MaskProver
+from .mask import LONGEST_PROBE, MaskProver
 from .mutation import WriteGuard
 from .rope import read_k_pe
 from .sites import Core, Found, Miss, MlaDims, MlaSite, NoMatch
 
 aten = torch.ops.aten
 
+# Ops that take a part of one axis, and where they say which axis.
+_CUTS = {
+    aten.slice.Tensor: 1, aten.narrow.default: 1, aten.select.int: 1, aten.slice_scatter.default: 2,
+    aten.select_scatter.default: 2, aten.split.Tensor: 2, aten.split_with_sizes.default: 2, aten.chunk.default: 2,
+}  # fmt: skip
 _BROADCASTS = {
     aten.expand.default,
     aten.unsqueeze.default,
@@ -95,15 +102,18 @@ class _Matcher:
         for operand in (core.q, core.k, core.v):
             if len(shape(operand)) != 4:
                 raise NoMatch("queries, keys and values are not [batch, heads, tokens, channels]", operand)
+        self._writes.check([core.q, core.k, core.v], core.mask)
         behind = _behind_keys_and_values(core)
         latent, weight = behind.latent, behind.weight
         layout = _prove_layout(core, behind)
         kv_a, hidden = _shared_projection(latent, behind.k_pe)
         rope, k_pe_rows = read_k_pe(behind.k_pe, kv_a)
         q_b, q_resid = _query_path(core.q, hidden)
-        self._writes.check([core.q, core.k, core.v], core.mask)
+        self._writes.check_aliases([latent, hidden, *([q_resid] if q_resid else [])])
         padding = self._masks.padding_input(core)
-        name = self._names.get(weight.name, weight.name)
+        path = (
+            self._names[weight.name].rsplit(".", 2)[0] if weight.name in self._names else _module_path(core.out, index)
+        )
         dims = MlaDims(
             hidden_size=int(shape(hidden)[-1]),
             num_heads=layout.uk_rows.shape[0],
@@ -114,7 +124,7 @@ class _Matcher:
             v_head_dim=layout.uv_rows.shape[1],
         )
         return MlaSite(
-            name=name.rsplit(".", 2)[0], index=index, dims=dims, core=core, hidden=hidden, q_resid=q_resid, q_b=q_b,
+            name=path, index=index, dims=dims, core=core, hidden=hidden, q_resid=q_resid, q_b=q_b,
             kv_a=kv_a, kv_b_weight=weight, latent=latent, k_pe=behind.k_pe, rope=rope, uk_rows=layout.uk_rows,
             uv_rows=layout.uv_rows, k_pe_rows=k_pe_rows, rope_first=layout.rope_first, padding=padding,
         )  # fmt: skip
@@ -149,7 +159,7 @@ def _movement(root: Node) -> tuple[dict[Node, None], dict[Node, None]]:
             leaves[node] = None
             continue
         moving[node] = None
-        if node.target not in UNINITIALISED:
+        if node.target not in BLANK:
             stack.extend(node.all_input_nodes)
     return moving, leaves
 
@@ -181,7 +191,7 @@ def _shared_key(key: Node, kv_b: Node, moving: dict[Node, None]) -> Node:
             if current in from_latent:
                 stack.pop()
                 continue
-            inputs = [] if current not in moving or current.target in UNINITIALISED else current.all_input_nodes
+            inputs = [] if current not in moving or current.target in BLANK else current.all_input_nodes
             todo = [n for n in inputs if n not in from_latent]
             if todo:
                 stack.extend(todo)
@@ -194,7 +204,7 @@ def _shared_key(key: Node, kv_b: Node, moving: dict[Node, None]) -> Node:
     frontier = {
         source: None
         for node in moving
-        if from_latent.get(node) and node.target not in UNINITIALISED
+        if from_latent.get(node) and node.target not in BLANK
         for source in node.all_input_nodes
         if is_tensor(source) and not from_latent.get(source) and not _is_blank(source, moving)
     }
@@ -208,17 +218,21 @@ def _shared_key(key: Node, kv_b: Node, moving: dict[Node, None]) -> Node:
 
 def _is_blank(node: Node, moving: dict[Node, None]) -> bool:
     """A view of memory that is only going to be written."""
-    while node in moving and node.target not in UNINITIALISED and node.args and isinstance(node.args[0], Node):
+    while node in moving and node.target not in BLANK and node.args and isinstance(node.args[0], Node):
         node = node.args[0]
-    return node.target in UNINITIALISED
+    return node.target in BLANK
 
 
 def _prove_layout(core: Core, behind: _Behind) -> _Layout:
     first = _tag_run(core, behind, batch=2, tokens=3)
-    second = _tag_run(core, behind, batch=1, tokens=2)
-    same = torch.equal(first.uk_rows, second.uk_rows) and torch.equal(first.uv_rows, second.uv_rows)
-    if not same or (first.rope_dim, first.rope_first) != (second.rope_dim, second.rope_first):
-        raise NoMatch("how keys and values are laid out depends on the shape", core.k)
+    cut = _longest_cut(core)
+    if cut > LONGEST_PROBE:
+        raise NoMatch(f"keys or values are cut at token {cut}: too long to probe", core.k)
+    for tokens in (2,) if cut < 2 else (2, cut + 5):
+        again = _tag_run(core, behind, batch=1, tokens=tokens)
+        same = torch.equal(first.uk_rows, again.uk_rows) and torch.equal(first.uv_rows, again.uv_rows)
+        if not same or (first.rope_dim, first.rope_first) != (again.rope_dim, again.rope_first):
+            raise NoMatch("how keys and values are laid out depends on the shape", core.k)
     queries = shape(core.q)
     heads, width = first.uk_rows.shape[0], first.uk_rows.shape[1] + first.rope_dim
     if (queries[1], queries[3]) != (heads, width):
@@ -226,6 +240,19 @@ def _prove_layout(core: Core, behind: _Behind) -> _Layout:
     if str(queries[2]) != str(shape(core.k)[2]):
         raise NoMatch(f"{queries[2]} queries but {shape(core.k)[2]} keys: capture without a cache", core.k)
     return first
+
+
+def _longest_cut(core: Core) -> int:
+    """The largest number at which the movement cuts a dynamic axis: what it does to later tokens shows only past it."""
+    numbers = [0]
+    for node in [*_movement(core.k)[0], *_movement(core.v)[0]]:
+        at = _CUTS.get(node.target)
+        if at is None or not isinstance(source := node.args[0], Node):
+            continue
+        axis = node.args[at] if len(node.args) > at else 0
+        if symbols(shape(source)[axis]):  # type: ignore[index]
+            numbers += [abs(n) for n in integers([*node.args[1:at], *node.args[at + 1 :]]) if abs(n) < END]
+    return max(numbers)
 
 
 def _tag_run(core: Core, behind: _Behind, batch: int, tokens: int) -> _Layout:
@@ -246,7 +273,11 @@ def _tag_run(core: Core, behind: _Behind, batch: int, tokens: int) -> _Layout:
         if torch.Size(rope_sizes).numel() != rope_count:
             raise NoMatch("k_pe is not one key shared by all heads", behind.k_pe)
         rope_tags = -1.0 - torch.arange(rope_count, dtype=torch.float64).view(rope_sizes)
-        keys, values = evaluate([core.k, core.v], {behind.kv_b: latent_tags, behind.k_pe: rope_tags}, env)
+        feed = {behind.kv_b: latent_tags, behind.k_pe: rope_tags}
+        for node in [*_movement(core.k)[0], *_movement(core.v)[0]]:
+            if node.target in BLANK:  # zeros, too, are not a tag
+                feed[node] = torch.full(concrete_shape(node, env), float("nan"), dtype=torch.float64)
+        keys, values = evaluate([core.k, core.v], feed, env)
     except (CannotEvaluate, RuntimeError) as error:
         raise NoMatch(f"keys and values cannot be laid out ({str(error).splitlines()[0]})", core.k) from error
     return _read_tags(core, keys, values, batch, tokens, width, rope_dim)
@@ -256,7 +287,7 @@ def _read_tags(core: Core, keys: Tensor, values: Tensor, batch: int, tokens: int
     if keys.shape[0] != batch or keys.shape[2] != tokens or values.shape[:3] != keys.shape[:3]:
         raise NoMatch("keys are not [batch, heads, tokens, channels], or values have other heads", core.k)
     if bool(keys.isnan().any()) or bool(values.isnan().any()):
-        raise NoMatch("uninitialised memory reaches the keys or values", core.k)
+        raise NoMatch("memory that was never filled reaches the keys or values", core.k)
     is_rope = keys < 0
     columns = is_rope[0, 0, 0]
     at = columns.nonzero().flatten().tolist()

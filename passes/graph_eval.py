@@ -17,6 +17,8 @@ from torch.fx import Node
 
 aten = torch.ops.aten
 
+END = 2**31  # from here on a number is no length: the end of a slice, or what hides a key
+
 CASTS = {
     aten.to.dtype,
     aten._to_copy.default,
@@ -25,16 +27,21 @@ CASTS = {
     aten.to.other,
     aten.type_as.default,
 }
-UNINITIALISED = {aten.new_empty.default, aten.empty.memory_format}
-MOVES = CASTS | UNINITIALISED | {
+UNINITIALISED = {aten.new_empty.default, aten.empty.memory_format, aten.empty_like.default}
+BLANK = UNINITIALISED | {
+    aten.zeros.default,
+    aten.new_zeros.default,
+    aten.zeros_like.default,
+}  # fresh memory, to be filled
+MOVES = CASTS | BLANK | {
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int, aten.permute.default,
     aten.expand.default, aten.clone.default, aten.contiguous.default, aten.alias.default, aten.slice.Tensor,
     aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default, aten.cat.default, aten.slice_scatter.default,
     aten.copy.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default,
     aten.select.int, aten.flatten.using_ints, aten.unflatten.int, aten.lift_fresh_copy.default, aten.t.default,
     aten.split_with_sizes_copy.default, aten.repeat_interleave.self_int, aten.narrow.default, aten.detach_.default,
-    aten.detach.default, aten.select_scatter.default, aten.new_zeros.default, aten.unbind.int, aten.stack.default,
-    aten.expand_copy.default, aten.expand_as.default, aten.view_as.default, operator.getitem,
+    aten.detach.default, aten.select_scatter.default, aten.unbind.int, aten.stack.default,
+    aten.expand_copy.default, aten.expand_as.default, aten.view_as.default, aten.repeat.default, aten.mT.default, aten.movedim.int, aten.swapaxes.default, operator.getitem,
 }  # fmt: skip
 
 
@@ -131,8 +138,9 @@ def _run(node: Node, memo: Mapping[Node, Any], env: Mapping[sympy.Symbol, int], 
     kwargs.pop("pin_memory", None)
     try:
         return node.target(*args, **kwargs)  # type: ignore[operator]
-    except NotImplementedError as error:
-        raise CannotEvaluate(f"{node.name} cannot be run on its own") from error
+    except Exception as error:  # whatever an op says to sizes it does not take
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CannotEvaluate(f"{node.name} cannot be run on its own: {line}") from error
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -151,6 +159,17 @@ def _resolve(arg: Any, memo: Mapping[Node, Any]) -> Any:
     if isinstance(arg, dict):
         return {key: _resolve(item, memo) for key, item in arg.items()}
     return arg
+
+
+def integers(arg: Any) -> list[int]:
+    """Every integer in an argument: plain, in lists, and inside the formulae of sizes."""
+    if isinstance(arg, Node):
+        arg = value(arg)
+    if isinstance(arg, torch.SymInt):
+        return [int(n) for n in arg.node.expr.atoms(sympy.Integer)]
+    if isinstance(arg, tuple | list):
+        return [number for item in arg for number in integers(item)]
+    return [arg] if isinstance(arg, int) and not isinstance(arg, bool) else []
 
 
 def ancestors(root: Node, stop: Callable[[Node], bool] = lambda node: False) -> dict[Node, None]:

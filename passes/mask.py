@@ -7,6 +7,7 @@ window or a chunk size of any probed length shows itself. Which input is the pad
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -15,13 +16,29 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .graph_eval import CannotEvaluate, ancestors, carries_tensors, concrete, evaluate, is_tensor, shape, symbols, value
+from .graph_eval import (
+    END,
+    CannotEvaluate,
+    ancestors,
+    carries_tensors,
+    concrete,
+    evaluate,
+    integers,
+    is_tensor,
+    shape,
+    symbols,
+    value,
+)
 from .sites import Core, NoMatch
 
 aten = torch.ops.aten
 
 LONGEST_PROBE = 8192
-_ARITHMETIC = ("add", "sub", "rsub", "gt", "ge", "lt", "le", "eq", "ne", "floor_divide", "remainder", "fmod", "mul", "div", "bitwise_right_shift", "__rshift__")  # fmt: skip
+_FILLS = {
+    aten.full.default, aten.full_like.default, aten.new_full.default, aten.scalar_tensor.default,
+    aten.masked_fill.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar,
+}  # fmt: skip
+_CURVED = ("pow", "exp", "exp2", "log", "log2", "sqrt", "rsqrt", "tanh", "sigmoid", "reciprocal")
 
 
 @dataclass(frozen=True)
@@ -70,15 +87,14 @@ class MaskProver:
     def _judge(self, mask: Node, hides: bool) -> Node | None:
         cone = ancestors(mask, stop=_is_size)
         candidates = self._leaves(cone, mask)
-        longest = max(_literals(cone, self._constants), default=0)
+        numbers, longest = _lengths(cone, self._constants)
         if longest > LONGEST_PROBE:
-            raise NoMatch(f"the mask's arithmetic uses {longest}: a window or chunk too long to probe", mask)
+            raise NoMatch(f"the mask's arithmetic reaches {longest:.0f} tokens: too long to probe", mask)
         probes = [_Probe(2, 5), _Probe(3, 6, left=True), _Probe(2, 4, right=True), _Probe(1, 3)]
-        if longest > 1:
-            probes.append(_Probe(1, longest + 5))
+        probes.append(_Probe(1, max(int(longest), 64) + 5))
         verdict = "it depends on no input"
         for padding in [None, *candidates]:
-            failed = self._first_failure(mask, hides, candidates, padding, probes)
+            failed = self._first_failure(mask, hides, candidates, padding, probes, numbers)
             if failed is None:
                 return padding
             verdict = failed
@@ -103,13 +119,19 @@ class MaskProver:
         return leaves
 
     def _first_failure(
-        self, mask: Node, hides: bool, leaves: list[Node], padding: Node | None, probes: list[_Probe]
+        self,
+        mask: Node,
+        hides: bool,
+        leaves: list[Node],
+        padding: Node | None,
+        probes: list[_Probe],
+        numbers: list[int],
     ) -> str | None:
         for probe in probes:
             if padding is None and (probe.left or probe.right):
                 continue
             try:
-                visible = self._visible(mask, hides, leaves, padding, probe)
+                visible = self._visible(mask, hides, leaves, padding, probe, numbers)
             except CannotEvaluate as error:
                 return f"it cannot be evaluated ({error})"
             expected = torch.arange(probe.length)[None, :] <= torch.arange(probe.length)[:, None]
@@ -124,19 +146,19 @@ class MaskProver:
                 )
         return None
 
-    def _visible(self, mask: Node, hides: bool, leaves: list[Node], padding: Node | None, probe: _Probe) -> Tensor:
+    def _visible(
+        self, mask: Node, hides: bool, leaves: list[Node], padding: Node | None, probe: _Probe, numbers: list[int]
+    ) -> Tensor:
         env = self._bind(mask, leaves, probe)
         feed: dict[Node, Tensor] = dict(self._constants)
         for leaf in leaves:
             if leaf is padding:
                 feed[leaf] = probe.padding().to(value(leaf).dtype)
-            else:  # an input that must not matter gets noise
-                noise = torch.randint(
-                    0, 2, (probe.batch, probe.length), generator=torch.Generator().manual_seed(probe.length)
-                )
-                feed[leaf] = noise.to(value(leaf).dtype)
+            else:
+                feed[leaf] = _noise(probe, numbers).to(value(leaf).dtype)
         got: Tensor = evaluate([mask], feed, env)[0]
-        if got.dim() != 4 or tuple(got.shape[-2:]) != (probe.length, probe.length):
+        got = got[(None,) * (4 - got.dim())]
+        if tuple(got.shape[-2:]) != (probe.length, probe.length):
             raise NoMatch(f"the mask is {tuple(got.shape)} for {probe.length} tokens: capture without a cache", mask)
         if got.dtype == torch.bool:
             return ~got if hides else got
@@ -172,19 +194,60 @@ def _bind_size(size: object, number: int, env: dict[sympy.Symbol, int]) -> None:
         env.setdefault(size.node.expr, number)
 
 
-def _literals(cone: Iterable[Node], constants: Mapping[Node, Tensor]) -> list[int]:
-    """Numbers in the mask's arithmetic: windows, chunk sizes, offsets."""
-    found: list[int] = []
+def _noise(probe: _Probe, numbers: list[int]) -> Tensor:
+    """[batch, length] for an input that must not matter: every number the mask may compare it with occurs."""
+    pool = torch.tensor(sorted({0, 1, 2, *numbers}))
+    return pool[torch.arange(probe.batch * probe.length) % len(pool)].view(probe.batch, probe.length)
+
+
+def _lengths(cone: Iterable[Node], constants: Mapping[Node, Tensor]) -> tuple[list[int], float]:
+    """(numbers in the mask's arithmetic, the longest window, chunk or offset they can make).
+
+    A division stretches what its result is compared with. Raises NoMatch on arithmetic that stretches otherwise.
+    """
+    numbers: list[int] = []
+    stretch = 1.0
     for node in cone:
-        if node in constants and constants[node].numel() <= 16 and constants[node].device.type != "meta":
-            found += [int(abs(v)) for v in constants[node].double().flatten().tolist() if 1 < abs(v) < 2**31]
-        elif node.op == "call_function" and _op_name(node) in _ARITHMETIC:
-            found += [
-                int(abs(a))
-                for a in node.args
-                if isinstance(a, int | float) and not isinstance(a, bool) and 1 < abs(a) < 2**31
+        if node in constants:
+            numbers += _numbers_of_constant(constants[node])
+        elif node.op == "call_function" and _op_name(node) in _CURVED:
+            raise NoMatch(f"the mask is computed with {node.target}, which is not how causality is", node)
+        elif node.op == "call_function":
+            given = [
+                a for a in [*node.args, *node.kwargs.values()] if isinstance(a, int | float) and not isinstance(a, bool)
             ]
-    return found
+            if _op_name(node) in (
+                "mul",
+                "truediv",
+                "div",
+                "floor_divide",
+                "floordiv",
+                "bitwise_right_shift",
+                "__rshift__",
+            ):
+                stretch *= _stretch(_op_name(node), given)
+            elif node.target not in _FILLS:
+                numbers += [math.ceil(abs(a)) for a in given if abs(a) < END]
+            numbers += [abs(n) for a in node.args if isinstance(a, tuple | list) for n in integers(a) if abs(n) < END]
+    return numbers, max([1, *numbers]) * stretch
+
+
+def _stretch(name: str, given: list[int | float]) -> float:
+    factor = 1.0
+    for number in map(abs, given):
+        if "shift" in name:
+            number = 2.0**number
+        if name == "mul":
+            number = 1 / number if number else 1.0
+        factor *= max(number, 1.0)
+    return factor
+
+
+def _numbers_of_constant(constant: Tensor) -> list[int]:
+    """Its sizes, for it may be a table of distances, and its values."""
+    values = constant.double().abs().flatten()
+    values = values[values < END]
+    return [*constant.shape, *([math.ceil(values.max())] if values.numel() else [])]
 
 
 def _op_name(node: Node) -> str:

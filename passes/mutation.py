@@ -31,6 +31,15 @@ class WriteGuard:
         if mask is not None:
             self._walk(mask, stop_at_linear=False)
 
+    def check_aliases(self, values: Sequence[Node]) -> None:
+        """Raises NoMatch when one of `values` is written in place, itself or through the memory it is a view of."""
+        for val in values:
+            node: Node | None = val
+            while node is not None:
+                if node in self._written:
+                    raise _reaches(self._written[node])
+                node = _viewed(node)
+
     def _walk(self, root: Node, stop_at_linear: bool) -> None:
         stack = [root]
         while stack:
@@ -39,12 +48,21 @@ class WriteGuard:
                 continue
             writer = self._written.get(node)
             if writer is not None:
-                raise NoMatch(
-                    f"the in-place write {writer.name} reaches the attention: functionalise the program first", writer
-                )
+                raise _reaches(writer)
             self._clean.add((node, stop_at_linear))
             if not (stop_at_linear and linear_parts(node)):
                 stack.extend(node.all_input_nodes)
+
+
+def _reaches(writer: Node) -> NoMatch:
+    return NoMatch(f"the in-place write {writer.name} reaches the attention: functionalise the program first", writer)
+
+
+def _viewed(node: Node) -> Node | None:
+    """What `node` may be a view of."""
+    is_view = node.op == "call_function" and node.target in MOVES and node.args
+    source = node.args[0] if is_view else None
+    return source if isinstance(source, Node) else None
 
 
 def _written_values(graph: Graph) -> dict[Node, Node]:
@@ -60,7 +78,5 @@ def _written_values(graph: Graph) -> dict[Node, Node]:
             target: Node | None = arg
             while target is not None:
                 written[target] = node
-                is_view = target.op == "call_function" and target.target in MOVES and target.args
-                source = target.args[0] if is_view else None
-                target = source if isinstance(source, Node) else None
+                target = _viewed(target)
     return written

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from .graph_eval import UNINITIALISED
+from .graph_eval import BLANK
 
 aten = torch.ops.aten
 
@@ -34,7 +34,7 @@ class Normalize(PassBase):
                 self.changes["grad regions"] += 1
         order: dict[Node, int] = {}
         for node in list(graph_module.graph.nodes):
-            if node.op == "call_function" and node.target in UNINITIALISED:
+            if node.op == "call_function" and node.target in BLANK:
                 order = order or {n: i for i, n in enumerate(graph_module.graph.nodes)}
                 self.changes["buffer fills"] += _fill_functionally(graph_module.graph, node, order)
         return PassResult(graph_module, any(self.changes.values()))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._dynamo.source import ConstantSource
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
@@ -19,7 +20,9 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.fx.node import map_arg
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from .graph_eval import value
 
@@ -48,9 +51,12 @@ class ProgramEditor:
         self._placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
         self.fake_mode = next(v.fake_mode for n in self._placeholders if hasattr(v := value(n), "fake_mode"))
         self._first_user_input = next(i for i, s in enumerate(self._input_specs) if s.kind == InputKind.USER_INPUT)
+        self._added: dict[str, Node] = {}  # a module that is called twice adds its tensors once
         self._new_inputs: list[Node] = []
         self._new_outputs: dict[str, Node] = {}
         self._values: dict[Any, Any] = {}
+        self._dropped: set[str] = set()
+        self._ranges = dict(program.range_constraints)
 
     @property
     def first_user_input(self) -> Node:
@@ -58,12 +64,16 @@ class ProgramEditor:
 
     def add_parameter(self, name: str, tensor: Tensor) -> Node:
         """A new frozen parameter called `name`; a meta tensor stands for one whose values come later."""
+        if name in self._added:
+            return self._added[name]
         node = self._lift("p_", name, tensor, InputSpec(InputKind.PARAMETER, TensorArgument(""), name, None))
         self._state[name] = torch.nn.Parameter(tensor, requires_grad=False)
         return node
 
     def add_constant(self, name: str, tensor: Tensor) -> Node:
         """A new constant of the program (not part of the checkpoint)."""
+        if name in self._added:
+            return self._added[name]
         node = self._lift("b_", name, tensor, InputSpec(InputKind.BUFFER, TensorArgument(""), name, False))
         self._constants[name] = tensor
         return node
@@ -74,13 +84,14 @@ class ProgramEditor:
         with self.fake_mode:  # on the graph's device, also when the values come later
             node.meta["val"] = torch.empty(tensor.shape, dtype=tensor.dtype, device=value(self.first_user_input).device)
         spec.arg = TensorArgument(node.name)
+        self._added[name] = node
         self._input_specs.insert(self._first_user_input, spec)
         self._placeholders.insert(self._first_user_input, node)
         self._first_user_input += 1
         return node
 
-    def add_input(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Node:
-        """A new keyword input of fixed shape."""
+    def add_input(self, name: str, shape: tuple[int | torch.SymInt, ...], dtype: torch.dtype) -> Node:
+        """A new keyword input."""
         with self.graph.inserting_after(self._placeholders[-1]):
             node = self.graph.placeholder(name)
         device = value(self.first_user_input).device
@@ -90,6 +101,28 @@ class ProgramEditor:
         self._placeholders.append(node)
         self._new_inputs.append(node)
         return node
+
+    @property
+    def user_inputs(self) -> list[Node]:
+        """Tensor inputs of the program, the added ones included."""
+        return [n for n in self._placeholders[self._first_user_input :] if isinstance(value(n), Tensor)]
+
+    def drop_input(self, name: str) -> None:
+        """Remove an input nobody reads any more. Raises RuntimeError if somebody does."""
+        node = next(n for n in self._placeholders if n.name == name)
+        if node.users:
+            raise RuntimeError(f"input {name} is still read by {next(iter(node.users)).name}")
+        at = self._placeholders.index(node)
+        del self._placeholders[at], self._input_specs[at]
+        self.graph.erase_node(node)
+        self._dropped.add(name)
+
+    def new_size(self, name: str, hint: int = 64) -> torch.SymInt:
+        """A new dynamic size, at least 1."""
+        env, source = self.fake_mode.shape_env, ConstantSource(f"__{name}")
+        symbol = env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
+        self._ranges[symbol] = ValueRanges(1, 2**31 - 1)
+        return env.create_symintnode(symbol, hint=hint, source=source)
 
     def add_output(self, name: str, node: Node) -> None:
         """The finished program then returns (what it returned before, {name: value, ...})."""
@@ -111,7 +144,7 @@ class ProgramEditor:
     def finish(self) -> ExportedProgram:
         """The edited program, verified. Raises if the graph is not well formed."""
         calls, example = self._program.module_call_graph, self._program.example_inputs
-        if self._new_inputs or self._new_outputs:
+        if self._new_inputs or self._new_outputs or self._dropped:
             calls, example = [self._extended_call()], None
         self.graph.lint()
         self.module.recompile()
@@ -120,7 +153,7 @@ class ProgramEditor:
             graph=self.graph,
             graph_signature=ExportGraphSignature(input_specs=self._input_specs, output_specs=self._output_specs),
             state_dict=self._state,
-            range_constraints=dict(self._program.range_constraints),
+            range_constraints=self._ranges,
             module_call_graph=calls,
             example_inputs=example,
             constants=self._constants,
@@ -132,7 +165,8 @@ class ProgramEditor:
         signature = self._program.module_call_graph[0].signature
         assert signature is not None
         args, kwargs = pytree.tree_unflatten(list(range(signature.in_spec.num_leaves)), signature.in_spec)
-        kwargs = {**kwargs, **{node.name: 0 for node in self._new_inputs}}
+        kept = {name: leaf for name, leaf in kwargs.items() if name not in self._dropped}
+        kwargs = {**kept, **{node.name: 0 for node in self._new_inputs}}
         result = pytree.tree_unflatten(list(range(signature.out_spec.num_leaves)), signature.out_spec)
         if self._new_outputs:
             result = (result, dict.fromkeys(self._new_outputs, 0))
@@ -140,7 +174,7 @@ class ProgramEditor:
                 OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None)
                 for node in self._new_outputs.values()
             ]
-        names = [*(signature.forward_arg_names or []), *(node.name for node in self._new_inputs)]
+        names = [*(n for n in signature.forward_arg_names or [] if n not in self._dropped), *(node.name for node in self._new_inputs)]
         in_spec, out_spec = pytree.tree_structure((args, kwargs)), pytree.tree_structure(result)
         return ModuleCallEntry(fqn="", signature=ModuleCallSignature([], [], in_spec, out_spec, names))
 

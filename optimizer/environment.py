@@ -1,0 +1,53 @@
+"""What this machine has: versions, devices, and what of mla2dsa is usable or why not."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from .. import __version__
+
+_PACKAGES = ("torch", "transformers", "safetensors", "huggingface-hub", "triton", "onnx", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx")
+
+
+def environment() -> dict[str, Any]:
+    """Versions by package (None: not installed), devices, and per capability "usable" or the reason it is not."""
+    versions = {name: _version(name) for name in _PACKAGES}
+    devices = _devices()
+    return {
+        "mla2dsa": __version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+        "packages": versions,
+        "devices": devices,
+        "usable": {
+            "plan, convert, verify, strip (CPU)": _needs(versions, "torch", "transformers"),
+            "convert and verify with --device cuda": "usable" if devices else "no CUDA device that this torch can use",
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _needs(versions: dict[str, str | None], *packages: str) -> str:
+    missing = [name for name in packages if versions[name] is None]
+    return "usable" if not missing else f"not installed: {', '.join(missing)}"
+
+
+def _devices() -> list[str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        props = torch.cuda.get_device_properties(index)
+        found.append(f"{props.name}, sm_{props.major}{props.minor}, {props.total_memory / 2**30:.0f} GiB")
+    return found
