@@ -7,10 +7,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from . import __version__
-from .errors import UserError
+from .errors import UsageError, UserError
 
 MODEL_HELP = "folder of a checkpoint, or a Hugging Face hub id"
 EPILOG = """examples:
@@ -26,20 +26,38 @@ MLA2DSA_DEBUG=1 shows a traceback with an error"""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    args = _parser().parse_args(argv)
     try:
+        args = _parser().parse_args(argv)
         result: int = args.run(args)
+        sys.stdout.flush()
         return result
     except UserError as error:
         return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was left half-written", 1)
+    except KeyboardInterrupt as error:
+        return _fail("interrupted; nothing was left half-written" + (f"; {error}" if error.args else ""), 1)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_broken_stdout()
         return 1
+    except OSError as error:
+        _drop_broken_stdout()
+        return _fail(f"{error.filename or 'reading or printing'}: {error.strerror or error}", 1)
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        return _fail(f"internal error: {type(error).__name__}: {first} (MLA2DSA_DEBUG=1 shows where; please report it)", 1)
+        return _fail(_unexpected(error), 1)
+
+
+def _drop_broken_stdout() -> None:
+    """A closed pipe or a full disk behind stdout: without this Python would complain once more when it exits."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _unexpected(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    if type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in first:
+        return f"out of memory ({first}); use fewer --tokens, a shorter sequence_length, or smaller indexer sizes"
+    return f"internal error: {type(error).__name__}: {first} (MLA2DSA_DEBUG=1 shows where; please report it)"
 
 
 def _fail(message: str, code: int) -> int:
@@ -51,8 +69,15 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its complaints in one line like every other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="mla2dsa", description="Turn a dense MLA checkpoint into a DeepSeek Sparse Attention checkpoint, and prove it.",
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -131,7 +156,7 @@ def _convert(args: argparse.Namespace) -> int:
 
     recipe = _recipe(args)
     if args.dry_run:
-        plan = dry_run(args.model, args.out, recipe, overwrite=args.overwrite)
+        plan = dry_run(args.model, args.out, recipe, resume=args.resume, overwrite=args.overwrite)
         print_json(plan.to_json()) if args.json else show_plan(plan)
         return 0
     with Progress() as progress:

@@ -11,6 +11,7 @@
                                                 mla2dsa.json                    manifest
 
 Weights are hard-linked: never write into them. The other files are copies, since people do edit those in place.
+config.json is the last file to get its name: a folder that a killed run leaves is no checkpoint to anybody.
 A source with a single `model.safetensors` has it linked as `model-dense.safetensors`: transformers would load a file of
 the first name alone and never look at the index.
 """
@@ -50,9 +51,10 @@ REPORT = "report.json"
 INDEXER_SHARD = "model-indexer.safetensors"
 MANIFEST_FORMAT = 1
 _MANIFEST_ENTRIES = {"format", "versions", "source", "indexer", "report"}
+UNPROVEN_CONFIG = "config.unproven.json"  # what config.json is called until the folder is proven
 _CONFIG = "config.json"
 _RENAMED = {SINGLE_FILE: "model-dense.safetensors", INDEX_FILE: "mla2dsa.source-index.json"}
-_OURS = {MANIFEST, INDEXER_SHARD, *_RENAMED.values()}
+_OURS = {MANIFEST, INDEXER_SHARD, UNPROVEN_CONFIG, *_RENAMED.values()}
 _SKIPPED_FOLDERS = {".git", ".cache"}  # version control and download bookkeeping, not part of a checkpoint
 _SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
@@ -74,8 +76,9 @@ def write_dsa_checkpoint(
     mapping keeps one layer in memory. MTP layers may have one, the `num_hidden_layers` others must.
     dtype: of wq_b, wk and weights_proj; k_norm is written in float32, as DeepSeek does: runtimes that keep LayerNorm in
     float32 get the full precision, transformers casts it to the model's dtype.
-    manifest: what to record besides our own entries (model id, recipe). prove: looks at the finished folder before it
-    gets its name; what it returns becomes report.json and the manifest's report, what it raises leaves nothing behind.
+    manifest: what to record besides our own entries (model id, recipe). prove: looks at the folder before it gets its
+    name, its config.json still called UNPROVEN_CONFIG; what it returns becomes report.json and the manifest's report,
+    what it raises leaves nothing behind.
     Raises UserError (source unfit, weights unfit, disk full) and UsageError (`out` in the way). `source` is only read.
     """
     if taken := sorted(_MANIFEST_ENTRIES & manifest.keys()):
@@ -89,7 +92,7 @@ def write_dsa_checkpoint(
         placed = [_place(source, folder, name, target) for name, target in names.items()]
         added = _write_indexers(folder / INDEXER_SHARD, weights, _shapes(dense, config), dtype)
         _write_json(folder / INDEX_FILE, _index(source, tensors, names, added))
-        _write_json(folder / _CONFIG, settings)
+        _write_json(folder / UNPROVEN_CONFIG, settings)
         bare = _bare_mtp(tensors, dense, weights)
         entries = {
             "format": MANIFEST_FORMAT,
@@ -102,6 +105,7 @@ def write_dsa_checkpoint(
         if report is not None:
             _write_json(folder / REPORT, report)
         _write_json(folder / MANIFEST, {**entries, "report": report, **manifest})
+        os.rename(folder / UNPROVEN_CONFIG, folder / _CONFIG)
     return out
 
 

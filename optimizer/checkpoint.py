@@ -34,15 +34,23 @@ _OTHER_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.on
 class Checkpoint:
     """A folder in Hugging Face's layout. Nothing but headers and config.json is read until `load`.
 
-    path: the folder; config: config.json; tensors: every tensor by name.
+    path: the folder; config: config.json (or what `config_file` calls it); tensors: every tensor by name.
     """
 
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorLocation]
+    config_file: str = "config.json"
 
     @classmethod
-    def open(cls, model: str | Path, *, revision: str | None = None, local_files_only: bool = False) -> Checkpoint:
+    def open(
+        cls,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        config_file: str = "config.json",
+    ) -> Checkpoint:
         """Open a local folder, or else a hub id (downloaded into the hub cache; `local_files_only`: cache only).
 
         Raises UserError when it is neither, cannot be reached, or its files disagree (see `read_index`).
@@ -54,7 +62,7 @@ class Checkpoint:
             if isinstance(model, Path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
                 raise UserError(f"{model}: no such folder (and not a hub id, which looks like owner/name)")
             path = _download(model, revision, local_files_only)
-        return cls(path, read_json(path / "config.json"), read_index(path))
+        return cls(path, read_json(path / config_file), read_index(path), config_file)
 
     def load(
         self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", finite: bool = True
@@ -76,7 +84,7 @@ class Checkpoint:
 
     def source_hashes(self) -> dict[str, dict[str, int | str]]:
         """Digest (`file_digest`) of config.json, the index if there is one, and every shard, by file name."""
-        files = {place.file for place in self.tensors.values()} | {self.path / "config.json"}
+        files = {place.file for place in self.tensors.values()} | {self.path / self.config_file}
         if (self.path / INDEX_FILE).is_file() and not (self.path / SINGLE_FILE).is_file():
             files.add(self.path / INDEX_FILE)
         return {file.name: file_digest(file) for file in sorted(files)}
@@ -92,7 +100,7 @@ class Checkpoint:
         """Names of the tensors of multi-token-prediction layers, those at or after num_hidden_layers (none: empty)."""
         layers = self.config.get("num_hidden_layers")
         if not isinstance(layers, int):
-            raise UserError(f"{self.path / 'config.json'}: num_hidden_layers is {layers!r}, expected a number")
+            raise UserError(f"{self.path / self.config_file}: num_hidden_layers is {layers!r}, expected a number")
         found = ((name, _LAYER.search(name)) for name in self.tensors)
         return tuple(name for name, layer in found if layer and int(layer[1]) >= layers)
 

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..kernels.spec import IndexerConfig, IndexerWeights
+from .head_groups import head_groups
 from .indexer_math import index_features, index_keys, row_blocks
+from .nnls import nnls
 from .samples import SiteMaps, SiteSample
 
 ROPE_SHARE = 0.1  # scale of the rope rows in wk, undone by k_norm.weight: keeps k_rope out of the deviation
@@ -25,11 +27,10 @@ EIGEN_FLOOR = 1e-4  # smallest eigenvalue of a moment, relative to the largest: 
 ONE_TOKENS = 4096  # tokens the constant one is fitted on at most; as many others measure it
 ONE_RIDGE = 1e-2  # ridge of that fit, relative to the mean square of a hidden channel
 ONE_ROUNDS = 20  # of reweighting at most; it usually settles in fewer than ten
-EXCESS_WEIGHT = 0.03  # weight of an overshoot in that fit: falling short is what must not happen
+EXCESS_WEIGHTS = (1.0, 0.1, 0.03)  # of an overshoot in that fit, tried in turn while some tokens come out negative
 MASS_FLOOR = 0.02  # uniform mass added before the logarithm in the head-weight fit
 UNIFORM_SHARE = 0.1  # uniform mass added to the importance of a key in that fit
 HEAD_RIDGE = 1e-3  # ridge of that fit: equal heads share their weight evenly
-CLUSTER_ROWS = 256  # query rows the correlation of MLA heads is measured on
 
 
 @dataclass(frozen=True)
@@ -230,23 +231,35 @@ def _in_layout(weights: IndexerWeights, config: IndexerConfig, rope: int) -> Ind
 def _constant_one(samples: Sequence[SiteSample]) -> tuple[Tensor, float, float]:
     """v [D] float64 with v . x ~ 1 (weights_proj has no bias), its variation and share of negatives on other tokens.
 
-    An expectile fit, by reweighted ridge regression: too large only scales a row's scores, below zero inverts them. It
-    matters in the first layer, whose hidden states are embeddings with little in common.
+    Too large only scales a row's scores, below zero inverts them. So where least squares leaves negatives (the first
+    layer, whose hidden states are embeddings with little in common), overshoots are weighted down, by reweighted ridge
+    regression, as far as it helps on tokens that were not fitted.
     """
     stride = max(1, sum(len(sample.hidden) for sample in samples) // (2 * ONE_TOKENS))
     tokens = torch.cat([sample.hidden[::stride] for sample in samples]).double()
     fitted, others = tokens[0::2], tokens[1::2]
     ridge = float(ONE_RIDGE * fitted.square().sum() / fitted.shape[1])
-    weight = torch.ones_like(fitted[:, 0])
     gram = fitted @ fitted.T if len(fitted) < fitted.shape[1] else None
+    candidates = []
+    for excess in EXCESS_WEIGHTS:
+        one = _expectile(fitted, gram, excess, ridge)
+        read = others @ one
+        candidates.append((float((read < 0).double().mean()), _variation(read), one))
+        if candidates[-1][0] == 0:
+            break
+    negative, variation, one = min(candidates, key=lambda candidate: candidate[:2])
+    return one, variation, negative
+
+
+def _expectile(tokens: Tensor, gram: Tensor | None, excess: float, ridge: float) -> Tensor:
+    """v with v . x ~ 1 where overshoots count `excess` times as much as shortfalls; 1 on average over `tokens`."""
+    weight = torch.ones_like(tokens[:, 0])
     for _ in range(ONE_ROUNDS):
-        one = _weighted_ridge(fitted, gram, weight, ridge)
-        before, weight = weight, torch.where(fitted @ one < 1, 1.0, EXCESS_WEIGHT).to(fitted)
+        one = _weighted_ridge(tokens, gram, weight, ridge)
+        before, weight = weight, torch.where(tokens @ one < 1, 1.0, excess).to(tokens)
         if torch.equal(weight, before):
             break
-    one = one / (fitted @ one).mean()
-    read = others @ one
-    return one, _variation(read), float((read < 0).double().mean())
+    return one / (tokens @ one).mean()
 
 
 def _weighted_ridge(tokens: Tensor, gram: Tensor | None, weight: Tensor, ridge: float) -> Tensor:
@@ -257,11 +270,13 @@ def _weighted_ridge(tokens: Tensor, gram: Tensor | None, weight: Tensor, ridge: 
     if gram is not None:
         dual = gram.clone()
         dual.diagonal().add_(ridge / weight)
-        return tokens.T @ torch.linalg.solve(dual, torch.ones_like(weight))
+        coefficients: Tensor = torch.linalg.solve(dual, torch.ones_like(weight))
+        return tokens.T @ coefficients
     weighted = tokens * weight[:, None]
     primal = weighted.T @ tokens
     primal.diagonal().add_(ridge)
-    return torch.linalg.solve(primal, weighted.sum(0))
+    solution: Tensor = torch.linalg.solve(primal, weighted.sum(0))
+    return solution
 
 
 def _head_shares(weights: IndexerWeights, config: IndexerConfig, samples: Sequence[SiteSample]) -> Tensor:
@@ -293,74 +308,3 @@ def _head_shares(weights: IndexerWeights, config: IndexerConfig, samples: Sequen
             "the closed form found no index head that follows the attention mass; train from a random start"
         )
     return shares
-
-
-def nnls(gram: Tensor, moment: Tensor) -> Tensor:
-    """argmin over x >= 0 of x^T gram x / 2 - moment^T x, [n]; gram: [n, n] positive definite, float64.
-
-    Lawson and Hanson's active-set method (Solving Least Squares Problems, 1974, ch. 23) on the normal equations.
-    """
-    tolerance = 1e-12 * float(moment.abs().max())
-    x, passive = torch.zeros_like(moment), torch.zeros_like(moment, dtype=torch.bool)
-    for _ in range(10 * len(moment)):  # finite in exact arithmetic; the bound guards against cycling on round-off
-        descent = (moment - gram @ x).masked_fill(passive, -torch.inf)
-        if float(descent.max()) <= tolerance:
-            break
-        passive[descent.argmax()] = True
-        while True:
-            trial = torch.zeros_like(x)
-            trial[passive] = torch.linalg.solve(gram[passive][:, passive], moment[passive])
-            blocking = passive & (trial <= 0)
-            if not blocking.any():
-                break
-            reach = (x / (x - trial).clamp_min(torch.finfo(x.dtype).tiny)).masked_fill(~blocking, torch.inf)
-            passive &= reach > reach.min()
-            x = torch.where(passive, x + reach.min() * (trial - x), 0.0)
-        x = trial
-    return x
-
-
-def head_groups(samples: Sequence[SiteSample], count: int) -> tuple[tuple[int, ...], ...]:
-    """The MLA heads behind each of `count` index heads.
-
-    As many index heads as MLA heads, or more: one each, beginning again when they run out. Fewer: a partition by
-    average linkage on the correlation of row-centred logits.
-    """
-    available = samples[0].query.shape[1]
-    if count >= available:
-        return tuple((index % available,) for index in range(count))
-    return _average_linkage(_logit_correlation(samples), count)
-
-
-def _logit_correlation(samples: Sequence[SiteSample]) -> Tensor:
-    """[H, H] float64: correlation of the heads' logits over all (query, past key), each query's mean taken out."""
-    gram: Tensor | float = 0.0
-    for sample in samples:
-        length, heads = len(sample.key), sample.query.shape[1]
-        where = torch.arange(len(sample.rows), device=sample.rows.device)
-        where = where[:: max(1, len(where) * len(samples) // CLUSTER_ROWS)]
-        for block in row_blocks(where, 2 * heads * length):
-            past = torch.arange(length, device=where.device) <= sample.rows[block][:, None]
-            logits = (sample.query[block] @ sample.key.T) * past[:, None]
-            logits -= logits.sum(-1, keepdim=True) / past.sum(-1)[:, None, None]
-            logits *= past[:, None]
-            gram = gram + (logits @ logits.mT).double().sum(0)
-    assert isinstance(gram, Tensor)
-    size = gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
-    return gram * size[:, None] * size
-
-
-def _average_linkage(similarity: Tensor, count: int) -> tuple[tuple[int, ...], ...]:
-    """Merges the two most similar clusters until `count` are left; clusters compare by their mean similarity."""
-    similarity = similarity.cpu().clone()
-    clusters: list[list[int]] = [[index] for index in range(len(similarity))]
-    while len(clusters) > count:
-        apart = similarity.masked_fill(torch.eye(len(clusters), dtype=torch.bool), -torch.inf)
-        first, second = sorted(divmod(int(apart.argmax()), len(clusters)))
-        a, b = len(clusters[first]), len(clusters[second])
-        merged = (a * similarity[first] + b * similarity[second]) / (a + b)
-        similarity[first], similarity[:, first] = merged, merged
-        kept = [index for index in range(len(clusters)) if index != second]
-        similarity = similarity[kept][:, kept]
-        clusters[first] += clusters.pop(second)
-    return tuple(sorted(tuple(sorted(cluster)) for cluster in clusters))

@@ -6,22 +6,28 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..errors import UserError
-from ..exporters.dsa_checkpoint import write_dsa_checkpoint
+from .. import __version__
+from ..errors import UsageError, UserError
+from ..exporters.dsa_checkpoint import UNPROVEN_CONFIG, write_dsa_checkpoint
+from ..exporters.dsa_config import can_write
 from ..exporters.staging import check_target
 from ..kernels.spec import IndexerWeights
 from .calibrate import Calibration, LayerResult, calibrate
+from .checkpoint import Checkpoint
 from .distil import DistilSchedule
+from .environment import usable_device
+from .finite import finite
 from .plan import Plan, Prepared, prepare
 from .progress_store import ProgressStore
 from .recipe import CLOSED_FORM_SEQUENCES, DISTIL_SEQUENCES, Recipe
-from .text import Tokens, load_tokenizer, random_tokens, read_tokens
+from .text import model_tokens
 from .transformers_check import refuse_if_too_large
 from .verify import Verification, open_pair, verify
 from .weights import WeightSource
@@ -32,12 +38,15 @@ MOST_HELD_OUT = 4
 
 @dataclass(frozen=True)
 class Listener:
-    """Who is told how far the work is. Every field may be left at its default, which says nothing."""
+    """Who is told how far the work is. Every field may be left at its default, which says nothing.
+
+    on_layer(result, resumed): a layer is done, or was by the run that is resumed.
+    """
 
     on_plan: Callable[[Plan], None] = lambda plan: None
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None
     on_step: Callable[[str, int, float], None] = lambda layer, step, loss: None
-    on_layer: Callable[[LayerResult], None] = lambda result: None
+    on_layer: Callable[[LayerResult, bool], None] = lambda result, resumed: None
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,17 @@ class _Sequences:
     origin: str
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What stays the same from the plan to the report."""
+
+    prepared: Prepared
+    recipe: Recipe
+    sequences: _Sequences
+    device: str
+    tell: Listener
+
+
 def convert(
     model: str,
     out: Path,
@@ -72,95 +92,120 @@ def convert(
     device: str = "cpu",
     listener: Listener | None = None,
 ) -> Outcome:
-    """Write `out`, whole and verified or not at all. Raises UserError / UsageError with nothing left under `out`."""
+    """Write `out`, whole and verified or not at all. Raises UserError / UsageError with nothing left under `out`.
+
+    Finished layers outlive a failure, Ctrl-C or kill in a hidden folder beside `out`, for `resume`; KeyboardInterrupt
+    then carries a line that says so.
+    """
     tell, started = listener or Listener(), time.monotonic()
-    prepared = prepare(model, recipe)
-    plan, checkpoint = prepared.plan, prepared.checkpoint
-    tell.on_plan(plan)
-    if plan.refusal is not None:
-        raise UserError(f"{model}: no DSA checkpoint can be written: {plan.refusal}")
-    check_target(checkpoint.path, out, overwrite=overwrite)
-    if not (skip_verification or skip_transformers):
-        refuse_if_too_large(checkpoint)
-    sequences = _sequences(prepared, recipe)
-    layers: list[LayerResult] = []
-    store = None
-    if prepared.donor is None:
-        store = ProgressStore.open(out, _fingerprint(prepared, recipe, sequences), resume, overwrite)
-        layers = _calibrated(prepared, recipe, sequences, store, device, tell)
-        weights = {layer.name: layer.weights for layer in layers}
-    else:
-        weights = dict(prepared.donor.weights(prepared.converted.found.sites))
+    usable_device(device)
+
+    def check(checkpoint: Checkpoint) -> None:
+        _check_before_work(checkpoint, out, recipe, resume, overwrite)
+        if not (skip_verification or skip_transformers):
+            refuse_if_too_large(checkpoint)
+
+    prepared = prepare(model, recipe, check=check)
+    tell.on_plan(prepared.plan)
+    job = _Job(prepared, recipe, _sequences(prepared, recipe), device, tell)
     proof: list[Verification] = []
-
-    def prove(folder: Path) -> Mapping[str, Any]:
-        if not skip_verification:
-            pair = open_pair(checkpoint.path, folder, device, prepared.capture)
-            limit = recipe.verify.max_loss_delta
-            result = verify(pair, sequences.proof, sequences.origin, limit, skip_transformers, tell.on_progress)
-            if not result.passed:
-                raise UserError(result.failure())
-            proof.append(result)
-        return _report(prepared, recipe, sequences, layers, proof, time.monotonic() - started)
-
     reports: list[Mapping[str, Any]] = []
-    write_dsa_checkpoint(
-        checkpoint.path, out, _in_layer_order(weights, prepared), plan.indexer,
-        manifest={"model": str(model), "recipe": recipe.model_dump(), "verified": not skip_verification},
-        overwrite=overwrite, prove=lambda folder: reports.append(prove(folder)) or reports[-1],  # type: ignore[func-returns-value]
-    )  # fmt: skip
-    if store is not None:
-        store.remove()
-    return Outcome(plan, tuple(layers), proof[0] if proof else None, reports[-1])
+    with _indexers(job, out, resume, overwrite) as (weights, layers):
+
+        def prove(folder: Path) -> Mapping[str, Any]:
+            if not skip_verification:
+                proof.append(_proved(job, folder, skip_transformers))
+            reports.append(_report(job, layers, proof, time.monotonic() - started))
+            return reports[0]
+
+        write_dsa_checkpoint(
+            prepared.checkpoint.path, out, weights, prepared.plan.indexer,
+            manifest={"model": str(model), "recipe": recipe.model_dump(), "verified": not skip_verification},
+            overwrite=overwrite, prove=prove,
+        )  # fmt: skip
+    return Outcome(prepared.plan, layers, proof[0] if proof else None, reports[0])
 
 
-def dry_run(model: str, out: Path, recipe: Recipe, *, overwrite: bool = False) -> Plan:
-    """The plan of a conversion, after every check that can be made before work starts."""
-    prepared = prepare(model, recipe)
-    if prepared.plan.refusal is not None:
-        raise UserError(f"{model}: no DSA checkpoint can be written: {prepared.plan.refusal}")
-    check_target(prepared.checkpoint.path, out, overwrite=overwrite)
+def dry_run(model: str, out: Path, recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Plan:
+    """The plan of a conversion, after every check that can be made before work starts. Writes nothing."""
+    prepared = prepare(
+        model, recipe, check=lambda checkpoint: _check_before_work(checkpoint, out, recipe, resume, overwrite)
+    )
     _sequences(prepared, recipe)
     return prepared.plan
 
 
-def _in_layer_order(weights: Mapping[str, IndexerWeights], prepared: Prepared) -> dict[str, IndexerWeights]:
-    return {site.name: weights[site.name] for site in prepared.converted.found.sites}
+def _check_before_work(checkpoint: Checkpoint, out: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+    """Raises UserError / UsageError for what needs no graph to see: the model's family and what is in the way at `out`."""
+    refusal = can_write(checkpoint.config)
+    if refusal is not None:
+        raise UserError(f"{checkpoint.path}: no DSA checkpoint can be written: {refusal}")
+    check_target(checkpoint.path, out, overwrite=overwrite)
+    if recipe.donor is None:
+        ProgressStore.check(out, resume, overwrite)
 
 
-def _calibrated(
-    prepared: Prepared, recipe: Recipe, sequences: _Sequences, store: ProgressStore, device: str, tell: Listener
-) -> list[LayerResult]:
+@contextmanager
+def _indexers(
+    job: _Job, out: Path, resume: bool, overwrite: bool
+) -> Iterator[tuple[dict[str, IndexerWeights], tuple[LayerResult, ...]]]:
+    """(weights by layer name, results of the calibration); what was calibrated is kept until the block ends well."""
+    if job.prepared.donor is not None:
+        yield dict(job.prepared.donor.weights(job.prepared.converted.found.sites)), ()
+        return
+    store = ProgressStore.open(out, _fingerprint(job), resume, overwrite)
+    try:
+        layers = tuple(_calibrated(job, store))
+        yield {layer.name: layer.weights for layer in layers}, layers
+    except KeyboardInterrupt:
+        if count := len(store.layers()):
+            raise KeyboardInterrupt(f"{count} finished layers are kept, pass --resume to go on") from None
+        raise
+    finally:
+        store.remove_if_empty()
+    store.remove()
+
+
+def _calibrated(job: _Job, store: ProgressStore) -> Iterator[LayerResult]:
+    recipe, tell, finished = job.recipe, job.tell, store.load()
     schedule = (
         DistilSchedule(recipe.distil.steps, recipe.distil.lr, seed=recipe.seed) if recipe.indexer == "distil" else None
     )
-    how = Calibration(prepared.plan.indexer, recipe.rows, schedule, recipe.seed)
-    source = WeightSource(prepared.checkpoint, prepared.capture, device)
     results = calibrate(
-        source, sequences.calibration, sequences.selection, how, store.load(), tell.on_step,
+        WeightSource(job.prepared.checkpoint, job.prepared.capture, job.device),
+        job.sequences.calibration, job.sequences.selection,
+        Calibration(job.prepared.plan.indexer, recipe.rows, schedule, recipe.seed), finished, tell.on_step,
         lambda done, total: tell.on_progress("calibrate", done, total),
     )  # fmt: skip
-    return list(_saved(results, store, tell))
-
-
-def _saved(results: Iterator[LayerResult], store: ProgressStore, tell: Listener) -> Iterator[LayerResult]:
     for result in results:
-        store.save(result)
-        tell.on_layer(result)
+        resumed = result.name in finished
+        if not resumed:
+            store.save(result)
+        tell.on_layer(result, resumed)
         yield result
+
+
+def _proved(job: _Job, folder: Path, skip_transformers: bool) -> Verification:
+    """Raises UserError naming the first check that does not hold."""
+    pair = open_pair(job.prepared.checkpoint.path, folder, job.device, job.prepared.capture, UNPROVEN_CONFIG)
+    text, limit = job.sequences, job.recipe.verify.max_loss_delta
+    result = verify(pair, text.proof, text.origin, limit, skip_transformers, job.tell.on_progress)
+    if not result.passed:
+        raise UserError(result.failure())
+    return result
 
 
 def _sequences(prepared: Prepared, recipe: Recipe) -> _Sequences:
     """Cut the text: most of it calibrates; sequences spread over it choose the snapshot and prove the result."""
     topk, context = prepared.plan.indexer.index_topk, prepared.plan.context
     length = recipe.sequence_length or min(context, max(1024, 4 * topk))
-    if not topk < length <= context:
-        raise UserError(
-            f"sequence_length {length}, expected more than index_topk {topk} and at most the context of {context} tokens"
+    if not topk + 1 < length <= context:
+        raise UsageError(
+            f"sequence_length {length}, expected at least {topk + 2} (index_topk and two) and at most the context of {context} tokens"
         )
     wanted = recipe.tokens or length * (DISTIL_SEQUENCES if recipe.indexer == "distil" else CLOSED_FORM_SEQUENCES)
     held = recipe.verify.sequences + MOST_HELD_OUT
-    text = _tokens(prepared, recipe, wanted + held * length)
+    text = model_tokens(prepared.checkpoint, recipe.calibration, wanted + held * length, recipe.seed)
     if recipe.sequence_length is None:
         length = min(length, len(text.ids) // 3)
     if length <= topk + 1:
@@ -186,39 +231,30 @@ def _spread(items: list[Tensor], count: int) -> list[Tensor]:
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
-def _tokens(prepared: Prepared, recipe: Recipe, count: int) -> Tokens:
-    if recipe.calibration is None:
-        return random_tokens(count, int(prepared.checkpoint.config["vocab_size"]), recipe.seed)
-    return read_tokens(recipe.calibration, load_tokenizer(prepared.checkpoint.path))
-
-
-def _fingerprint(prepared: Prepared, recipe: Recipe, sequences: _Sequences) -> str:
+def _fingerprint(job: _Job) -> str:
     """Of everything the indexers depend on."""
-    digest = hashlib.sha256(prepared.checkpoint.fingerprint().encode())
-    digest.update(json.dumps(recipe.model_dump(exclude={"verify"}), sort_keys=True).encode())
-    for sequence in sequences.calibration + sequences.selection:
+    digest = hashlib.sha256(f"{__version__} {job.prepared.checkpoint.fingerprint()}".encode())
+    digest.update(json.dumps(job.recipe.model_dump(exclude={"verify"}), sort_keys=True).encode())
+    for sequence in job.sequences.calibration + job.sequences.selection:
         digest.update(sequence.numpy().tobytes())
     return digest.hexdigest()
 
 
 def _report(
-    prepared: Prepared,
-    recipe: Recipe,
-    sequences: _Sequences,
-    layers: list[LayerResult],
-    proof: list[Verification],
-    seconds: float,
+    job: _Job, layers: tuple[LayerResult, ...], proof: list[Verification], seconds: float
 ) -> dict[str, Any]:
-    return {
-        "plan": prepared.plan.to_json(),
-        "recipe": recipe.model_dump(),
+    text, fitted = job.sequences, job.sequences.calibration if job.prepared.donor is None else []
+    report: dict[str, Any] = {
+        "plan": job.prepared.plan.to_json(),
+        "recipe": job.recipe.model_dump(),
         "calibration": {
-            "text": sequences.origin,
-            "sequences": len(sequences.calibration) if prepared.donor is None else 0,
-            "sequence_length": len(sequences.calibration[0]),
-            "tokens": sum(len(s) for s in sequences.calibration) if prepared.donor is None else 0,
+            "text": text.origin,
+            "sequences": len(fitted),
+            "sequence_length": len(text.proof[0]),
+            "tokens": sum(len(sequence) for sequence in fitted),
         },
         "layers": [layer.summary() for layer in layers],
         "verification": proof[0].to_json() if proof else None,
         "seconds": round(seconds, 1),
     }
+    return {name: finite(entry) for name, entry in report.items()}

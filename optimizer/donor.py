@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..kernels.spec import IndexerConfig, IndexerWeights
+from ..kernels.spec import INDEXER_TENSORS, IndexerConfig, IndexerWeights
 from ..passes.sites import MlaSite
 from .checkpoint import Checkpoint
 
@@ -38,13 +39,28 @@ class Donor:
         interleaved = bool(config.get("indexer_rope_interleave", config.get("model_type") == "glm_moe_dsa"))
         return cls(checkpoint, IndexerConfig(topk, heads, width), interleaved)
 
-    def weights(self, sites: tuple[MlaSite, ...]) -> Iterator[tuple[str, IndexerWeights]]:
-        """(layer name, float32 weights) of every site, in half-split layout. Raises UserError on a layer that does not fit."""
+    def check(self, sites: tuple[MlaSite, ...]) -> None:
+        """Raises UserError naming the first tensor that is missing or of another size than a site needs."""
         for site in sites:
             shapes = IndexerWeights.shapes(self.config, site.dims.hidden_size, site.dims.q_width)
-            expected = {f"{site.name}.indexer.{name}": shape for name, shape in shapes.items()}
-            self.checkpoint.check_shapes(expected)
-            tensors = {name: self.checkpoint.load(f"{site.name}.indexer.{name}", torch.float32) for name in shapes}
+            for name, shape in shapes.items():
+                self._check_tensor(f"{site.name}.indexer.{name}", shape)
+
+    def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+        place = self.checkpoint.tensors.get(name)
+        if place is None or place.shape != shape:
+            found = f"is {list(place.shape)}" if place else "is missing"
+            raise UserError(
+                f"donor {self.checkpoint.path}: {name} {found}, this model needs {list(shape)}; take a donor with as many "
+                "layers, the same hidden_size and the same q_lora_rank"
+            )
+
+    def weights(self, sites: tuple[MlaSite, ...]) -> Iterator[tuple[str, IndexerWeights]]:
+        """(layer name, float32 weights) of every site, in half-split layout. Raises UserError on a layer that does not fit."""
+        self.check(sites)
+        for site in sites:
+            load = partial(self.checkpoint.load, dtype=torch.float32)
+            tensors = {name: load(f"{site.name}.indexer.{name}") for name in INDEXER_TENSORS.values()}
             yield site.name, self._half_split(IndexerWeights.from_tensors(tensors), site.dims.qk_rope_head_dim)
 
     def _half_split(self, weights: IndexerWeights, rope: int) -> IndexerWeights:

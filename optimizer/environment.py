@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from .. import __version__
+from ..errors import UsageError
 
 _PACKAGES = ("torch", "transformers", "safetensors", "huggingface-hub", "triton", "onnx", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx")
 
@@ -27,6 +28,18 @@ def environment() -> dict[str, Any]:
             "convert and verify with --device cuda": "usable" if devices else "no CUDA device that this torch can use",
         },
     }
+
+
+def usable_device(name: str) -> str:
+    """`name` itself. Raises UsageError when torch has no such device here."""
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise UsageError(f"--device {name}: torch cannot use it here ({reason}); pass cpu or cuda") from error
+    return name
 
 
 def _version(package: str) -> str | None:

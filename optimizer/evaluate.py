@@ -15,6 +15,7 @@ from ..passes.execute import Runner
 from . import baselines
 from .calibrate import Calibration, layer_samples
 from .indexer_math import index_scores, mean_recall, oracle_scores, window_scores
+from .samples import SiteSample
 from .weights import WeightSource
 
 SPARSE_MLA = torch.ops.mla2dsa.sparse_mla.default
@@ -46,12 +47,16 @@ class TextResult:
 
 @dataclass(frozen=True)
 class LayerRecall:
-    """Head-mean dense attention mass captured by index_topk keys, on the dense model's hidden states."""
+    """Head-mean dense attention mass captured by index_topk keys, on the dense model's hidden states.
+
+    chance: what index_topk keys drawn at random capture on average.
+    """
 
     name: str
     dsa: float
     oracle: float
     window: float
+    chance: float
 
 
 class _Tally:
@@ -140,6 +145,13 @@ def layer_recalls(
                 mean_recall(lambda s, w=weights: index_scores(w, config, s, s.rows), samples, config.index_topk),  # type: ignore[misc]
                 mean_recall(oracle_scores, samples, config.index_topk),
                 mean_recall(window_scores, samples, config.index_topk),
+                _chance(samples, config.index_topk),
             )
         )
     return found
+
+
+def _chance(samples: Sequence[SiteSample], index_topk: int) -> float:
+    """Every key is drawn with probability index_topk / keys, and the mass of all keys is 1."""
+    keys = torch.cat([sample.rows for sample in samples]).double() + 1
+    return float((index_topk / keys[keys > index_topk]).mean())

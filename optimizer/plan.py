@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UsageError, UserError
 from ..exporters.dsa_config import can_write
 from ..kernels.spec import IndexerConfig, IndexerWeights
 from ..passes.mla_to_dsa import Converted, mla_to_dsa
@@ -19,7 +19,8 @@ from .weights import WeightSource
 
 MAX_HEADS = 64
 HEAD_DIM = 128
-CONTEXTS = (8192, 32768, 131072)
+MEASURED = 2  # tokens past index_topk at least: one whose selection leaves something out, and the one it predicts
+CLOSED_FORM_CHANNELS = 2  # of an index head beside the rotary ones: balance and latent
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class Plan:
     new_parameters: int
     context: int
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Lengths worth looking at, the longest the model's context."""
+        return tuple(max(1, self.context // part) for part in (16, 4, 1))
+
     def attention_flops(self, length: int) -> tuple[float, float]:
         """Attention FLOPs of one decoded token at `length`, all layers, counted: (dense absorbed, DSA)."""
         dense = sparse = 0.0
@@ -56,7 +62,7 @@ class Plan:
             "layers": [{"name": name, **asdict(dims)} for name, dims in self.layers],
             "misses": [asdict(miss) for miss in self.misses], "refusal": self.refusal, "notes": list(self.notes),
             "new_parameters": self.new_parameters, "context": self.context,
-            "decode_attention_flops": {str(n): dict(zip(("dense", "dsa"), self.attention_flops(n), strict=True)) for n in CONTEXTS},
+            "decode_attention_flops": {str(n): dict(zip(("dense", "dsa"), self.attention_flops(n), strict=True)) for n in self.lengths},
         }  # fmt: skip
 
 
@@ -71,19 +77,30 @@ class Prepared:
     donor: Donor | None
 
 
-def prepare(model: str, recipe: Recipe, allow_partial: bool = False, attention: str = "anchor") -> Prepared:
+def prepare(
+    model: str,
+    recipe: Recipe,
+    allow_partial: bool = False,
+    attention: str = "anchor",
+    check: Callable[[Checkpoint], None] | None = None,
+) -> Prepared:
     """Open, capture, match and rewrite `model`. Raises UserError for anything that would stop the conversion itself.
 
-    A model whose checkpoint cannot be written yet is still planned; `Plan.refusal` says so.
+    A model whose checkpoint cannot be written yet is still planned; `Plan.refusal` says so. check: looks at the opened
+    checkpoint before the capture, which takes a while on large models.
     """
     checkpoint = Checkpoint.open(model)
     if checkpoint.is_dsa():
         raise UserError(f"{model}: already a DSA model (it has an indexer); nothing to convert")
+    if check is not None:
+        check(checkpoint)
     captured = capture(checkpoint.config, attention)
     donor = Donor.open(recipe.donor) if recipe.donor else None
     config = indexer_config(recipe, checkpoint.config, captured.max_length, donor)
     converted = mla_to_dsa(captured.program, config, allow_partial=allow_partial)
     checkpoint.check_shapes(WeightSource(checkpoint, captured).expected())
+    if donor is not None:
+        donor.check(converted.found.sites)
     layers = tuple((site.name, site.dims) for site in converted.found.sites)
     plan = Plan(
         model=str(model), model_type=str(checkpoint.config.get("model_type")), indexer=config,
@@ -100,21 +117,29 @@ def indexer_config(
 ) -> IndexerConfig:
     """Sizes the recipe leaves open: from the donor, else heads as many as the model's (at most 64) of width 128."""
     topk = recipe.index_topk or (donor.config.index_topk if donor else DEFAULT_TOPK)
-    if topk >= context:
-        raise UserError(
-            f"index_topk {topk} is not smaller than the model's context of {context} tokens, so nothing would be sparse; "
-            "pass a smaller --index-topk"
+    if topk > context - MEASURED:
+        raise UsageError(
+            f"index_topk {topk} leaves nothing sparse in the model's context of {context} tokens; "
+            f"pass --index-topk, at most {context - MEASURED}"
         )
     if donor is not None:
         fixed = (donor.config.index_n_heads, donor.config.index_head_dim)
         asked = (recipe.index_n_heads or fixed[0], recipe.index_head_dim or fixed[1])
         if asked != fixed:
-            raise UserError(
-                f"the donor's indexer has {fixed[0]} heads of {fixed[1]}, {asked[0]} of {asked[1]} were asked for"
+            raise UsageError(
+                f"the donor's indexer has {fixed[0]} heads of {fixed[1]}, {asked[0]} of {asked[1]} were asked for; "
+                "leave index_n_heads and index_head_dim to the donor"
             )
         return IndexerConfig(topk, *fixed)
     heads = recipe.index_n_heads or min(MAX_HEADS, int(config.get("num_attention_heads") or MAX_HEADS))
-    return IndexerConfig(topk, heads, recipe.index_head_dim or HEAD_DIM)
+    width = recipe.index_head_dim or HEAD_DIM
+    rope = int(config.get("qk_rope_head_dim") or 0)
+    if width < rope + CLOSED_FORM_CHANNELS:
+        raise UsageError(
+            f"index_head_dim {width}, expected at least {rope + CLOSED_FORM_CHANNELS} (qk_rope_head_dim {rope}, a balance "
+            "channel and a latent channel); pass a larger --index-head-dim"
+        )
+    return IndexerConfig(topk, heads, width)
 
 
 def _new_parameters(config: IndexerConfig, layers: tuple[tuple[str, MlaDims], ...]) -> int:

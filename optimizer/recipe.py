@@ -16,14 +16,14 @@ DISTIL_SEQUENCES = 64
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Distil(_Strict):
     """Schedule of the distillation: steps of one sequence each, peak learning rate."""
 
     steps: int = Field(default=256, ge=1)
-    lr: float = Field(default=3e-3, gt=0)
+    lr: float = Field(default=3e-3, gt=0, allow_inf_nan=False)
 
 
 class Verify(_Strict):
@@ -45,14 +45,14 @@ class Recipe(_Strict):
     tokens: int | None = Field(default=None, ge=1)
     sequence_length: int | None = Field(default=None, ge=2)
     rows: int = Field(default=128, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     distil: Distil = Distil()
     verify: Verify = Verify()
 
     @model_validator(mode="after")
     def _donor_has_a_path(self) -> Recipe:
         if (self.indexer == "donor") != (self.donor is not None):
-            raise ValueError("indexer donor needs a path (donor:PATH), and only donor takes one")
+            raise ValueError("donor needs a path (donor:PATH), and no other source takes one")
         return self
 
 
@@ -63,14 +63,25 @@ def read_recipe(file: str | None, flags: Mapping[str, Any]) -> Recipe:
     source = str(fields.get("indexer", ""))
     if source.startswith("donor:"):
         fields |= {"indexer": "donor", "donor": source.removeprefix("donor:") or None}
+    elif flags.get("indexer") is not None:
+        fields.pop("donor", None)  # the flag overrides the file's donor, path and all
     try:
-        return Recipe(**fields)
+        return Recipe.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "recipe"
-        raise UsageError(
-            f"{file or 'flags'}: {where}: {first['msg']}" + (f", got {first['input']!r}" if first["loc"] else "")
-        ) from None
+        raise UsageError(_explain(first, file, flags)) from None
+
+
+def _explain(error: Any, file: str | None, flags: Mapping[str, Any]) -> str:
+    """One line for pydantic's first finding: a flag is called by its flag, a field by its place in the file."""
+    where = ".".join(map(str, error["loc"])) or "indexer"
+    flag = error["loc"][:1] and flags.get(error["loc"][0]) is not None
+    source = f"--{where.replace('_', '-')}" if flag or file is None else f"{file}: {where}"
+    if error["type"] == "extra_forbidden":
+        group: type[BaseModel] = {"distil": Distil, "verify": Verify}.get(error["loc"][0], Recipe)
+        return f"{source}: no such field; known are {', '.join(group.model_fields)}"
+    given = f" {error['input']!r}" if error["loc"] else ""
+    return f"{source}{given}: {error['msg'].removeprefix('Value error, ')}"
 
 
 def _read_yaml(file: str) -> dict[str, Any]:
@@ -81,7 +92,11 @@ def _read_yaml(file: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{file}: recipe cannot be read ({error})") from None
     except yaml.YAMLError as error:
-        raise UsageError(f"{file}: not YAML ({str(error).splitlines()[0]})") from None
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise UsageError(f"{file}: not YAML ({where}{getattr(error, 'problem', None) or error})") from None
+    if fields is None:
+        return {}
     if not isinstance(fields, dict):
         raise UsageError(f"{file}: expected a mapping of recipe fields")
     return fields

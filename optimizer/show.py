@@ -10,20 +10,21 @@ from typing import Any
 
 from .calibrate import LayerResult
 from .convert import Listener
-from .plan import CONTEXTS, Plan
+from .finite import finite
+from .plan import Plan
 from .text import RANDOM
 from .verify import Verification
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, default=str))
+    print(json.dumps(finite(value), indent=1, default=str, allow_nan=False))
 
 
-def _table(*columns: str, title: str | None = None) -> Any:
+def _table(*columns: str) -> Any:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     return table
@@ -45,8 +46,8 @@ def show_plan(plan: Plan) -> None:
         widths = f"{dims.qk_nope_head_dim}/{dims.qk_rope_head_dim}/{dims.v_head_dim}"
         table.add_row(names, str(dims.num_heads), str(dims.q_lora_rank or "-"), str(dims.kv_lora_rank), widths)
     _print(table)
-    counted = [(length, *plan.attention_flops(length)) for length in CONTEXTS]
-    ratios = ", ".join(f"{dense / sparse:.1f}x at {length // 1024}K" for length, dense, sparse in counted)
+    counted = [(length, *plan.attention_flops(length)) for length in plan.lengths]
+    ratios = ", ".join(f"{dense / sparse:.1f}x at {_length(length)}" for length, dense, sparse in counted)
     print(f"attention FLOPs of a decoded token, dense / DSA, counted: {ratios}")
     for miss in plan.misses:
         print(f"not dense MLA: {miss}")
@@ -54,6 +55,10 @@ def show_plan(plan: Plan) -> None:
         print(f"note: {note}")
     if plan.refusal is not None:
         print(f"no checkpoint can be written: {plan.refusal}")
+
+
+def _length(tokens: int) -> str:
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
 
 
 def _grouped(plan: Plan) -> list[tuple[str, Any]]:
@@ -90,8 +95,8 @@ def show_verification(result: Verification, layers: bool = True) -> None:
     for name in result.skipped:
         print(f"not checked: {name}")
     text = result.text
-    title = f"{result.origin}: dense loss {text.dense_loss:.4f} nats/token, {text.positions} positions, length {text.length}"
-    table = _table("selection", "loss increase", "s.e.", "KL", "same top token", title=title)
+    print(f"{result.origin}: dense loss {text.dense_loss:.4f} nats/token, {text.positions} positions, length {text.length}")
+    table = _table("selection", "loss increase", "s.e.", "KL", "same top token")
     for name, quality in text.by_selection.items():
         figures = (f"{quality.loss_delta:+.4f}", f"{quality.standard_error:.4f}", f"{quality.kl:.4f}", f"{quality.same_top:.1%}")
         table.add_row({"dsa": "DSA", "oracle": "oracle top-k", "window": "window + 4 sinks"}[name], *figures)
@@ -150,7 +155,6 @@ class Progress:
             self._tasks["distil"] = self._bars.add_task("distilling", total=None)
         self._bars.update(self._tasks["distil"], description=f"distilling {layer}: step {step}, KL {loss:.3f}")
 
-    def _layer(self, result: LayerResult) -> None:
-        self._console.print(
-            f"{result.name}: captures {result.recall:.3f} of the attention mass (oracle {result.oracle:.3f}, window {result.window:.3f})"
-        )
+    def _layer(self, result: LayerResult, resumed: bool) -> None:
+        line = f"{result.name}: captures {result.recall:.3f} of the attention mass (oracle {result.oracle:.3f}, window {result.window:.3f})"
+        self._console.print(line + (", kept from before" if resumed else ""), soft_wrap=True, markup=False)

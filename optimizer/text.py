@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .capture import read_config
+from .checkpoint import Checkpoint
 
 RANDOM = "random tokens"
 
@@ -41,6 +43,23 @@ class Tokens:
         """(first part, last part): the last `held_out` share is never calibrated on."""
         cut = round(len(self.ids) * (1 - held_out))
         return Tokens(self.ids[:cut], self.origin), Tokens(self.ids[cut:], self.origin)
+
+
+def model_tokens(checkpoint: Checkpoint, path: str | Path | None, count: int, seed: int = 0) -> Tokens:
+    """The text at `path` in the checkpoint's own tokens; without a path `count` random ones.
+
+    Raises UserError when there is no text, or no tokenizer that goes with the model.
+    """
+    vocabulary = int(read_config(checkpoint.config).get_text_config().vocab_size)
+    if path is None:
+        return random_tokens(count, vocabulary, seed)
+    tokens = read_tokens(path, load_tokenizer(checkpoint.path))
+    if int(tokens.ids.max()) >= vocabulary:
+        raise UserError(
+            f"{checkpoint.path}: the tokenizer gives token {int(tokens.ids.max())}, config.json has vocab_size {vocabulary}; "
+            "fetch tokenizer and config.json from the same revision"
+        )
+    return tokens
 
 
 def random_tokens(count: int, vocab_size: int, seed: int = 0) -> Tokens:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ class LowestSlotTies(TorchFunctionMode):
 
 
 def refuse_if_too_large(checkpoint: Checkpoint) -> None:
-    """Raises UserError when the float32 model would not fit into the memory that is free now."""
-    needed = 4 * sum(_elements(place.shape) for place in checkpoint.tensors.values())
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Raises UserError when the float32 models would not fit into the memory that is free now."""
+    needed = 2 * 4 * sum(math.prod(place.shape) for place in checkpoint.tensors.values())  # dense and DSA side by side
+    free = _free_memory()
     if needed > 0.9 * free:
         raise UserError(
             f"{checkpoint.path}: comparing with transformers needs {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free; "
@@ -45,14 +46,19 @@ def refuse_if_too_large(checkpoint: Checkpoint) -> None:
         )
 
 
-def _elements(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+def _free_memory() -> int:
+    """Bytes, the page cache counted as free where the kernel says so (SC_AVPHYS_PAGES leaves it out)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def load_model(folder: Path, class_name: str) -> tuple[Any, Mapping[str, Any]]:
+def load_model(checkpoint: Checkpoint, class_name: str) -> tuple[Any, Mapping[str, Any]]:
     """(model in float32, loading info) of a checkpoint, through `class_name` of transformers."""
     import transformers
     from transformers.utils import logging
@@ -61,8 +67,10 @@ def load_model(folder: Path, class_name: str) -> tuple[Any, Mapping[str, Any]]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model, info = getattr(transformers, class_name).from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        model_class = getattr(transformers, class_name)
+        config = model_class.config_class.from_pretrained(checkpoint.path / checkpoint.config_file)
+        model, info = model_class.from_pretrained(
+            checkpoint.path, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True
         )
     finally:
         logging.set_verbosity(level)

@@ -49,7 +49,8 @@ class WeightSource:
             return {name: shape}
         parts = _PARTS[match[2]]
         rows = shape[1] // len(parts)
-        return {f"{match[1]}.{e}.{part}.weight": (rows, shape[2]) for e in range(shape[0]) for part in parts}
+        count = self.capture.shapes.get(f"{match[1]}.down_proj", shape)[0]  # LongCat's zero experts have no weights
+        return {f"{match[1]}.{e}.{part}.weight": (rows, shape[2]) for e in range(count) for part in parts}
 
 
 @dataclass(frozen=True)
@@ -79,4 +80,5 @@ class _Loader:
         for part, (rows, _) in parts.items():
             flat[row : row + rows] = self.source.checkpoint.load(part, dtype=declared.dtype)
             row += rows
+        flat[row:] = 0  # the graph does not read what is not in a checkpoint
         return stacked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ class NumericCheck:
 
     @property
     def worst(self) -> float:
-        return max(d.relative for d in self.differences)
+        """The largest difference; NaN if there is one."""
+        return reduce(_larger, (d.relative for d in self.differences))
 
 
 def compare(

@@ -141,11 +141,12 @@ def _scores(node: Node) -> tuple[Node, Node, float, Node | None, bool]:
         step = _score_step(node, mask is None)
         if step is None:
             raise NoMatch(f"attention scores pass through {node.target}, which this pass does not read", node)
+        passed = node
         node, factor, new_mask, new_hides = step
         scale *= factor
         if new_mask is not None:
             if scale != 1.0:
-                raise NoMatch("attention scores are scaled after the mask", node)
+                raise NoMatch("attention scores are scaled after the mask", passed)
             mask, hides = new_mask, new_hides
     query, transposed = node.args
     if not _swaps_last_two(transposed):

@@ -76,6 +76,7 @@ class Runner:
             for number in range(len(sequences)):
                 seen, carried[number] = self._run_piece(piece, weights, carried[number], watched)
                 yield Seen(index, number, seen)
+            del weights  # before the next piece's are loaded: two layers would be in memory
 
     def outputs_of(self, sequences: Sequence[Mapping[str, Tensor]]) -> Iterator[list[Any]]:
         """The program's outputs, sequence by sequence (one sequence's outputs in memory at a time)."""
@@ -90,6 +91,9 @@ class Runner:
         unknown = set(sequence) - {node.name for node in self._inputs}
         if unknown:
             raise ValueError(f"the program has no input {sorted(unknown)[0]}")
+        missing = [node.name for node in self._inputs if node.users and node.name not in sequence]
+        if missing:
+            raise ValueError(f"the program needs the input {missing[0]}")
         return {node: sequence[node.name] for node in self._inputs if node.name in sequence}
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
     q = rope(wq_b q_resid)      k = rope(LayerNorm(wk hidden))      w = weights_proj hidden * HI^-0.5 dI^-0.5
     indices = top-k over s of  sum_h w_h ReLU(q_h . k_s)            (DeepSeek-V3.2 technical report, eq. 1)
 
-The rotary table is the model's own, reached from k_pe; rotary channels come first in a head, in half-split order.
+The rotary table is the model's own, reached from k_pe; rotary channels come first in a head.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..errors import UserError
 from ..kernels import ops  # noqa: F401  (registers torch.ops.mla2dsa)
 from ..kernels.spec import K_NORM_EPS, IndexerConfig, IndexerWeights
 from .graph_eval import value
@@ -44,7 +45,7 @@ def select(
     if table is not None:
         cos, sin = table
         per_head = (build(aten.unsqueeze.default, cos, -2), build(aten.unsqueeze.default, sin, -2))
-        query, key = _rotate(build, query, *per_head, width), _rotate(build, key, cos, sin, width)
+        query, key = _rotate(build, query, *per_head, config), _rotate(build, key, cos, sin, config)
     weight = _head_weights(build, site, param["weights_proj.weight"], config)
     return build(torch.ops.mla2dsa.lightning_indexer.default, query, key, weight, *key_range, config.index_topk)
 
@@ -59,7 +60,7 @@ def _parameters(
         dtype = _head_weight_dtype(like.dtype) if name == "weights_proj.weight" else like.dtype
         tensor = given[name].to(like.device, dtype) if given else torch.empty(shape, dtype=dtype, device="meta")
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{site.name}.indexer.{name} is {tuple(tensor.shape)}, expected {shape}")
+            raise UserError(f"{site.name}.indexer.{name} is {list(tensor.shape)}, expected {list(shape)}")
         nodes[name] = build.editor.add_parameter(f"{site.name}.indexer.{name}", tensor)
     return nodes
 
@@ -105,9 +106,14 @@ def _columns(build: GraphBuilder, table: Node, columns: tuple[int, ...], dtype: 
     return table if value(table).dtype == dtype else build(aten.to.dtype, table, dtype)
 
 
-def _rotate(build: GraphBuilder, x: Node, cos: Node, sin: Node, width: int) -> Node:
-    half = int(value(cos).shape[-1])
-    first, second = build(aten.slice.Tensor, x, -1, 0, half), build(aten.slice.Tensor, x, -1, half, 2 * half)
+def _rotate(build: GraphBuilder, x: Node, cos: Node, sin: Node, config: IndexerConfig) -> Node:
+    """Channels i and i + half turn together, or 2i and 2i + 1; the result is half-split either way, as scores need it."""
+    width, half = config.index_head_dim, int(value(cos).shape[-1])
+    if width < 2 * half:
+        raise UserError(f"index_head_dim is {width}, expected at least the {2 * half} rotary channels of this model")
+    step, second_at = (2, 1) if config.rope_interleave else (1, half)
+    first = build(aten.slice.Tensor, x, -1, 0, 2 * half - second_at, step)
+    second = build(aten.slice.Tensor, x, -1, second_at, 2 * half, step)
     turned_first = build(aten.sub.Tensor, build(aten.mul.Tensor, first, cos), build(aten.mul.Tensor, second, sin))
     turned_second = build(aten.add.Tensor, build(aten.mul.Tensor, second, cos), build(aten.mul.Tensor, first, sin))
     parts = [turned_first, turned_second]

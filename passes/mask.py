@@ -38,6 +38,7 @@ _FILLS = {
     aten.full.default, aten.full_like.default, aten.new_full.default, aten.scalar_tensor.default,
     aten.masked_fill.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar,
 }  # fmt: skip
+_STRETCHING = ("mul", "div", "truediv", "floor_divide", "floordiv", "bitwise_right_shift", "__rshift__", "rshift")
 _CURVED = ("pow", "exp", "exp2", "log", "log2", "sqrt", "rsqrt", "tanh", "sigmoid", "reciprocal")
 
 
@@ -206,41 +207,27 @@ def _lengths(cone: Iterable[Node], constants: Mapping[Node, Tensor]) -> tuple[li
     A division stretches what its result is compared with. Raises NoMatch on arithmetic that stretches otherwise.
     """
     numbers: list[int] = []
-    stretch = 1.0
-    for node in cone:
+    stretch: dict[Node, float] = {}
+    for node in sorted(cone):
+        stretch[node] = max((stretch.get(source, 1.0) for source in node.all_input_nodes), default=1.0)
         if node in constants:
             numbers += _numbers_of_constant(constants[node])
         elif node.op == "call_function" and _op_name(node) in _CURVED:
             raise NoMatch(f"the mask is computed with {node.target}, which is not how causality is", node)
         elif node.op == "call_function":
-            given = [
-                a for a in [*node.args, *node.kwargs.values()] if isinstance(a, int | float) and not isinstance(a, bool)
-            ]
-            if _op_name(node) in (
-                "mul",
-                "truediv",
-                "div",
-                "floor_divide",
-                "floordiv",
-                "bitwise_right_shift",
-                "__rshift__",
-            ):
-                stretch *= _stretch(_op_name(node), given)
+            plain = [a for a in [*node.args, *node.kwargs.values()] if isinstance(a, int | float)]
+            if _op_name(node) in _STRETCHING:
+                stretch[node] *= _factor(_op_name(node), plain)
             elif node.target not in _FILLS:
-                numbers += [math.ceil(abs(a)) for a in given if abs(a) < END]
+                numbers += [math.ceil(abs(a)) for a in plain if abs(a) < END]
             numbers += [abs(n) for a in node.args if isinstance(a, tuple | list) for n in integers(a) if abs(n) < END]
-    return numbers, max([1, *numbers]) * stretch
+    return numbers, max([1, *numbers]) * max(stretch.values(), default=1.0)
 
 
-def _stretch(name: str, given: list[int | float]) -> float:
-    factor = 1.0
-    for number in map(abs, given):
-        if "shift" in name:
-            number = 2.0**number
-        if name == "mul":
-            number = 1 / number if number else 1.0
-        factor *= max(number, 1.0)
-    return factor
+def _factor(name: str, numbers: list[int | float]) -> float:
+    """By how much dividing by a number, or multiplying with a fraction, stretches."""
+    divisors = [2.0**n if "shift" in name else 1 / n if name == "mul" and n else n for n in map(abs, numbers)]
+    return math.prod(max(1.0, d) for d in divisors)
 
 
 def _numbers_of_constant(constant: Tensor) -> list[int]:

@@ -41,7 +41,7 @@ class ProgramEditor:
         original_output = next(iter(reversed(program.graph.nodes)))
         self._output.meta.update(original_output.meta)
         self.nodes[original_output] = self._output
-        self.module = GraphModule(program.graph_module, self.graph)
+        self.module = _uncompiled(program.graph_module, self.graph)
         self.module.meta.update(program.graph_module.meta)
         signature = program.graph_signature
         self._input_specs = list(signature.input_specs)
@@ -138,7 +138,8 @@ class ProgramEditor:
         for node in list(self.graph.nodes):
             if "_assert_tensor_metadata" in str(node.target):
                 self.graph.erase_node(node)
-        self.graph.eliminate_dead_code()
+        # torch keeps dropout and SDPA as impure (random); unread, they would keep the dense attention alive and computed
+        self.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure(impure_random=False))
         return count - len(self.graph.nodes)
 
     def finish(self) -> ExportedProgram:
@@ -146,9 +147,7 @@ class ProgramEditor:
         calls, example = self._program.module_call_graph, self._program.example_inputs
         if self._new_inputs or self._new_outputs or self._dropped:
             calls, example = [self._extended_call()], None
-        self.graph.lint()
-        self.module.recompile()
-        return ExportedProgram(
+        return ExportedProgram(  # lints and compiles the graph
             root=self.module,
             graph=self.graph,
             graph_signature=ExportGraphSignature(input_specs=self._input_specs, output_specs=self._output_specs),
@@ -177,6 +176,16 @@ class ProgramEditor:
         names = [*(n for n in signature.forward_arg_names or [] if n not in self._dropped), *(node.name for node in self._new_inputs)]
         in_spec, out_spec = pytree.tree_structure((args, kwargs)), pytree.tree_structure(result)
         return ModuleCallEntry(fqn="", signature=ModuleCallSignature([], [], in_spec, out_spec, names))
+
+
+def _uncompiled(original: GraphModule, graph: Graph) -> GraphModule:
+    """A module around `graph` whose Python code is not generated: that takes longer than most passes, and nobody runs it."""
+    module = GraphModule(torch.nn.Module(), Graph())
+    for node in graph.find_nodes(op="get_attr"):
+        setattr(module, node.target, getattr(original, node.target))
+    module._graph = graph
+    graph.owning_module = module
+    return module
 
 
 class GraphBuilder:
@@ -213,9 +222,9 @@ def _fingerprint(arg: Any) -> Any:
     if isinstance(arg, Node):
         return _fingerprint(value(arg))
     if isinstance(arg, Tensor):
-        return ("tensor", tuple(map(str, arg.shape)), tuple(map(str, arg.stride())), arg.dtype, arg.device)
+        return ("tensor", _fingerprint(tuple(arg.shape)), _fingerprint(arg.stride()), arg.dtype, arg.device)
     if isinstance(arg, torch.SymInt):
-        return ("size", str(arg))
+        return ("size", arg.node.expr)
     if isinstance(arg, tuple | list):
         return tuple(_fingerprint(item) for item in arg)
     if isinstance(arg, dict):

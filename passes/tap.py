@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from ..errors import UserError
 from .absorb import key_range, key_rows, query_rows
 from .lightning_indexer import rotary_table
 from .mla_to_dsa import prepare, require_sites
@@ -60,6 +61,8 @@ class Tap(PassBase):
         begin, end = (build(aten.index_select.default, bound, 1, rows) for bound in self._range(build, site, shared))
         mass = build(torch.ops.mla2dsa.attention_mass.default, query, key, begin, end, float(site.core.scale))
         values = (site.hidden, site.q_input, query, key, mass, site.core.out)
+        if f"{site.name}.{SITE_TAPS[0]}" in self.taps:
+            raise UserError(f"{site.name} is called twice in this model: calibration cannot tell the calls apart")
         for name, node in zip(SITE_TAPS, values, strict=True):
             self.taps[f"{site.name}.{name}"] = node
         table = rotary_table(build, site, shared)

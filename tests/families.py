@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,9 +32,7 @@ _MOE = {
 }  # fmt: skip
 _HYBRID_MOE = {k: v for k, v in _MOE.items() if k != "n_routed_experts"} | {"num_local_experts": 8}
 _SPARSE_SECOND = {"mlp_layer_types": ["dense", "sparse"]}
-_LINEAR_TWICE = {
-    "num_hidden_layers": 3, "layer_types": ["linear_attention", "linear_attention", "full_attention"],
-}  # fmt: skip
+_HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 _INDEXER = {"index_topk": 4, "index_head_dim": 16, "index_n_heads": 4}
 
 
@@ -53,7 +52,6 @@ class Family:
     q_latent: bool = True
     rope: bool = True
     class_name: str | None = None
-    edits: tuple[str, ...] = field(default=())
 
 
 FAMILIES: dict[str, Family] = {
@@ -80,15 +78,15 @@ FAMILIES: dict[str, Family] = {
     "axk1": Family("axk1", {**_MOE, "rope_parameters": _YARN, **_SPARSE_SECOND}),
     "kimi_linear": Family(
         "kimi_linear",
-        {**_HYBRID_MOE, **_LINEAR_TWICE, "q_lora_rank": None, "mlp_layer_types": ["dense", "sparse", "sparse"],
+        {**_HYBRID_MOE, **_HYBRID, **_SPARSE_SECOND, "q_lora_rank": None,
          "linear_head_dim": 8, "linear_num_heads": 2},
-        sites=("model.layers.2.self_attn",), drop=("n_routed_experts",), named_dims=False, q_latent=False, rope=False,
+        sites=("model.layers.1.self_attn",), drop=("n_routed_experts",), named_dims=False, q_latent=False, rope=False,
     ),
     "bailing_hybrid": Family(
         "bailing_hybrid",
-        {**_HYBRID_MOE, **_LINEAR_TWICE, "first_k_dense_replace": 1, "head_dim": 8, "rope_parameters": _PLAIN,
-         "layer_group_size": 3, "num_mtp_layers": 0},
-        sites=("model.layers.2.attention",), drop=("q_lora_rank",), named_dims=False, q_latent=False,
+        {**_HYBRID_MOE, **_HYBRID, "first_k_dense_replace": 1, "head_dim": 8, "rope_parameters": _PLAIN,
+         "layer_group_size": 2, "num_mtp_layers": 0},
+        sites=("model.layers.1.self_attn",), drop=("q_lora_rank",), named_dims=False, q_latent=False,
     ),
     "deepseek_v32": Family("deepseek_v32", {**_MOE, **_INDEXER, "rope_parameters": _YARN, "first_k_dense_replace": 1,
                                             "head_dim": 8}, sparse=True, named_dims=False),
@@ -181,6 +179,26 @@ def export(model: nn.Module, named_dims: bool = True, length: int = 7) -> Export
     kwargs = inputs(2, length, device=next(model.parameters()).device.type)
     with torch.no_grad():
         return torch.export.export(model, (), kwargs, dynamic_shapes=dynamic_shapes(named_dims), strict=False)
+
+
+def export_anchored(model: nn.Module) -> ExportedProgram:
+    """The product's own capture of the model's config, with the model's weights."""
+    from mla2dsa.optimizer.capture import capture
+
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}  # type: ignore[operator, union-attr]
+    program = capture(config, "anchor", next(model.parameters()).dtype).program
+    weights = model.state_dict()
+    for name in program.state_dict:
+        program.state_dict[name] = nn.Parameter(weights[name], requires_grad=False)
+    return program
+
+
+@functools.cache
+def exported(name: str, attention: str) -> tuple[Any, ExportedProgram]:
+    """(model, program) in float32 with named dims where they work; shared by all tests, so never to be changed."""
+    model = build(name, "sdpa" if attention == "anchor" else attention)
+    program = export_anchored(model) if attention == "anchor" else export(model, FAMILIES[name].named_dims)
+    return model, program
 
 
 def indexer_weights(config: IndexerConfig, hidden_size: int, q_width: int, seed: int = 0) -> IndexerWeights:

@@ -1,4 +1,4 @@
-"""A small random MLA layer, written unabsorbed, and what calibration would know of it (helper of the indexer tests)."""
+"""A small random MLA layer, written unabsorbed, and what calibration would know of it; shared by the indexer tests."""
 
 from __future__ import annotations
 
@@ -36,17 +36,21 @@ class MlaLayer:
 
     @property
     def scale(self) -> float:
-        return (self.q_nope.shape[1] + self.q_rope.shape[1]) ** -0.5
+        return float((self.q_nope.shape[1] + self.q_rope.shape[1]) ** -0.5)
 
     def maps(self) -> SiteMaps:
         absorbed = torch.einsum("hnr,hnq->hrq", self.up_k, self.q_nope)
         return SiteMaps(self.scale, absorbed, self.q_rope, self.latent, self.gain, self.k_rope)
 
-    def sample(self, seed: int, length: int = 96, rows: Tensor | None = None) -> SiteSample:
-        """Hidden states with a common part and slow drift, so that keys differ in what they offer."""
+    def sample(self, seed: int, length: int = 96, rows: Tensor | None = None, vocabulary: int = 0) -> SiteSample:
+        """Random hidden states with a common part; from a fixed vocabulary, seldom words included, where one is given."""
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(length, self.latent.shape[1], generator=generator, dtype=torch.float64).to(self.latent)
+        count = vocabulary or length
+        source = torch.Generator().manual_seed(0) if vocabulary else generator
+        noise = torch.randn(count, self.latent.shape[1], generator=source, dtype=torch.float64).to(self.latent)
         hidden = rms_norm(noise + self.common)
+        if vocabulary:
+            hidden = hidden[torch.multinomial(1 / torch.arange(1.0, count + 1), length, True, generator=generator)]
         resid = rms_norm(hidden @ self.q_a.T)
         angles = torch.arange(length)[:, None] / 100 ** torch.linspace(0, 1, len(self.k_rope) // 2 + 1)[:-1]
         cos, sin = angles.cos().to(hidden), angles.sin().to(hidden)

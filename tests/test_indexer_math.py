@@ -50,10 +50,12 @@ def transformers_indexer(config: IndexerConfig, rope_dim: int, topk: int) -> tor
     if config.rope_interleave:
         from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaConfig, GlmMoeDsaIndexer
 
-        return GlmMoeDsaIndexer(GlmMoeDsaConfig(**sizes), 0)
+        glm: torch.nn.Module = GlmMoeDsaIndexer(GlmMoeDsaConfig(**sizes), 0)
+        return glm
     from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Config, DeepseekV32Indexer
 
-    return DeepseekV32Indexer(DeepseekV32Config(**sizes), 0)
+    deepseek: torch.nn.Module = DeepseekV32Indexer(DeepseekV32Config(**sizes), 0)
+    return deepseek
 
 
 @pytest.mark.parametrize(("heads", "dim"), [(1, 16), (4, 24), (8, 64)], ids=lambda v: str(v))
@@ -214,6 +216,9 @@ def test_window_keeps_sinks_and_the_most_recent() -> None:
 def test_select_gives_equal_scores_to_the_lowest_position() -> None:
     scores = torch.tensor([[0.0, 2.0, 0.0, 2.0, 0.0, -torch.inf], [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]])
     assert select(scores, 4).tolist() == [[1, 3, 0, 2], [0, 1, 2, 3]]
+    level = torch.zeros(3, 5000)  # long enough for a sort that is not stable to show it
+    level[:, 4000] = 1.0
+    assert select(level, 300).tolist() == [[4000, *range(299)]] * 3
 
 
 def test_recall_is_the_mass_on_the_selected_keys() -> None:

@@ -1,0 +1,54 @@
+"""Clean up a freshly translated ONNX graph, in time linear in its length.
+
+Passes of onnx-ir and onnxscript, but not onnxscript's rewrite rules: one of them (SlicesSplit) is quadratic in the number of
+slices and takes ten minutes on a 61-layer model. Weights are never read: only what comes from constants is folded.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+from onnxscript.optimizer import _constant_folding as folding
+
+_SMALL = 1024  # elements: shapes, axes and scalars, no weights
+
+
+def optimise(model: ir.Model) -> None:
+    """Fold constants, drop what does nothing, share what is computed twice. In place."""
+    for one_pass in (
+        folding.FoldConstantsPass(
+            shape_inference=False, input_size_limit=_SMALL, output_size_limit=_SMALL, should_fold=_from_constants
+        ),
+        passes.IdentityEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        _ShareConstants(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    ):
+        one_pass(model)
+
+
+def _from_constants(node: ir.Node) -> bool | None:
+    """False when a weight is involved, None leaves the decision to the pass."""
+    return False if any(value is not None and value.is_initializer() for value in node.inputs) else None
+
+
+class _ShareConstants(ir.passes.InPlacePass):
+    """One initialiser for all equal small constants. onnx-ir's own pass would read weights to compare them."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        initializers = model.graph.initializers
+        first: dict[object, ir.Value] = {}
+        before = len(initializers)
+        for name, value in list(initializers.items()):
+            tensor = value.const_value
+            if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.size > _SMALL or value.is_graph_output():
+                continue
+            kept = first.setdefault((tensor.dtype, tuple(tensor.shape), tensor.tobytes()), value)
+            if kept is not value:
+                ir.convenience.replace_all_uses_with(value, kept)
+                del initializers[name]
+        return ir.passes.PassResult(model, modified=len(initializers) != before)

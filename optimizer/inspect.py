@@ -1,0 +1,104 @@
+"""inspect: what a checkpoint, an exported folder or an ONNX file is: layers, ops, caches, bytes. Reads headers only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..exporters.dsa_checkpoint import MANIFEST as DSA_MANIFEST
+from ..exporters.ort_session import EXPORT_MANIFEST
+from ..exporters.safetensors_index import read_json
+from .checkpoint import Checkpoint
+
+_CONFIG = (
+    "model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "q_lora_rank", "kv_lora_rank",
+    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings", "index_topk", "index_n_heads",
+    "index_head_dim",
+)  # fmt: skip
+
+
+def inspect(target: str) -> dict[str, Any]:
+    """A description of `target`: {"kind": "checkpoint" | "export" | "onnx", ...}. Raises UserError when it is none."""
+    path = Path(target)
+    if path.is_file() and path.suffix == ".onnx":
+        return {"kind": "onnx", "file": str(path), **_onnx(path)}
+    if (path / EXPORT_MANIFEST).is_file():
+        return _export(path)
+    if path.is_file():
+        raise UserError(f"{path}: neither an .onnx file nor a folder; give a checkpoint, an exported folder or an .onnx file")
+    return _checkpoint(target)
+
+
+def _checkpoint(target: str) -> dict[str, Any]:
+    checkpoint = Checkpoint.open(target)
+    indexers = [name for name in checkpoint.tensors if ".indexer." in name]
+    total = sum(place.nbytes for place in checkpoint.tensors.values())
+    found: dict[str, Any] = {
+        "kind": "checkpoint",
+        "path": str(checkpoint.path),
+        "attention": "DSA" if checkpoint.is_dsa() else "dense",
+        "config": {name: checkpoint.config[name] for name in _CONFIG if checkpoint.config.get(name) is not None},
+        "tensors": len(checkpoint.tensors),
+        "bytes": total,
+        "dtypes": dict(Counter(place.dtype for place in checkpoint.tensors.values())),
+        "indexer_layers": len({name.partition(".indexer.")[0] for name in indexers}),
+        "indexer_bytes": sum(checkpoint.tensors[name].nbytes for name in indexers),
+        "mtp_tensors": len(checkpoint.has_mtp_layers()),
+        "cache_bytes_per_token": _cache_bytes(checkpoint.config),
+    }
+    if (checkpoint.path / DSA_MANIFEST).is_file():
+        manifest = read_json(checkpoint.path / DSA_MANIFEST)
+        found["made_by_mla2dsa"] = {"versions": manifest.get("versions"), "verified": manifest.get("verified")}
+    return found
+
+
+def _cache_bytes(config: Mapping[str, Any]) -> dict[str, int]:
+    """bfloat16 bytes of one token in all layers: the latent, and the index key of a DSA model."""
+    layers, rank, rope = (int(config.get(name) or 0) for name in ("num_hidden_layers", "kv_lora_rank", "qk_rope_head_dim"))
+    return {"latent": 2 * layers * (rank + rope), "index_key": 2 * layers * int(config.get("index_head_dim") or 0)}
+
+
+def _export(path: Path) -> dict[str, Any]:
+    manifest = read_json(path / EXPORT_MANIFEST)
+    keys = ("kind", "file", "dtype", "runs_on", "logits", "limits", "model", "indexer", "source", "weights", "versions")
+    found: dict[str, Any] = {name: manifest[name] for name in keys if name in manifest}
+    found["export"] = found.pop("kind", None)
+    caches = manifest.get("caches", [])
+    row = sum(int(cache[part]["width"]) for cache in caches for part in ("latent", "index_key"))
+    found |= {"kind": "export", "path": str(path), "layers": len(caches), "cache_values_per_token": row}
+    if manifest.get("kind") == "onnx":
+        found["graph"] = _onnx(path / manifest["file"])
+    return found
+
+
+def _onnx(file: Path) -> dict[str, Any]:
+    """Ops and weights of an ONNX file; external data is counted from its offsets, not read."""
+    import onnx
+
+    try:
+        model = onnx.load(file, load_external_data=False)
+    except Exception as error:  # protobuf's own error types
+        raise UserError(f"{file}: not an ONNX model ({(str(error).splitlines() or ['unreadable'])[0]})") from error
+    nodes = Counter(f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in model.graph.node)
+    external: Counter[str] = Counter()
+    inside = 0
+    for tensor in model.graph.initializer:
+        places = {entry.key: entry.value for entry in tensor.external_data}
+        if places:
+            external[places["location"]] += int(places.get("length", 0))
+        else:
+            inside += len(tensor.raw_data)
+    missing = sorted(name for name in external if not (file.parent / name).is_file())
+    return {
+        "nodes": len(model.graph.node),
+        "dsa_ops": {name: count for name, count in nodes.items() if name.startswith("mla2dsa.")},
+        "functions": sorted(f"{function.domain}.{function.name}" for function in model.functions),
+        "opsets": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+        "inputs": [value.name for value in model.graph.input],
+        "outputs": [value.name for value in model.graph.output],
+        "weight_bytes": {"inside": inside, **dict(external)},
+        "missing_files": missing,
+    }
