@@ -87,11 +87,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_verify(commands)
     _add_strip(commands)
+    _add_generate(commands)
+    _add_inspect(commands)
     _add_env(commands)
     return parser
 
 
-def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], about: str, example: str) -> argparse.ArgumentParser:
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], about: str, example: str
+) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
         name, help=about, description=about[0].upper() + about[1:] + ".", epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -103,10 +107,14 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int],
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("indexer")
-    group.add_argument("--recipe", metavar="FILE", help="YAML file with any of these settings and more (docs/recipe.md)")
+    group.add_argument(
+        "--recipe", metavar="FILE", help="YAML file with any of these settings and more (docs/recipe.md)"
+    )
     group.add_argument("--indexer", metavar="SOURCE", help="closed-form (default), distil, or donor:PATH")
     group.add_argument("--index-topk", type=int, metavar="K", help="past tokens each query attends to (default 2048)")
-    group.add_argument("--index-n-heads", type=int, metavar="H", help="index heads (default: the model's heads, at most 64)")
+    group.add_argument(
+        "--index-n-heads", type=int, metavar="H", help="index heads (default: the model's heads, at most 64)"
+    )
     group.add_argument("--index-head-dim", type=int, metavar="D", help="width of an index head (default 128)")
 
 
@@ -118,9 +126,13 @@ def _recipe(args: argparse.Namespace) -> Any:
 
 
 def _add_plan(commands: Any) -> None:
-    command = _command(commands, "plan", _plan, "show what a conversion would do, and why not; reads no weight", "mla2dsa plan ./model")
+    command = _command(
+        commands, "plan", _plan, "show what a conversion would do, and why not; reads no weight", "mla2dsa plan ./model"
+    )
     command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    command.add_argument("--allow-partial", action="store_true", help="plan a model that has other attention beside MLA")
+    command.add_argument(
+        "--allow-partial", action="store_true", help="plan a model that has other attention beside MLA"
+    )
     _add_recipe(command)
 
 
@@ -135,19 +147,27 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _add_convert(commands: Any) -> None:
     example = "mla2dsa convert ./model ./model-dsa --indexer distil --calibration ./texts"
-    command = _command(commands, "convert", _convert, "write the DSA checkpoint of a dense MLA checkpoint, verified", example)
+    command = _command(
+        commands, "convert", _convert, "write the DSA checkpoint of a dense MLA checkpoint, verified", example
+    )
     command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     command.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     _add_recipe(command)
-    command.add_argument("--calibration", metavar="PATH", help="text file, folder of text, or .jsonl (default: random tokens)")
-    command.add_argument("--tokens", type=int, metavar="N", help="how much of it to use (default 16 sequences; 64 for distil)")
+    command.add_argument(
+        "--calibration", metavar="PATH", help="text file, folder of text, or .jsonl (default: random tokens)"
+    )
+    command.add_argument(
+        "--tokens", type=int, metavar="N", help="how much of it to use (default 16 sequences; 64 for distil)"
+    )
     command.add_argument("--device", default="cpu", help="where the model is streamed through (default cpu)")
     existing = command.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on with an unfinished conversion")
     existing.add_argument("--overwrite", action="store_true", help="replace OUT, or an unfinished conversion")
     command.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     command.add_argument("--skip-verification", action="store_true", help="write the result without proving it")
-    command.add_argument("--skip-transformers", action="store_true", help="verify on the streamed graph only (large models)")
+    command.add_argument(
+        "--skip-transformers", action="store_true", help="verify on the streamed graph only (large models)"
+    )
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -171,21 +191,33 @@ def _convert(args: argparse.Namespace) -> int:
     show_layers(outcome.layers, outcome.report)
     if outcome.verification is not None:
         show_verification(outcome.verification, layers=False)
-    print(f"{args.out}: written in {outcome.report['seconds']:.0f} s" + ("" if outcome.verification else ", NOT verified"))
+    print(
+        f"{args.out}: written in {outcome.report['seconds']:.0f} s" + ("" if outcome.verification else ", NOT verified")
+    )
     return 0
 
 
 def _add_verify(commands: Any) -> None:
     example = "mla2dsa verify ./model ./model-dsa --text held-out.txt"
-    command = _command(commands, "verify", _verify, "hold a DSA checkpoint against the dense one it was made from", example)
+    command = _command(
+        commands, "verify", _verify, "hold a DSA checkpoint against the dense one it was made from", example
+    )
     command.add_argument("dense", metavar="DENSE", type=Path, help="folder of the dense checkpoint")
     command.add_argument("dsa", metavar="DSA", type=Path, help="folder of the DSA checkpoint")
-    command.add_argument("--text", metavar="PATH", help="held-out text: file, folder or .jsonl (default: random tokens)")
+    command.add_argument(
+        "--text", metavar="PATH", help="held-out text: file, folder or .jsonl (default: random tokens)"
+    )
     command.add_argument("--sequences", type=int, default=8, metavar="N", help="sequences to look at (default 8)")
-    command.add_argument("--sequence-length", type=int, metavar="L", help="tokens of a sequence (default 4 * index_topk, at least 1024)")
-    command.add_argument("--max-loss-delta", type=float, default=None, metavar="X", help="most loss increase, nats/token (default 0.05)")
+    command.add_argument(
+        "--sequence-length", type=int, metavar="L", help="tokens of a sequence (default 4 * index_topk, at least 1024)"
+    )
+    command.add_argument(
+        "--max-loss-delta", type=float, default=None, metavar="X", help="most loss increase, nats/token (default 0.05)"
+    )
     command.add_argument("--device", default="cpu", help="where the models are streamed through (default cpu)")
-    command.add_argument("--skip-transformers", action="store_true", help="do not load the checkpoints with transformers (large models)")
+    command.add_argument(
+        "--skip-transformers", action="store_true", help="do not load the checkpoints with transformers (large models)"
+    )
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -205,7 +237,9 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _add_strip(commands: Any) -> None:
-    command = _command(commands, "strip", _strip, "give the dense checkpoint back, bit for bit", "mla2dsa strip ./model-dsa ./model")
+    command = _command(
+        commands, "strip", _strip, "give the dense checkpoint back, bit for bit", "mla2dsa strip ./model-dsa ./model"
+    )
     command.add_argument("dsa", metavar="DSA", type=Path, help="folder that mla2dsa convert wrote")
     command.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     command.add_argument("--overwrite", action="store_true", help="replace OUT")
@@ -222,6 +256,61 @@ def _strip(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_generate(commands: Any) -> None:
+    example = 'mla2dsa generate ./model-dsa "def main():" --max-new-tokens 64'
+    command = _command(commands, "generate", _generate, "continue a prompt; the text alone goes to stdout", example)
+    command.add_argument("model", metavar="MODEL", help="DSA checkpoint (folder or hub id), or an exported folder")
+    command.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads stdin")
+    command.add_argument(
+        "--runtime", choices=("torch", "onnxruntime"), help="default: onnxruntime for an exported folder, else torch"
+    )
+    command.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="most tokens to write (default 128)"
+    )
+    command.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the most likely token"
+    )
+    command.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="sample from the most likely tokens of this mass"
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
+    command.add_argument("--device", default="cpu", help="where torch runs (default cpu)")
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from .exporters.generation import Sampling
+    from .optimizer.generate import generate_text
+    from .optimizer.show import print_json
+
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    sampling = Sampling(args.temperature, args.top_p, args.seed)
+    pieces = generate_text(args.model, prompt, args.runtime, args.max_new_tokens, sampling, args.device)
+    if args.json:
+        print_json({"text": "".join(pieces)})
+        return 0
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def _add_inspect(commands: Any) -> None:
+    about = "what a checkpoint, an exported folder or an .onnx file is: layers, ops, caches, bytes"
+    command = _command(commands, "inspect", _inspect, about, "mla2dsa inspect ./model-dsa")
+    command.add_argument(
+        "target", metavar="TARGET", help="checkpoint (folder or hub id), exported folder, or .onnx file"
+    )
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from .optimizer.inspect import inspect
+    from .optimizer.show import print_json, show_description
+
+    found = inspect(args.target)
+    print_json(found) if args.json else show_description(found)
+    return 0
+
+
 def _add_env(commands: Any) -> None:
     _command(commands, "env", _env, "versions, devices, and what is usable or why not", "mla2dsa env")
 
@@ -233,5 +322,3 @@ def _env(args: argparse.Namespace) -> int:
     found = environment()
     print_json(found) if args.json else show_environment(found)
     return 0
-
-

@@ -46,7 +46,7 @@ class Sampling:
         """[B] token ids from logits [B, vocab] float32."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        ranked, order = (logits / self.temperature).softmax(-1).sort(-1, descending=True, stable=True)
+        ranked, order = torch.sort((logits / self.temperature).softmax(-1), dim=-1, descending=True, stable=True)
         ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= self.top_p, 0.0)
         choice = torch.multinomial(ranked, 1, generator=generator)
         return order.gather(-1, choice)[:, 0]

@@ -33,7 +33,8 @@ def optimise(model: ir.Model) -> None:
 
 def _from_constants(node: ir.Node) -> bool | None:
     """False when a weight is involved, None leaves the decision to the pass."""
-    return False if any(value is not None and value.is_initializer() for value in node.inputs) else None
+    weights = (value is not None and isinstance(value.const_value, ir.ExternalTensor) for value in node.inputs)
+    return False if any(weights) else None
 
 
 class _ShareConstants(ir.passes.InPlacePass):

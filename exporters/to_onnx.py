@@ -130,7 +130,7 @@ def _name_nodes(graph: ir.Graph, layers: Sequence[str]) -> None:
     for number, node in enumerate(graph):
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
         modules = re.findall(r"'([^']*)'", scopes)[:-1]
-        module = next((name for name in reversed(modules) if name), "")
+        module = next((name for name in reversed(modules) if name and not name.startswith("_")), "")
         node.name = f"{module}/{node.op_type}_{number}" if module else f"{node.op_type}_{number}"
         node.metadata_props.clear()
         if node.domain == DOMAIN:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..kernels import ops  # noqa: F401  (registers torch.ops.mla2dsa)
+
 SINKS = 4
 
 SparseMla = Callable[[Tensor, Tensor, Tensor, float, int], Tensor]
@@ -36,9 +38,10 @@ def window(q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_rank: i
     """The most recent keys and the first four (sinks), index_topk in all."""
     _, end = _ranges(q)
     count = indices.shape[-1]
-    recent = end[..., None] - 1 - torch.arange(count - SINKS, device=q.device)
-    sinks = torch.arange(SINKS, device=q.device).expand(*end.shape, SINKS)
-    recent = recent.masked_fill(recent < SINKS, -1)
+    first = min(SINKS, count)
+    recent = end[..., None] - 1 - torch.arange(count - first, device=q.device)
+    sinks = torch.arange(first, device=q.device).expand(*end.shape, first)
+    recent = recent.masked_fill(recent < first, -1)
     chosen = torch.cat([sinks.masked_fill(sinks >= end[..., None], -1), recent], -1).to(torch.int32)
     out: Tensor = torch.ops.mla2dsa.sparse_mla(q, kv, chosen, scale, kv_lora_rank)
     return out

@@ -81,12 +81,13 @@ def calibrate(
     """
     for site, samples, maps in layer_samples(source, [*sequences, *held_out], how, on_sequence):
         if done is not None and site.name in done:
-            yield done[site.name]
-            continue
-        try:
-            result = _fit(site, maps(), samples[: len(sequences)], samples[len(sequences) :], how, on_step)
-        except UserError as error:
-            raise error if site.name in str(error) else UserError(f"{site.name}: {error}") from error
+            result = done[site.name]
+        else:
+            try:
+                result = _fit(site, maps(), samples[: len(sequences)], samples[len(sequences) :], how, on_step)
+            except UserError as error:
+                raise error if site.name in str(error) else UserError(f"{site.name}: {error}") from error
+        del samples, maps  # before the next layer's are gathered
         yield result
 
 
@@ -116,6 +117,7 @@ def layer_samples(
             samples = [_sample(site, tapped, values, inputs[i]) for i, values in enumerate(gathered)]
             _forget(site, tapped, gathered)
             yield site, samples, partial(_checked_maps, site, samples[0], names, load)
+            del samples  # before the next layer's are gathered
 
 
 def _checked_maps(

@@ -240,9 +240,7 @@ def _fingerprint(job: _Job) -> str:
     return digest.hexdigest()
 
 
-def _report(
-    job: _Job, layers: tuple[LayerResult, ...], proof: list[Verification], seconds: float
-) -> dict[str, Any]:
+def _report(job: _Job, layers: tuple[LayerResult, ...], proof: list[Verification], seconds: float) -> dict[str, Any]:
     text, fitted = job.sequences, job.sequences.calibration if job.prepared.donor is None else []
     report: dict[str, Any] = {
         "plan": job.prepared.plan.to_json(),

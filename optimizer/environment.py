@@ -10,7 +10,18 @@ from typing import Any
 from .. import __version__
 from ..errors import UsageError
 
-_PACKAGES = ("torch", "transformers", "safetensors", "huggingface-hub", "triton", "onnx", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "huggingface-hub",
+    "triton",
+    "onnx",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt-rtx",
+)
 
 
 def environment() -> dict[str, Any]:

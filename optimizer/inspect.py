@@ -28,7 +28,9 @@ def inspect(target: str) -> dict[str, Any]:
     if (path / EXPORT_MANIFEST).is_file():
         return _export(path)
     if path.is_file():
-        raise UserError(f"{path}: neither an .onnx file nor a folder; give a checkpoint, an exported folder or an .onnx file")
+        raise UserError(
+            f"{path}: neither an .onnx file nor a folder; give a checkpoint, an exported folder or an .onnx file"
+        )
     return _checkpoint(target)
 
 
@@ -57,7 +59,9 @@ def _checkpoint(target: str) -> dict[str, Any]:
 
 def _cache_bytes(config: Mapping[str, Any]) -> dict[str, int]:
     """bfloat16 bytes of one token in all layers: the latent, and the index key of a DSA model."""
-    layers, rank, rope = (int(config.get(name) or 0) for name in ("num_hidden_layers", "kv_lora_rank", "qk_rope_head_dim"))
+    layers, rank, rope = (
+        int(config.get(name) or 0) for name in ("num_hidden_layers", "kv_lora_rank", "qk_rope_head_dim")
+    )
     return {"latent": 2 * layers * (rank + rope), "index_key": 2 * layers * int(config.get("index_head_dim") or 0)}
 
 

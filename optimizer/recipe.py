@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import UsageError
 
 DEFAULT_TOPK = 2048
 CLOSED_FORM_SEQUENCES = 16
 DISTIL_SEQUENCES = 64
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) else value
+
+
+Number = Annotated[float, BeforeValidator(_number)]  # YAML 1.1 reads 3e-3 as text
 
 
 class _Strict(BaseModel):
@@ -23,13 +30,13 @@ class Distil(_Strict):
     """Schedule of the distillation: steps of one sequence each, peak learning rate."""
 
     steps: int = Field(default=256, ge=1)
-    lr: float = Field(default=3e-3, gt=0, allow_inf_nan=False)
+    lr: Number = Field(default=3e-3, gt=0, allow_inf_nan=False)
 
 
 class Verify(_Strict):
     """Limits of the verification. max_loss_delta: nats/token on held-out text, all layers sparse at once."""
 
-    max_loss_delta: float = Field(default=0.05, gt=0)
+    max_loss_delta: Number = Field(default=0.05, gt=0)
     sequences: int = Field(default=8, ge=1)
 
 

@@ -40,7 +40,9 @@ def show_plan(plan: Plan) -> None:
     """The model, its layers (equal ones together), what will be added and what it changes."""
     config = plan.indexer
     print(f"{plan.model}: {plan.model_type}, {len(plan.layers)} MLA layers, context {plan.context}")
-    print(f"indexer: {plan.source}, top-k {config.index_topk}, {config.index_n_heads} heads of {config.index_head_dim}, {plan.new_parameters / 1e6:.2f} M new parameters")
+    print(
+        f"indexer: {plan.source}, top-k {config.index_topk}, {config.index_n_heads} heads of {config.index_head_dim}, {plan.new_parameters / 1e6:.2f} M new parameters"
+    )
     table = _table("layers", "heads", "q latent", "kv latent", "nope/rope/v")
     for names, dims in _grouped(plan):
         widths = f"{dims.qk_nope_head_dim}/{dims.qk_rope_head_dim}/{dims.v_head_dim}"
@@ -76,9 +78,13 @@ def show_layers(layers: Sequence[LayerResult], report: Mapping[str, Any]) -> Non
     if not layers:
         return
     used = report["calibration"]
-    print(f"calibrated on {used['tokens']} tokens of {used['text']} ({used['sequences']} sequences of {used['sequence_length']})")
+    print(
+        f"calibrated on {used['tokens']} tokens of {used['text']} ({used['sequences']} sequences of {used['sequence_length']})"
+    )
     if used["text"] == RANDOM:
-        print("no calibration text was given: second moments of random tokens were used, and the figures below are on random tokens")
+        print(
+            "no calibration text was given: second moments of random tokens were used, and the figures below are on random tokens"
+        )
     table = _table("attention mass captured, held out", "indexer", "closed form", "oracle", "window", "steps")
     for layer in layers:
         numbers = (layer.recall, layer.closed_form_recall, layer.oracle, layer.window)
@@ -95,10 +101,17 @@ def show_verification(result: Verification, layers: bool = True) -> None:
     for name in result.skipped:
         print(f"not checked: {name}")
     text = result.text
-    print(f"{result.origin}: dense loss {text.dense_loss:.4f} nats/token, {text.positions} positions, length {text.length}")
+    print(
+        f"{result.origin}: dense loss {text.dense_loss:.4f} nats/token, {text.positions} positions, length {text.length}"
+    )
     table = _table("selection", "loss increase", "s.e.", "KL", "same top token")
     for name, quality in text.by_selection.items():
-        figures = (f"{quality.loss_delta:+.4f}", f"{quality.standard_error:.4f}", f"{quality.kl:.4f}", f"{quality.same_top:.1%}")
+        figures = (
+            f"{quality.loss_delta:+.4f}",
+            f"{quality.standard_error:.4f}",
+            f"{quality.kl:.4f}",
+            f"{quality.same_top:.1%}",
+        )
         table.add_row({"dsa": "DSA", "oracle": "oracle top-k", "window": "window + 4 sinks"}[name], *figures)
     _print(table)
     if layers:
@@ -118,7 +131,22 @@ def show_environment(found: Mapping[str, Any]) -> None:
         print(f"  {name}: {state}")
 
 
-_STAGES = {"calibrate": "calibrating", "exactness": "checking exactness", "transformers": "comparing with transformers", "text": "measuring on text"}
+def show_description(found: Mapping[str, Any], indent: str = "") -> None:
+    """`inspect`'s findings, one field a line."""
+    for name, content in found.items():
+        if isinstance(content, Mapping) and content:
+            print(f"{indent}{name}:")
+            show_description(content, indent + "  ")
+        elif content not in (None, [], {}):
+            print(f"{indent}{name}: {', '.join(map(str, content)) if isinstance(content, list) else content}")
+
+
+_STAGES = {
+    "calibrate": "calibrating",
+    "exactness": "checking exactness",
+    "transformers": "comparing with transformers",
+    "text": "measuring on text",
+}
 
 
 class Progress:
@@ -139,7 +167,9 @@ class Progress:
         self._bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bars.stop()
 
     def advance(self, stage: str, done: int, total: int) -> None:

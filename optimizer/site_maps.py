@@ -55,7 +55,8 @@ def _read(site: MlaSite, names: NameOf, load: Load) -> SiteMaps:
     if site.q_b is None:
         raise CannotEvaluate("the query is not one projection's output")
     q_rows, q_factor = _query_rows(site)
-    w_q = _weight(site.q_b, names, load)[q_rows.flatten()].view(*q_rows.shape, -1) * q_factor[..., None]
+    w_q = _weight(site.q_b, names, load)[q_rows.flatten()].view(*q_rows.shape, -1)
+    w_q = w_q * q_factor.to(w_q)[..., None]
     nope = slice(dims.qk_rope_head_dim, None) if site.rope_first else slice(0, dims.qk_nope_head_dim)
     rope = slice(0, dims.qk_rope_head_dim) if site.rope_first else slice(dims.qk_nope_head_dim, None)
     w_uk = load(names[site.kv_b_weight.name]).float()[site.uk_rows.flatten()].view(*site.uk_rows.shape, -1)
@@ -135,7 +136,7 @@ def _latent_rows(site: MlaSite, names: NameOf, load: Load) -> tuple[Tensor, Tens
     feed: dict[Node, Tensor] = {site.kv_a: units.view(concrete_shape(site.kv_a, env))}
     for node in cone:
         if node.op == "placeholder" and node.name in names:
-            feed[node] = load(names[node.name]).double()
+            feed[node] = load(names[node.name]).double().cpu()
     out = evaluate([site.latent], feed, env)[0].reshape(width, rank)
     rows = out.abs().argmax(0)
     picked = out[rows, torch.arange(rank)]

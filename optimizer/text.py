@@ -91,15 +91,21 @@ def documents(path: Path) -> Iterator[str]:
 
     Raises UserError for files that are not text.
     """
-    for file in sorted(filter(_is_text, path.rglob("*"))) if path.is_dir() else [path]:
+    for file in _text_files(path) if path.is_dir() else [path]:
         content = _read(file)
         texts = _jsonl(file, content) if file.suffix == ".jsonl" else [content]
         yield from (text for text in texts if text.strip())
 
 
-def _is_text(file: Path) -> bool:
+def _text_files(folder: Path) -> list[Path]:
     """A corpus folder usually says what it is and under which licence; that is not part of the corpus."""
-    return file.is_file() and not file.name.startswith((".", "README", "LICENSE"))
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return [
+        file
+        for file in files
+        if not file.name.startswith(("README", "LICENSE"))
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
 
 
 def _read(file: Path) -> str:
@@ -112,7 +118,7 @@ def _read(file: Path) -> str:
 
 
 def _jsonl(file: Path, content: str) -> Iterator[str]:
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:

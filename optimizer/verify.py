@@ -68,9 +68,7 @@ class Verification:
     def failure(self) -> str:
         """The first check that failed, as one line."""
         bad = next(check for check in self.checks if not check.passed)
-        return (
-            f"verification failed: {bad.name}: {bad.value:.3g}, expected at most {bad.limit:.3g} ({bad.detail}); {bad.remedy}"
-        )
+        return f"verification failed: {bad.name}: {bad.value:.3g}, expected at most {bad.limit:.3g} ({bad.detail}); {bad.remedy}"
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,9 @@ def _indexer_config(made: Checkpoint) -> IndexerConfig:
             f"{file}: model_type is {made.config.get('model_type')!r}, expected deepseek_v32; give the DSA checkpoint second"
         )
     if made.config.get("indexer_rope_interleave"):
-        raise UserError(f"{file}: indexer_rope_interleave is true, but deepseek_v32 rotates its indexer half-split; set it to false")
+        raise UserError(
+            f"{file}: indexer_rope_interleave is true, but deepseek_v32 rotates its indexer half-split; set it to false"
+        )
     sizes = {name: made.config.get(name) for name in ("index_topk", "index_n_heads", "index_head_dim")}
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
@@ -260,7 +260,9 @@ def _quality(text: TextResult, layers: Sequence[LayerRecall], max_loss_delta: fl
     """On random tokens the loss says little (a model that is sure of the wrong token gains by any damage); the rest does."""
     dsa, window = text.by_selection["dsa"], text.by_selection["window"]
     weakest = max(layers, key=lambda layer: layer.chance - layer.dsa)
-    missed, allowed = (1 - sum(values) / len(layers) for values in ([r.dsa for r in layers], [r.window for r in layers]))
+    missed, allowed = (
+        1 - sum(values) / len(layers) for values in ([r.dsa for r in layers], [r.window for r in layers])
+    )
     return [
         _better("loss increase on text, nats/token", dsa.loss_delta, max_loss_delta, "all layers sparse"),
         _better("KL to the dense model, no more than with a window of the same size", dsa.kl, window.kl, "all layers sparse"),
@@ -294,7 +296,9 @@ def verify_folders(
     topk, context = pair.config.index_topk, pair.dense.capture.max_length
     length = min(context, max(1024, 4 * topk)) if sequence_length is None else sequence_length
     if not topk + 1 < length <= context:
-        raise UsageError(f"--sequence-length {length}, expected more than index_topk {topk} and at most the context of {context} tokens")
+        raise UsageError(
+            f"--sequence-length {length}, expected more than index_topk {topk} and at most the context of {context} tokens"
+        )
     tokens = model_tokens(pair.dense.checkpoint, text, length * sequences)
     chosen = tokens.sequences(length, sequences)
     limit = Verify().max_loss_delta if max_loss_delta is None else max_loss_delta

@@ -47,7 +47,7 @@ class Seen:
 
 
 class Runner:
-    """Streams sequences through `program`.
+    """Streams sequences through `program`, on the device of the sequences, whichever it was captured on.
 
     load: gives a parameter or buffer by name, on the right device; default: the program's own state (in-memory programs).
     cores: names of the nodes that mark layers; one piece holds one of them. None runs the graph in one piece.
@@ -101,9 +101,10 @@ class Runner:
         self, piece: Piece, weights: Mapping[Node, Tensor], carried: Mapping[Node, Any], watched: set[str]
     ) -> tuple[dict[str, Any], dict[Node, Any]]:
         env: dict[Node, Any] = {**weights, **carried}
+        device = next((carried[node].device for node in self._inputs if node in carried), None)
         seen: dict[str, Any] = {}
         for node in piece.nodes:
-            env[node] = self._call(node, env)
+            env[node] = self._call(node, env, device)
             if node.name in watched:
                 seen[node.name] = env[node]
             for done in piece.last_use[node]:
@@ -111,11 +112,18 @@ class Runner:
         inputs = {node: carried[node] for node in self._inputs if node in carried}
         return seen, {**inputs, **{node: env[node] for node in piece.alive}}
 
-    def _call(self, node: Node, env: Mapping[Node, Any]) -> Any:
+    def _call(self, node: Node, env: Mapping[Node, Any], device: torch.device | None) -> Any:
+        """The node's value. `device`, that of the inputs, stands in for the one the graph was captured on."""
         if node.op == "get_attr":
             return getattr(self._module, str(node.target))
+
+        def given(arg: Any) -> Any:
+            if isinstance(arg, torch.device):
+                return device or arg
+            return env[arg] if isinstance(arg, Node) else arg
+
         target = self._overrides.get(node.target, node.target)
-        args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: env[n])
+        args, kwargs = torch.fx.node.map_aggregate((node.args, dict(node.kwargs)), given)
         return target(*args, **kwargs)
 
 
@@ -139,8 +147,7 @@ def _cut(program: ExportedProgram, cores: set[str], weights: set[Node]) -> list[
         n for n in program.graph.nodes
         if n.op not in ("placeholder", "output") and "_assert_tensor_metadata" not in str(n.target)
     ]  # fmt: skip
-    position = {node: i for i, node in enumerate(nodes)}
-    position[next(iter(reversed(program.graph.nodes)))] = len(nodes)
+    position = {node: i for i, node in enumerate(nodes)}  # not of the output: it is given what was seen on the way
     last = {node: max((position[u] for u in node.users if u in position), default=position[node]) for node in nodes}
     at = [position[node] for node in nodes if node.name in cores]
     bounds = [0, *_cheapest_cuts(nodes, last, at), len(nodes)]

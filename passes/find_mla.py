@@ -66,13 +66,13 @@ def find_mla(program: ExportedProgram) -> Found:
 
 def find_mla_in(graph: Graph, signature: ExportGraphSignature, constants: Mapping[str, object]) -> Found:
     names = dict(signature.inputs_to_parameters) | dict(signature.inputs_to_buffers)
-    user_inputs = [n for n in graph.nodes if n.op == "placeholder" and n.name in set(signature.user_inputs)]
+    given, constant_names = set(signature.user_inputs), signature.inputs_to_lifted_tensor_constants
+    placeholders = graph.find_nodes(op="placeholder")
+    user_inputs = [n for n in placeholders if n.name in given]
     lifted = {
         n: value.cpu()
-        for n in graph.nodes
-        if n.op == "placeholder"
-        and isinstance(value := constants.get(signature.inputs_to_lifted_tensor_constants.get(n.name, "")), Tensor)
-        and value.device.type != "meta"
+        for n in placeholders
+        if isinstance(value := constants.get(constant_names.get(n.name, "")), Tensor) and value.device.type != "meta"
     }
     matcher = _Matcher(MaskProver(user_inputs, lifted), WriteGuard(graph), names)
     sites: list[MlaSite] = []

@@ -41,7 +41,8 @@ MOVES = CASTS | BLANK | {
     aten.select.int, aten.flatten.using_ints, aten.unflatten.int, aten.lift_fresh_copy.default, aten.t.default,
     aten.split_with_sizes_copy.default, aten.repeat_interleave.self_int, aten.narrow.default, aten.detach_.default,
     aten.detach.default, aten.select_scatter.default, aten.unbind.int, aten.stack.default,
-    aten.expand_copy.default, aten.expand_as.default, aten.view_as.default, aten.repeat.default, aten.mT.default, aten.movedim.int, aten.swapaxes.default, operator.getitem,
+    aten.expand_copy.default, aten.expand_as.default, aten.view_as.default, aten.repeat.default, aten.mT.default,
+    aten.movedim.int, aten.swapaxes.default, operator.getitem,
 }  # fmt: skip
 
 

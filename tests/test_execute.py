@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from mla2dsa.optimizer import baselines
 from mla2dsa.passes.execute import Runner
 from mla2dsa.passes.mla_to_dsa import mla_to_dsa, prepare
+from mla2dsa.passes.tap import SITE_TAPS, tap
 
 LAYERS = 4
 SHAPES = [(1, 1, 0), (2, 9, 3), (1, 40, 0)]  # batch, length, left padding of the first row
@@ -103,6 +104,24 @@ def test_checkpoint_in_pieces(attention: str, tmp_path_factory: pytest.TempPathF
     assert torch.equal(next(runner.outputs_of([sequence]))[0], run(source, sequence))
 
 
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2", "minicpm3"])
+def test_runs_on_the_device_of_its_inputs(name: str) -> None:
+    """Captured on the CPU, run on another device (meta, which any machine has): nothing is left behind on the CPU."""
+    dense = captured(config_dict(name)).program
+    config = families.IndexerConfig(8, 4, 16)
+    converted = mla_to_dsa(dense, config)
+    for program in (dense, converted.program):
+        held: dict[str, Any] = {**program.state_dict, **program.constants}
+        runner = Runner(program, lambda name, held=held: held[name].to("meta"))  # type: ignore[misc]
+        [batch] = batches(SHAPES[1])
+        seen = list(runner.run([{key: value.to("meta") for key, value in batch.items()}], _tensor_nodes(program)))
+        assert {value.device.type for s in seen for value in s.values.values()} == {"meta"}
+
+
+def _tensor_nodes(program: ExportedProgram) -> list[str]:
+    return [n.name for n in program.graph.nodes if isinstance(n.meta.get("val"), Tensor)]
+
+
 # What is in memory
 
 
@@ -167,6 +186,17 @@ def test_only_the_residual_and_shared_tables_are_carried(name: str) -> None:
         assert widths in ([4, 64], [8, 8, 64])  # rotary table: complex, or cos and sin; residual: hidden_size
         assert len(masks) == 1
     assert len(alive[LAYERS - 1]) == 1  # before the final projection: what it projects
+
+
+def test_what_a_tap_shows_is_not_carried() -> None:
+    """Calibration would otherwise hold every layer's samples until the end."""
+    tapped = tap(captured(config_dict("deepseek_v3", num_hidden_layers=LAYERS)).program, rows=4)
+    sites = tapped.found.sites
+    shown = {tapped.taps[f"{site.name}.{name}"] for site in sites for name in SITE_TAPS}
+    runner = Runner(tapped.program, cores=[site.core.out.name for site in sites])
+    assert len(shown) == LAYERS * len(SITE_TAPS)
+    for piece in runner.pieces:
+        assert not shown & {node.name for node in piece.alive}
 
 
 def test_what_is_carried_is_what_a_sequence_needs(program: ExportedProgram, cores: list[str]) -> None:

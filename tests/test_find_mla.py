@@ -324,7 +324,7 @@ def any_dims(draw: st.DrawFn) -> Dims:
     )  # fmt: skip
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(dims=any_dims(), attention=st.sampled_from([Mla, PeFirst, ChannelsFirst, InterleavedRope, MaskedFill]))
 def test_any_dims(dims: Dims, attention: type[Mla]) -> None:
     model = build(attention, dims)

@@ -1,0 +1,69 @@
+"""Generate text from a DSA checkpoint (its own converted graph, in torch) or from an exported folder (onnxruntime)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError, UserError
+from ..exporters.generation import Sampling, Session, generate
+from ..exporters.ort_session import EXPORT_MANIFEST, OrtSession
+from .checkpoint import Checkpoint
+from .text import load_tokenizer
+from .torch_session import open_torch_session
+
+RUNTIMES = ("torch", "onnxruntime")
+
+
+def generate_text(
+    model: str, prompt: str, runtime: str | None, max_new_tokens: int, sampling: Sampling, device: str = "cpu"
+) -> Iterator[str]:
+    """Yield the continuation of `prompt` piece by piece. runtime None: onnxruntime for an exported folder, else torch.
+
+    Raises UserError / UsageError before the first piece.
+    """
+    if max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens {max_new_tokens}, expected at least 1")
+    exported = (Path(model) / EXPORT_MANIFEST).is_file()
+    runtime = runtime or ("onnxruntime" if exported else "torch")
+    folder = Path(model) if exported else Checkpoint.open(model).path
+    session = _session(folder, runtime, exported, device)
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer(prompt)["input_ids"]
+    return _pieces(tokenizer, generate(session, [ids], max_new_tokens, sampling, _stop(tokenizer)))
+
+
+def _session(folder: Path, runtime: str, exported: bool, device: str) -> Session:
+    if runtime == "onnxruntime":
+        if not exported:
+            raise UserError(
+                f"{folder}: a checkpoint, which onnxruntime cannot run; run `mla2dsa export` first, or pass --runtime torch"
+            )
+        return OrtSession(folder, batch=1)
+    if exported:
+        raise UserError(
+            f"{folder}: an exported folder; pass --runtime onnxruntime, or give the checkpoint for --runtime torch"
+        )
+    return open_torch_session(folder, batch=1, device=device)
+
+
+def _stop(tokenizer: Any) -> list[int]:
+    return [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+
+
+def _pieces(tokenizer: Any, steps: Iterator[list[int | None]]) -> Iterator[str]:
+    """Text as it becomes certain: a character may take several tokens, and spaces depend on what came before."""
+    ids: list[int] = []
+    shown = ""
+    for (token,) in steps:
+        if token is None:
+            break
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if text.startswith(shown) and not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    text = tokenizer.decode(ids)
+    if text.startswith(shown) and len(text) > len(shown):
+        yield text[len(shown) :]
