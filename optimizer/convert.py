@@ -210,7 +210,8 @@ def _sequences(prepared: Prepared, recipe: Recipe) -> _Sequences:
         length = min(length, len(text.ids) // 3)
     if length <= topk + 1:
         raise UserError(
-            f"{text.origin}: {len(text.ids)} tokens, expected at least {3 * (topk + 2)} (three sequences longer than index_topk {topk}); give more text"
+            f"{text.origin}: {len(text.ids)} tokens, expected at least {3 * (topk + 2)} "
+            f"(three sequences longer than index_topk {topk}); give more text"
         )
     everything = text.sequences(length)
     if len(everything) < 3:

@@ -58,17 +58,16 @@ def _mask(
 
     if mask_function is not None and mask_function is not causal_mask_function:
         others["allow_is_causal_skip"] = False
-        mask: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, mask_function=mask_function, **others)
-        return mask
+        judged: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, mask_function=mask_function, **others)
+        return judged
     device = others.get("device", "cpu")
     rows = torch.arange(q_length, device=device) + others.get("q_offset", 0)
     columns = torch.arange(kv_length, device=device) + others.get("kv_offset", 0)
-    visible = (columns[None, :] <= rows[:, None])[None, None]
+    visible: Tensor = (columns[None, :] <= rows[:, None])[None, None]
     padding = others.get("attention_mask")
     if padding is not None:
         visible = visible & padding[:, None, None, :kv_length].to(torch.bool)
-    mask = visible.expand(batch_size, -1, -1, -1)
-    return mask
+    return visible.expand(batch_size, -1, -1, -1)
 
 
 def _experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -85,8 +85,9 @@ def _explain(error: Any, file: str | None, flags: Mapping[str, Any]) -> str:
     flag = error["loc"][:1] and flags.get(error["loc"][0]) is not None
     source = f"--{where.replace('_', '-')}" if flag or file is None else f"{file}: {where}"
     if error["type"] == "extra_forbidden":
-        group: type[BaseModel] = {"distil": Distil, "verify": Verify}.get(error["loc"][0], Recipe)
-        return f"{source}: no such field; known are {', '.join(group.model_fields)}"
+        groups: dict[str, type[BaseModel]] = {"distil": Distil, "verify": Verify}
+        known = groups.get(error["loc"][0], Recipe).model_fields
+        return f"{source}: no such field; known are {', '.join(known)}"
     given = f" {error['input']!r}" if error["loc"] else ""
     return f"{source}{given}: {error['msg'].removeprefix('Value error, ')}"
 

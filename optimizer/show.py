@@ -40,9 +40,8 @@ def show_plan(plan: Plan) -> None:
     """The model, its layers (equal ones together), what will be added and what it changes."""
     config = plan.indexer
     print(f"{plan.model}: {plan.model_type}, {len(plan.layers)} MLA layers, context {plan.context}")
-    print(
-        f"indexer: {plan.source}, top-k {config.index_topk}, {config.index_n_heads} heads of {config.index_head_dim}, {plan.new_parameters / 1e6:.2f} M new parameters"
-    )
+    sizes = f"top-k {config.index_topk}, {config.index_n_heads} heads of {config.index_head_dim}"
+    print(f"indexer: {plan.source}, {sizes}, {plan.new_parameters / 1e6:.2f} M new parameters")
     table = _table("layers", "heads", "q latent", "kv latent", "nope/rope/v")
     for names, dims in _grouped(plan):
         widths = f"{dims.qk_nope_head_dim}/{dims.qk_rope_head_dim}/{dims.v_head_dim}"

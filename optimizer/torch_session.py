@@ -49,7 +49,8 @@ class TorchSession:
         inputs = {"input_ids": ids, "position_ids": positions, "slots": slots, "key_begin": key_begin, "last": last}
         moved = {name: tensor.to(self._device) for name, tensor in inputs.items()}
         outputs: list[Any] = next(self._runner.outputs_of([{**moved, **self._caches}]))
-        return outputs[0][:, 0].float().cpu()
+        logits: Tensor = outputs[0][:, 0].float()
+        return logits.cpu()
 
 
 def _write_in_place(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:

@@ -138,11 +138,14 @@ def _indexer_config(made: Checkpoint) -> IndexerConfig:
         raise UserError(
             f"{file}: indexer_rope_interleave is true, but deepseek_v32 rotates its indexer half-split; set it to false"
         )
-    sizes = {name: made.config.get(name) for name in ("index_topk", "index_n_heads", "index_head_dim")}
-    for name, size in sizes.items():
+    sizes = []
+    for name in ("index_topk", "index_n_heads", "index_head_dim"):
+        size = made.config.get(name)
         if not isinstance(size, int) or size < 1:
             raise UserError(f"{file}: {name} is {size!r}, expected a positive number; {CONVERT_AGAIN}")
-    return IndexerConfig(**sizes)
+        sizes.append(size)
+    topk, heads, width = sizes
+    return IndexerConfig(topk, heads, width)
 
 
 def verify(

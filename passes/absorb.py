@@ -67,7 +67,10 @@ def _rows_of(build: GraphBuilder, site: MlaSite, rows: Tensor, name: str) -> Nod
         # [head][nope | v], as every released checkpoint stores it: a view
         blocks = build(aten.view.default, weight, [heads, per_head, site.dims.kv_lora_rank])
         return build(aten.slice.Tensor, blocks, 1, first, first + width)
-    index = build.editor.add_constant(f"{site.name}.{name}", rows.flatten().to(value(weight).device))
+    device = value(weight).device  # a graph captured on meta still needs the real row numbers
+    index = build.editor.add_constant(
+        f"{site.name}.{name}", rows.flatten().to("cpu" if device.type == "meta" else device)
+    )
     picked = build(aten.index_select.default, weight, 0, index)
     return build(aten.view.default, picked, [heads, width, site.dims.kv_lora_rank])
 

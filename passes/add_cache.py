@@ -13,6 +13,7 @@ the query's own is never seen, so stale rows, ragged batches and chunks need no 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -62,7 +63,7 @@ class AddCache(PassBase):
         slots = editor.add_input("slots", (batch, length), torch.int64)
         begin = editor.add_input("key_begin", (batch,), torch.int64)
         selectors = [n for n in editor.graph.nodes if n.target is dsa.lightning_indexer.default]
-        ranges: dict[tuple[Node, Node], tuple[Node, Node]] = {}
+        ranges: dict[Any, tuple[Node, Node]] = {}
         for number, (layer, selector) in enumerate(zip(self._layers, selectors, strict=True)):
             self._cache_layer(number, layer, selector, slots, begin, ranges)
         if self._last_only:
@@ -81,21 +82,23 @@ class AddCache(PassBase):
             self._editor.drop_input(mask.name)
 
     def _cache_layer(
-        self, number: int, layer: str, selector: Node, slots: Node, begin: Node, ranges: dict[tuple[Node, Node], tuple[Node, Node]]
+        self, number: int, layer: str, selector: Node, slots: Node, begin: Node, ranges: dict[Any, tuple[Node, Node]]
     ) -> None:
         editor = self._editor
         build = editor.builder(before=selector)
         attend = next(user for user in selector.users if user.target is dsa.sparse_mla.default)
         query, keys, weights, old_begin, old_end, topk = selector.args
         if (old_begin, old_end) not in ranges:
-            rows = build(aten.expand.default, build(aten.unsqueeze.default, begin, 1), [build.size(slots, 0), build.size(slots, 1)])
-            ranges[old_begin, old_end] = rows, build(aten.add.Tensor, slots, 1)
+            sizes = [build.size(slots, 0), build.size(slots, 1)]
+            first = build(aten.expand.default, build(aten.unsqueeze.default, begin, 1), sizes)
+            ranges[old_begin, old_end] = first, build(aten.add.Tensor, slots, 1)
         index_key = self._write(build, f"index_key_{number}", keys, slots)
         selector.args = (query, index_key, weights, *ranges[old_begin, old_end], topk)
         _refresh(selector, editor)
-        rows_query, rows, indices, scale, rank = attend.args
+        rows: Any
+        rows_query, rows, *others = attend.args
         latent = self._write(editor.builder(before=attend), f"latent_{number}", rows, slots)
-        attend.args = (rows_query, latent, indices, scale, rank)
+        attend.args = (rows_query, latent, *others)
         widths = int(shape(rows)[-1]), int(shape(keys)[-1])
         self.caches.append(CacheSpec(layer, f"latent_{number}", f"index_key_{number}", *widths))
 

@@ -173,7 +173,10 @@ class ProgramEditor:
                 OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None)
                 for node in self._new_outputs.values()
             ]
-        names = [*(n for n in signature.forward_arg_names or [] if n not in self._dropped), *(node.name for node in self._new_inputs)]
+        names = [
+            *(n for n in signature.forward_arg_names or [] if n not in self._dropped),
+            *(node.name for node in self._new_inputs),
+        ]
         in_spec, out_spec = pytree.tree_structure((args, kwargs)), pytree.tree_structure(result)
         return ModuleCallEntry(fqn="", signature=ModuleCallSignature([], [], in_spec, out_spec, names))
 
