@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_verify(commands)
     _add_strip(commands)
+    _add_export(commands)
     _add_generate(commands)
     _add_inspect(commands)
     _add_env(commands)
@@ -253,6 +254,52 @@ def _strip(args: argparse.Namespace) -> int:
         raise UserError(f"{args.dsa}: no such folder")
     out = strip(args.dsa, args.out, overwrite=args.overwrite)
     print_json({"out": str(out)}) if args.json else print(f"{out}: the dense checkpoint again, bit for bit")
+    return 0
+
+
+def _add_export(commands: Any) -> None:
+    example = "mla2dsa export ./model-dsa ./model-onnx --max-seq 32768"
+    command = _command(
+        commands, "export", _export, "write a DSA checkpoint's graph with caches, as ONNX or .pt2", example
+    )
+    command.add_argument("model", metavar="CKPT", help="DSA checkpoint: folder or hub id")
+    command.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    command.add_argument("--format", choices=("onnx", "pt2"), default="onnx", help="default onnx")
+    command.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default float32"
+    )
+    command.add_argument("--max-batch", type=int, default=1, metavar="N", help="most sequences at once (default 1)")
+    command.add_argument(
+        "--max-seq", type=int, metavar="N", help="most tokens a cache holds (default: the model's context)"
+    )
+    command.add_argument(
+        "--copy-weights", action="store_true", help="write all weights instead of linking the checkpoint's files"
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace OUT")
+
+
+def _export(args: argparse.Namespace) -> int:
+    from .optimizer.export import export
+    from .optimizer.show import print_json
+
+    exported = export(
+        args.model,
+        args.out,
+        args.format,
+        args.dtype,
+        args.max_batch,
+        args.max_seq,
+        args.copy_weights,
+        overwrite=args.overwrite,
+    )
+    if args.json:
+        print_json(dict(exported.manifest))
+        return 0
+    weights = exported.manifest["weights"]
+    used, written = weights["zero_copy_bytes"] / 1e6, weights["written_bytes"] / 1e6
+    print(
+        f"{args.out}: {exported.manifest['file']}, {args.dtype}, {used:.1f} MB of weights used in place, {written:.1f} MB written"
+    )
     return 0
 
 

@@ -37,7 +37,7 @@ from mla2dsa.optimizer.distil import DistilSchedule
 from mla2dsa.optimizer.evaluate import SPARSE_MLA, Quality, TextResult, on_text
 from mla2dsa.optimizer.indexer_math import index_scores, mean_recall, oracle_scores, random_indexer, window_scores
 from mla2dsa.optimizer.plan import Prepared, prepare
-from mla2dsa.optimizer.recipe import CLOSED_FORM_SEQUENCES, DISTIL_SEQUENCES, Recipe
+from mla2dsa.optimizer.recipe import CLOSED_FORM_SEQUENCES, DISTIL_SEQUENCES, Recipe, read_recipe
 from mla2dsa.optimizer.samples import SiteSample
 from mla2dsa.optimizer.text import Tokens, load_tokenizer, read_tokens
 from mla2dsa.optimizer.weights import WeightSource
@@ -139,12 +139,13 @@ def training_text(folder: str) -> Path:
 
 
 def measure(args: argparse.Namespace) -> tuple[TextResult, list[Row]]:
-    recipe = Recipe(index_topk=args.index_topk, index_n_heads=args.index_n_heads, seed=args.seed)
+    flags = {name: getattr(args, name) for name in ("index_topk", "index_n_heads", "seed")}
+    recipe = read_recipe(None, flags)
     prepared = prepare(str(args.model), recipe)
     tokenizer = load_tokenizer(prepared.checkpoint.path)
+    held_out = read_tokens(args.text, tokenizer).sequences(args.length, args.sequences)
     with tempfile.TemporaryDirectory() as folder:
         text = read_tokens(args.calibration or training_text(folder), tokenizer)
-    held_out = read_tokens(args.text, tokenizer).sequences(args.length, args.sequences)
     indexers, seconds = fitted(prepared, text, args.length, recipe)
     result = text_quality(prepared, indexers, held_out)
     mass = recalls(prepared, indexers, held_out)

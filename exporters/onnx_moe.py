@@ -50,7 +50,9 @@ def place_experts(graph: ir.Graph, resolve: Resolve, placement: Placement) -> st
         for stacked in (gate_up, down):
             _drop(graph, stacked)
     if len(activations) > 1:
-        raise UserError(f"experts with activations {', '.join(sorted(activations))} in one model cannot be exported yet")
+        raise UserError(
+            f"experts with activations {', '.join(sorted(activations))} in one model cannot be exported yet"
+        )
     return activations.pop() if activations else None
 
 

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
-from onnxscript.optimizer import _constant_folding as folding
+from onnxscript.optimizer import fold_constants
 
 _SMALL = 1024  # elements: shapes, axes and scalars, no weights
 
 
 def optimise(model: ir.Model) -> None:
     """Fold constants, drop what does nothing, share what is computed twice. In place."""
+    fold_constants(model, input_size_limit=_SMALL, output_size_limit=_SMALL, should_fold=_from_constants)
     for one_pass in (
-        folding.FoldConstantsPass(
-            shape_inference=False, input_size_limit=_SMALL, output_size_limit=_SMALL, should_fold=_from_constants
-        ),
         passes.IdentityEliminationPass(),
         passes.RemoveUnusedNodesPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
@@ -46,7 +44,8 @@ class _ShareConstants(ir.passes.InPlacePass):
         before = len(initializers)
         for name, value in list(initializers.items()):
             tensor = value.const_value
-            if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.size > _SMALL or value.is_graph_output():
+            inline = tensor is not None and not isinstance(tensor, ir.ExternalTensor)
+            if tensor is None or not inline or tensor.size > _SMALL or value.is_graph_output():
                 continue
             kept = first.setdefault((tensor.dtype, tuple(tensor.shape), tensor.tobytes()), value)
             if kept is not value:

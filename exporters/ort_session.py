@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .safetensors_index import read_json
+from .safetensors_index import file_digest, read_json
 
 EXPORT_MANIFEST = "mla2dsa-export.json"
 FIRST_CAPACITY = 256
@@ -47,6 +47,7 @@ class OrtSession:
             )
         self.batch, self.capacity = batch, capacity or int(limits["max_seq"])
         self._dtype = self._supported_dtype(folder)
+        _check_weight_files(folder, self._manifest)
         self._session, self._device = _open(folder / self._manifest["file"], threads)
         self._caches: dict[str, Tensor] = {}
         self._widths = {
@@ -102,6 +103,16 @@ class OrtSession:
             self._caches[past] = grown
 
 
+def _check_weight_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Weights lie in the checkpoint's own files: the graph is worthless over any others."""
+    for name in manifest["weights"]["linked_files"]:
+        file, known = folder / name, manifest["source"]["files"].get(name)
+        if not file.is_file():
+            raise UserError(f"{file}: missing, and the model's weights are in it; export again, or put the file back")
+        if known is not None and file_digest(file) != known:
+            raise UserError(f"{file}: not the file this model was exported from (its digest differs); export again")
+
+
 def _element(dtype: torch.dtype) -> Any:
     import numpy as np
 
@@ -115,8 +126,11 @@ def _open(file: Path, threads: int | None) -> tuple[Any, str]:
     options = ort.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
-    available: Mapping[str, Any] = dict.fromkeys(ort.get_available_providers())
-    wanted = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
+    # onnxruntime-gpu lists CUDA wherever it is installed, and complains on stderr where there is no device.
+    usable = (
+        ("CUDAExecutionProvider", "CPUExecutionProvider") if torch.cuda.is_available() else ("CPUExecutionProvider",)
+    )
+    wanted = [name for name in usable if name in ort.get_available_providers()]
     try:
         session = ort.InferenceSession(str(file), options, providers=wanted)
     except Exception as error:  # onnxruntime raises its own, unrelated kinds

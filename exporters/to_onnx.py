@@ -4,7 +4,8 @@
 
 Nothing here reads a weight, except those that have to be written (see `external_data`). bfloat16 models have no kernels in
 onnxruntime's CPU provider: they are for TensorRT. A checkpoint in another float type than the graph is used as it lies, with
-a Cast in the graph: onnxruntime folds it when it loads the model, at the cost of the converted copy in memory.
+a Cast in the graph: onnxruntime folds it when it loads the model, at the cost of the converted copy in memory. Experts are
+cast one at a time as they are used, so they stay as large in memory as they are on disk.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def _translate(program: ExportedProgram) -> ir.Model:
             )  # fmt: skip
         except torch.onnx.errors.OnnxExporterError as error:
             raise UserError(f"torch.onnx cannot export this program: {_reason(error)}") from error
-    model: ir.Model = exported.model  # type: ignore[union-attr, assignment]
+    model: ir.Model = exported.model  # type: ignore[union-attr]
     return model
 
 
@@ -149,7 +150,9 @@ def _name_nodes(graph: ir.Graph, layers: Sequence[str]) -> None:
 def _place_weights(graph: ir.Graph, program: ExportedProgram, weights: Weights, placement: Placement) -> None:
     """Every parameter still in the graph becomes external data; computed constants stay inside the model."""
     parameters = {
-        spec.target for spec in program.graph_signature.input_specs if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
+        spec.target
+        for spec in program.graph_signature.input_specs
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
     }
     first = graph[0]
     placed: dict[str, ir.Value] = {}

@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 aten = torch.ops.aten
 
 
-class Translatable(ExportedProgram):  # type: ignore[misc]
+class Translatable(ExportedProgram):
     """A program that has nothing to decompose."""
 
     def run_decompositions(self, *args: Any, **kwargs: Any) -> ExportedProgram:
@@ -36,7 +36,7 @@ def translatable(program: ExportedProgram, known: frozenset[Any]) -> ExportedPro
     output = graph.output(graph.graph_copy(program.graph, mapping))
     output.meta.update(next(iter(reversed(program.graph.nodes))).meta)
     direct = _make_functional(graph) and not _unknown(graph, known)
-    result = (Translatable if direct else ExportedProgram)(
+    return (Translatable if direct else ExportedProgram)(
         root=GraphModule(program.graph_module, graph),
         graph=graph,
         graph_signature=program.graph_signature,
@@ -46,7 +46,6 @@ def translatable(program: ExportedProgram, known: frozenset[Any]) -> ExportedPro
         constants=program.constants,
         verifiers=program.verifiers,
     )
-    return result
 
 
 def _fakes(program: ExportedProgram) -> dict[str, Tensor]:

@@ -108,7 +108,11 @@ DAMAGES: dict[str, tuple[str, Damage, list[str]]] = {
     "config-not-json": ("single", lambda f: (f / "config.json").write_text("{"), ["config.json: not valid JSON"]),
     "unknown-model": ("single", lambda f: edit_config(f, {"model_type": "oracle9"}), ["model_type oracle9"]),
     "config-of-strings": ("single", lambda f: edit_config(f, {"kv_lora_rank": "32"}), ["config.json", "kv_lora_rank"]),
-    "negative-size": ("single", lambda f: edit_config(f, {"q_lora_rank": -48}), ["config.json", "DeepseekV3ForCausalLM"]),
+    "negative-size": (
+        "single",
+        lambda f: edit_config(f, {"q_lora_rank": -48}),
+        ["config.json", "DeepseekV3ForCausalLM"],
+    ),
     "other-size": (
         "single",
         lambda f: edit_config(f, {"kv_lora_rank": 24}),
@@ -352,7 +356,11 @@ def test_failed_overwrite_leaves_the_earlier_output(
     else:
         monkeypatch.setattr(os, "fsync", raise_at(6, errno.ENOSPC))
     done = convert_in(room, TINY, *flags)
-    parts = {"bad-text": "no text in it", "bad-result": "verification failed: loss increase", "full-disk": "no space left"}
+    parts = {
+        "bad-text": "no text in it",
+        "bad-result": "verification failed: loss increase",
+        "full-disk": "no space left",
+    }
     assert_refused(done, 1, parts[how])
     assert contents(room / "dsa") == earlier
     assert {path.name for path in room.iterdir()} == {"dsa", *([".dsa.layers"] if how != "bad-text" else [])}
@@ -377,4 +385,8 @@ def test_layer_that_is_read_only_later(copy: Callable[[str], Path], room: Path) 
     tensors[NORM.replace("layers.0", "layers.1")][3] = float("nan")
     save_file(tensors, model / SINGLE, metadata={"format": "pt"})
     assert_refused(convert_in(room, model, *FLAGS), 1, "layers.1.self_attn.kv_a_layernorm.weight has 1 NaN")
-    assert {path.name for path in room.rglob("*")} == {".dsa.layers", "state.json", "model.layers.0.self_attn.safetensors"}
+    assert {path.name for path in room.rglob("*")} == {
+        ".dsa.layers",
+        "state.json",
+        "model.layers.0.self_attn.safetensors",
+    }

@@ -118,13 +118,29 @@ def test_a_sequence_does_not_depend_on_the_others(source: WeightSource) -> None:
 
 
 def test_one_layers_samples_at_a_time(source: WeightSource) -> None:
-    """All but those of the last sequence, which the stream itself has just shown."""
-    earlier: list[weakref.ref[Tensor]] = []
-    for _, samples, maps in layer_samples(source, text(3), HOW):
+    """While the next layer is run, those of the layer before are gone, but for the last sequence the stream has shown."""
+    earlier: list[weakref.ref[torch.UntypedStorage]] = []
+    checked = []
+
+    def look(done: int, total: int) -> None:
         gc.collect()
         assert not any(ref() is not None for ref in earlier)
-        earlier = [weakref.ref(tensor) for sample in samples[:-1] for tensor in (sample.query.untyped_storage(),)]  # type: ignore[misc]
+        checked.append(len(earlier))
+
+    for _, samples, maps in layer_samples(source, text(3), HOW, look):
+        earlier = [weakref.ref(sample.query.untyped_storage()) for sample in samples[:-1]]
         del samples, maps
+    assert checked.count(2) >= 6  # the sequences of the two layers that come after one
+
+
+def test_calibrate_keeps_no_samples_while_it_streams(source: WeightSource) -> None:
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(thing, SiteSample) for thing in gc.get_objects())
+
+    before, seen = alive(), set[int]()
+    results(source, on_sequence=lambda done, total: seen.add(alive() - before))
+    assert seen == {0}
 
 
 # Results

@@ -139,7 +139,9 @@ def test_unwritable_family_is_planned_but_not_converted(
     monkeypatch.setattr("mla2dsa.optimizer.plan.capture", throw(AssertionError("captured before it was refused")))
     for flags in ((), ("--dry-run",)):
         done = mla2dsa("convert", model, tmp_path / "out", "--index-topk", 64, *flags)
-        reason = "rope_interleave" if "halfsplit" in family else f"model_type {family} cannot be written as deepseek_v32"
+        reason = (
+            "rope_interleave" if "halfsplit" in family else f"model_type {family} cannot be written as deepseek_v32"
+        )
         assert_refused(done, 1, model, reason)
     assert not list(tmp_path.iterdir())
 
@@ -159,7 +161,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_model_without_mla(llama: Path, tmp_path: Path) -> None:
     assert_refused(mla2dsa("plan", llama, "--index-topk", 64), 1, "no dense MLA attention", "model.layers.0.self_attn")
-    assert_refused(mla2dsa("convert", llama, tmp_path / "x", "--index-topk", 64), 1, "model_type llama cannot be written")
+    assert_refused(
+        mla2dsa("convert", llama, tmp_path / "x", "--index-topk", 64), 1, "model_type llama cannot be written"
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -366,4 +370,3 @@ def test_random_tokens_are_said_to_be_random(tmp_path: Path, tmp_path_factory: p
     report = json.loads((tmp_path / "x" / "report.json").read_text())
     assert (report["calibration"]["text"], report["verification"]) == ("random tokens", None)
     assert json.loads((tmp_path / "x" / "mla2dsa.json").read_text())["verified"] is False
-

@@ -62,7 +62,9 @@ def test_config_and_index(tmp_path_factory: pytest.TempPathFactory) -> None:
     assert all(config[name] == dense[name] for name in ("hidden_size", "kv_lora_rank", "num_hidden_layers"))
     weight_map = read(dsa / "model.safetensors.index.json")["weight_map"]
     added = {name for name, file in weight_map.items() if file == INDEXER_SHARD}
-    assert added == {f"{layer}.indexer.{name}" for layer in LAYERS for name in IndexerWeights.shapes(TINY_INDEXER, 1, 1)}
+    assert added == {
+        f"{layer}.indexer.{name}" for layer in LAYERS for name in IndexerWeights.shapes(TINY_INDEXER, 1, 1)
+    }
     assert not [path.name for path in dsa.iterdir() if path.name.startswith((".", "config.unproven"))]
     assert {path.name for path in dsa.parent.iterdir()} == {"dsa", "stdout.json", "stderr.txt"}
 
@@ -115,6 +117,23 @@ def test_proof_is_never_calibrated_on(tmp_path_factory: pytest.TempPathFactory) 
     parts = [{tuple(s.tolist()) for s in part} for part in (cut.calibration, cut.selection, cut.proof)]
     assert [len(part) for part in parts] == [12, 4, 2]
     assert len(set.union(*parts)) == 18
+
+
+def test_folder_is_no_checkpoint_until_it_is_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the time of the proof all weights are there, but nothing that a runtime would load."""
+    seen: list[set[str]] = []
+
+    def look(checkpoint: Path, folder: Path, *arguments: Any) -> Any:
+        seen.append({path.name for path in folder.iterdir()})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mla2dsa.optimizer.convert.open_pair", look)
+    done = mla2dsa("convert", TINY, tmp_path / "dsa", "--index-topk", 32, "--tokens", 1024, "--skip-transformers")
+    assert_refused(done, 1, "interrupted", "4 finished layers are kept")
+    assert len(seen) == 1
+    assert {INDEXER_SHARD, "model-dense.safetensors", "config.unproven.json"} <= seen[0]
+    assert not seen[0] & {"config.json", "mla2dsa.json", "report.json"}
+    assert [path.name for path in tmp_path.iterdir()] == [".dsa.layers"]
 
 
 # The same again
@@ -197,14 +216,18 @@ def test_interleaved_donor_becomes_half_split(
     given, made = (layer_weights(folder, LAYERS[2]) for folder in (donor, tmp_path / "dsa"))
     sample = random_sample()
     half_split = index_scores(made, TINY_INDEXER, sample)
-    assert torch.allclose(index_scores(given, replace(TINY_INDEXER, rope_interleave=True), sample), half_split, rtol=1e-4)
+    assert torch.allclose(
+        index_scores(given, replace(TINY_INDEXER, rope_interleave=True), sample), half_split, rtol=1e-4
+    )
     assert not torch.allclose(index_scores(given, TINY_INDEXER, sample), half_split, rtol=1e-2)
 
 
 def layer_weights(folder: Path, layer: str) -> IndexerWeights:
     tensors = load_file(folder / INDEXER_SHARD)
     prefix = f"{layer}.indexer."
-    return IndexerWeights.from_tensors({n.removeprefix(prefix): t.float() for n, t in tensors.items() if n.startswith(prefix)})
+    return IndexerWeights.from_tensors(
+        {n.removeprefix(prefix): t.float() for n, t in tensors.items() if n.startswith(prefix)}
+    )
 
 
 def random_sample(tokens: int = 48, rows: int = 12) -> SiteSample:
@@ -214,7 +237,9 @@ def random_sample(tokens: int = 48, rows: int = 12) -> SiteSample:
     q_resid = torch.randn(tokens, config["q_lora_rank"], generator=generator)
     angle = torch.arange(tokens)[:, None] * 0.3 ** torch.arange(ROPE // 2)
     blank = torch.zeros(rows, 1)
-    return SiteSample(hidden, q_resid, angle.cos(), angle.sin(), torch.arange(tokens - rows, tokens), blank, blank, blank)
+    return SiteSample(
+        hidden, q_resid, angle.cos(), angle.sin(), torch.arange(tokens - rows, tokens), blank, blank, blank
+    )
 
 
 def cut(name: str, tensor: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ def test_index_lists_everything(kind: str, tmp_path: Path, tmp_path_factory: pyt
 
 def test_manifest(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     source = dense_checkpoint("sharded", tmp_path_factory)
-    out = convert(source, tmp_path / "dsa", report={"recall": 0.99})
+    out = convert(source, tmp_path / "dsa", prove=lambda folder: {"recall": 0.99})
     manifest = json.loads((out / MANIFEST).read_text())
     assert manifest["recipe"] == {"indexer": "random"}
     assert manifest["report"] == {"recall": 0.99}

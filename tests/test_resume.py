@@ -58,7 +58,9 @@ def layer_files(folder: Path) -> set[str]:
 
 
 @pytest.fixture
-def stopped(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, signal.Signals], Done]]:
+def stopped(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str, signal.Signals], Done]]:
     """Runs a conversion to tmp_path/dsa and stops it at a stage."""
     processes: list[subprocess.Popen[str]] = []
 
@@ -105,7 +107,9 @@ def test_stopped_and_resumed(
     assert contents(TINY) == source
     refused = mla2dsa("convert", TINY, tmp_path / "dsa", *small_flags(tmp_path_factory))
     assert_refused(refused, 2, tmp_path / "dsa", "unfinished conversion", "--resume", "--overwrite")
-    resumed = mla2dsa("convert", TINY, tmp_path / "dsa", *small_flags(tmp_path_factory), "--resume", "--skip-transformers")
+    resumed = mla2dsa(
+        "convert", TINY, tmp_path / "dsa", *small_flags(tmp_path_factory), "--resume", "--skip-transformers"
+    )
     assert resumed.code == 0, resumed.err
     assert fitted == [layer for layer in LAYERS if layer not in kept]
     assert {line.partition(":")[0] for line in resumed.err.splitlines() if line.endswith("kept from before")} == kept

@@ -54,9 +54,8 @@ def test_a_folder_is_its_files_by_name(tmp_path: Path) -> None:
 
 
 def test_what_a_folder_says_about_itself_is_not_text(tmp_path: Path) -> None:
-    write(
-        tmp_path, {"a.txt": "aa", "README.md": "r", "LICENSE": "l", "LICENSE-PSF": "l", ".hidden": "h", "empty": " \n"}
-    )
+    about = {"README.md": "r", "sub/README": "r", "LICENSE": "l", "LICENSE-PSF": "l", ".hidden": "h", ".git/index": "h"}
+    write(tmp_path, {"a.txt": "aa", "empty": " \n", **about})
     assert list(documents(tmp_path)) == ["aa"]
 
 

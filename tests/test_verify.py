@@ -224,7 +224,9 @@ def test_other_dense_weights(
     assert f"(first differs in {first}); compare with the checkpoint" in done.err
 
 
-@pytest.mark.parametrize("fields", [{"rms_norm_eps": 1e-3}, {"routed_scaling_factor": 2.0, "rope_theta": 500.0}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"rms_norm_eps": 1e-3}, {"routed_scaling_factor": 2.0, "rope_theta": 500.0}], ids=str
+)
 def test_config_that_says_something_else(fields: Mapping[str, object], dsa: Path) -> None:
     """The weights agree; transformers, which reads the DSA checkpoint's own config.json, does not."""
     config = json.loads((dsa / "config.json").read_text())
@@ -246,13 +248,15 @@ def test_config_that_says_something_else(fields: Mapping[str, object], dsa: Path
         (["--sequence-length", 0], 2, ["--sequence-length 0"]),
         (["--sequence-length", 1025], 2, ["--sequence-length 1025", "context of 1024"]),
         (["--text", "/nowhere"], 1, ["/nowhere", "no such file or folder of text"]),
-        (["--text", TINY / "config.json", "--sequence-length", 1024], 1, ["config.json", "expected at least 1024", "more text"]),
+        (
+            ["--text", TINY / "config.json", "--sequence-length", 1024],
+            1,
+            ["config.json", "expected at least 1024", "more text"],
+        ),
     ],
     ids=["short", "zero", "long", "no-text", "little-text"],
 )
-def test_bad_text(
-    flags: list[object], code: int, parts: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_bad_text(flags: list[object], code: int, parts: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
     assert_refused(mla2dsa("verify", TINY, small_conversion(tmp_path_factory), *FLAGS, *flags), code, *parts)
 
 

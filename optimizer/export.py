@@ -1,0 +1,288 @@
+"""export: a DSA checkpoint becomes a folder that runs elsewhere, an ONNX model or a torch `.pt2`.
+
+    checkpoint -> capture of its dense base -> mla_to_dsa -> add_cache -> model.onnx (weights stay in the checkpoint's files)
+                                                                       -> model.pt2  (weights inside)
+
+Beside the model lies `mla2dsa-export.json`, the manifest, which is all a runtime needs to know:
+
+    format          1, the version of this description
+    kind, file      "onnx" and "model.onnx", or "pt2" and "model.pt2"
+    dtype           "float32", "float16" or "bfloat16": of caches, logits and all maths outside the DSA ops
+    runs_on         names of the runtimes that have kernels for that dtype: "onnxruntime-cpu", "tensorrt", "torch"
+    logits          "last": [batch, 1, vocab] of the token at index `last`; "all": [batch, seq, vocab], no input `last`
+    inputs, outputs [{"name", "dtype", "shape"}] in graph order; a shape holds numbers and "batch", "seq", "cache_length"
+    caches          one per layer: {"layer", "latent": {"input", "output", "width"}, "index_key": {the same}}; each cache is
+                    [batch, cache_length, width], starts as zeros, and an output is the next call's input
+    limits          {"max_batch", "max_seq"}: max_seq is the most slots a cache may have (and the model's context at most)
+    model           {"model_type", "vocab_size", "num_hidden_layers", "context", "bos_token_id", "eos_token_id"}
+    indexer         {"index_topk", "index_n_heads", "index_head_dim", "rope_interleave"}
+    source          {"name", "fingerprint", "files"}: the checkpoint's folder name and digests (`Checkpoint.source_hashes`)
+    weights         {"linked_files", "zero_copy_bytes", "written_bytes", "written"}: written lists what had to be written:
+                    {"name", "bytes", "reason"}
+    versions        of mla2dsa, torch, transformers, onnx
+
+How to call it: input_ids, position_ids (rotary) and slots (where in the cache a token lives) are [batch, seq] int64. A
+token sees the slots from key_begin[b] up to its own. Without padding slots == position_ids == 0, 1, 2...; a sequence padded
+by n on the left has key_begin = n and position_ids = slots - n. On the right, repeat the last real token's id, position and
+slot (equal rows), and point `last` at it. Prefill may come in chunks of any size: a decode step is a chunk of one token.
+A `.pt2` takes the same as keyword inputs, `torch.export.load(file).module()(**inputs)`, once `mla2dsa.kernels.ops` is imported,
+and returns (logits, {output name: cache}).
+Work grows with cache_length, not with the tokens in the cache: start with a short cache and enlarge it (doubling, rows
+appended, up to limits.max_seq) as the sequence grows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from .. import __version__
+from ..errors import UsageError, UserError
+from ..exporters.dsa_checkpoint import MANIFEST as DSA_MANIFEST
+from ..exporters.safetensors_index import read_json
+from ..exporters.staging import check_target, place_file, staged_folder
+from ..kernels.spec import IndexerConfig
+from ..passes.add_cache import Cached, add_cache
+from ..passes.mla_to_dsa import mla_to_dsa
+from ..passes.program import ProgramEditor
+from .capture import Capture, capture
+from .checkpoint import Checkpoint
+from .weights import WeightSource
+
+MANIFEST = "mla2dsa-export.json"
+MANIFEST_FORMAT = 1
+FORMATS = ("onnx", "pt2")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_RUNS_ON: dict[str, dict[str, tuple[str, ...]]] = {
+    "onnx": {
+        "float32": ("onnxruntime-cpu", "tensorrt"),
+        "float16": ("onnxruntime-cpu", "tensorrt"),
+        "bfloat16": ("tensorrt",),  # onnxruntime has no bfloat16 kernels on the CPU
+    },
+    "pt2": dict.fromkeys(DTYPES, ("torch",)),
+}
+_BESIDE = ("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+_BESIDE_PATTERNS = ("tokenizer*", "vocab*", "chat_template*", "*.tiktoken")
+_V32_ONLY = ("index_topk", "index_n_heads", "index_head_dim", "indexer_rope_interleave", "indexer_types")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: the folder, and its manifest."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A checkpoint with its cached program; no weights read."""
+
+    checkpoint: Checkpoint
+    captured: Capture
+    indexer: IndexerConfig
+    cached: Cached
+    source: WeightSource
+
+
+def export(
+    model: str | Path,
+    out: Path,
+    format: str = "onnx",
+    dtype: str = "float32",
+    max_batch: int = 1,
+    max_seq: int | None = None,
+    copy_weights: bool = False,
+    last_only: bool = True,
+    overwrite: bool = False,
+) -> Exported:
+    """Write `model` (a DSA checkpoint: folder or hub id) to `out`, whole or not at all.
+
+    max_seq: default the model's context. copy_weights: no hard links to the checkpoint's files, `out` holds all.
+    Raises UsageError for values this does not take or an `out` in the way, UserError for a checkpoint it cannot export.
+    """
+    _check_usage(format, dtype, max_batch, max_seq)
+    checkpoint = Checkpoint.open(model)
+    check_target(checkpoint.path, out, overwrite=overwrite)
+    ready = _prepare(checkpoint, DTYPES[dtype], last_only)
+    context = ready.captured.max_length
+    if max_seq is not None and max_seq > context:
+        raise UsageError(f"max_seq {max_seq}: the model's context is {context} tokens; pass at most that")
+    limits = {"max_batch": max_batch, "max_seq": max_seq or context}
+    with staged_folder(checkpoint.path, out, overwrite=overwrite) as folder:
+        write = _write_onnx if format == "onnx" else _write_pt2
+        written = write(ready, folder, copy_weights)
+        _copy_beside(checkpoint.path, folder)
+        manifest = _manifest(ready, format, dtype, limits, written)
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return Exported(out, manifest)
+
+
+def _check_usage(format: str, dtype: str, max_batch: int, max_seq: int | None) -> None:
+    if format not in FORMATS:
+        raise UsageError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if max_batch < 1:
+        raise UsageError(f"max_batch {max_batch}: expected at least 1")
+    if max_seq is not None and max_seq < 1:
+        raise UsageError(f"max_seq {max_seq}: expected at least 1")
+
+
+def _prepare(checkpoint: Checkpoint, dtype: torch.dtype, last_only: bool) -> _Ready:
+    if not checkpoint.is_dsa():
+        raise UserError(f"{checkpoint.path}: a dense checkpoint (no indexer); run `mla2dsa convert` first")
+    config = dense_config(checkpoint)
+    indexer = _indexer(checkpoint)
+    captured = capture(config, dtype=dtype)
+    converted = mla_to_dsa(captured.program, indexer)
+    source = WeightSource(checkpoint, captured)
+    shapes = {name: tuple(converted.program.state_dict[name].shape) for name in converted.added}
+    checkpoint.check_shapes({**source.expected(), **shapes})
+    cached = add_cache(converted.program, [change.name for change in converted.changes], last_only)
+    return _Ready(checkpoint, captured, indexer, cached, source)
+
+
+def dense_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json of the dense base: the one the manifest keeps, or a native deepseek_v32 told as deepseek_v3.
+
+    Raises UserError when the checkpoint is neither.
+    """
+    if (checkpoint.path / DSA_MANIFEST).is_file():
+        kept = read_json(checkpoint.path / DSA_MANIFEST).get("source")
+        text = kept.get("config") if isinstance(kept, dict) else None
+        if not isinstance(text, str):
+            raise UserError(f"{checkpoint.path / DSA_MANIFEST}: damaged (no source config); fetch it again")
+        dense: dict[str, Any] = json.loads(text)
+        return dense
+    config = {name: value for name, value in checkpoint.config.items() if name not in _V32_ONLY}
+    if config.get("model_type") != "deepseek_v32":
+        raise UserError(
+            f"{checkpoint.path / 'config.json'}: model_type {config.get('model_type')!r} with an indexer, but no {DSA_MANIFEST}; "
+            "only deepseek_v32 is known without one"
+        )
+    layers = config.pop("mlp_layer_types", None)
+    config.pop("layer_types", None)
+    if layers is not None:
+        dense_layers = next((i for i, kind in enumerate(layers) if kind != "dense"), len(layers))
+        if "dense" in layers[dense_layers:]:
+            raise UserError(f"{checkpoint.path / 'config.json'}: mlp_layer_types has dense layers after sparse ones")
+        config["first_k_dense_replace"] = dense_layers
+    return {**config, "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
+
+
+def _indexer(checkpoint: Checkpoint) -> IndexerConfig:
+    config, file = checkpoint.config, checkpoint.path / "config.json"
+    sizes: dict[str, Any] = {field: config.get(field) for field in ("index_topk", "index_n_heads", "index_head_dim")}
+    for field, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise UserError(f"{file}: {field} is {size!r}, expected a positive number")
+    if set(config.get("indexer_types") or ["full"]) != {"full"}:
+        raise UserError(f"{file}: indexer_types shares indexers between layers, which cannot be exported yet")
+    return IndexerConfig(**sizes, rope_interleave=bool(config.get("indexer_rope_interleave", False)))
+
+
+def _write_onnx(ready: _Ready, folder: Path, copy_weights: bool) -> Mapping[str, Any]:
+    from ..exporters.to_onnx import export_onnx
+    from .stored import stored_weights
+
+    cached = ready.cached
+    layers = [cache.layer for cache in cached.caches]
+    weights = stored_weights(ready.source, cached.program)
+    placed = export_onnx(cached.program, layers, output_names(cached), weights, folder, copy_weights=copy_weights)
+    return placed.summary()
+
+
+def _write_pt2(ready: _Ready, folder: Path, copy_weights: bool) -> Mapping[str, Any]:
+    """The cached program with its weights, in one file: what torch.export.load gives back runs as it is."""
+    editor = ProgramEditor(ready.cached.program)
+    editor.drop_input("use_cache")  # transformers' switch, always off in a capture: callers need not know it
+    program = editor.finish()
+    signature = program.module_call_graph[0].signature
+    assert signature is not None
+    presents = output_names(ready.cached)[1:]
+    signature.out_spec = pytree.tree_structure((0, dict.fromkeys(presents, 0)))  # was a class of transformers
+    load = ready.source.loader(program)
+    for name, declared in list(program.state_dict.items()):
+        value = load(name)
+        program.state_dict[name] = (
+            torch.nn.Parameter(value, requires_grad=False) if isinstance(declared, torch.nn.Parameter) else value
+        )
+    torch.export.save(program, folder / "model.pt2")
+    size = sum(tensor.nbytes for tensor in program.state_dict.values())
+    return {"linked_files": [], "zero_copy_bytes": 0, "written_bytes": size, "written": []}
+
+
+def _copy_beside(source: Path, folder: Path) -> None:
+    """config.json and the tokenizer."""
+    names = {path.name for pattern in _BESIDE_PATTERNS for path in source.glob(pattern) if path.is_file()}
+    names |= {name for name in _BESIDE if (source / name).is_file()}
+    for name in sorted(names):
+        place_file(source / name, folder / name, link=False)
+
+
+def _manifest(
+    ready: _Ready, format: str, dtype: str, limits: Mapping[str, int], written: Mapping[str, Any]
+) -> dict[str, Any]:
+    cached, checkpoint = ready.cached, ready.checkpoint
+    config = checkpoint.config
+    fields = ("model_type", "vocab_size", "num_hidden_layers", "bos_token_id", "eos_token_id")
+    inputs, outputs = interface(cached, int(config["vocab_size"]), dtype)
+    return {
+        "format": MANIFEST_FORMAT, "kind": format, "file": f"model.{format}", "dtype": dtype,
+        "runs_on": list(_RUNS_ON[format][dtype]), "logits": "last" if cached.last_only else "all",
+        "inputs": inputs, "outputs": outputs,
+        "caches": [
+            {"layer": c.layer, "latent": _cache(c.latent, c.latent_width), "index_key": _cache(c.index_key, c.index_key_width)}
+            for c in cached.caches
+        ],
+        "limits": dict(limits), "model": {**{f: config.get(f) for f in fields}, "context": ready.captured.max_length},
+        "indexer": asdict(ready.indexer),
+        "source": {"name": checkpoint.path.name, "fingerprint": checkpoint.fingerprint(), "files": checkpoint.source_hashes()},
+        "weights": dict(written), "versions": _versions(),
+    }  # fmt: skip
+
+
+def _cache(name: str, width: int) -> dict[str, Any]:
+    return {"input": f"past_{name}", "output": f"present_{name}", "width": width}
+
+
+def interface(cached: Cached, vocab_size: int, dtype: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Inputs and outputs of the cached program in graph order, as the manifest lists them."""
+    widths = {c.latent: c.latent_width for c in cached.caches} | {c.index_key: c.index_key_width for c in cached.caches}
+    tokens: dict[str, Any] = {"dtype": "int64", "shape": ["batch", "seq"]}
+    rows: dict[str, Any] = {"dtype": "int64", "shape": ["batch"]}
+
+    def entry(name: str, cache: str) -> dict[str, Any]:
+        if cache in widths:
+            return {"name": name, "dtype": dtype, "shape": ["batch", "cache_length", widths[cache]]}
+        return {"name": name, **(rows if name in ("key_begin", "last") else tokens)}
+
+    signature = cached.program.graph_signature
+    inputs = [entry(name, name.removeprefix("past_")) for name in signature.user_inputs if isinstance(name, str)]
+    length: int | str = 1 if cached.last_only else "seq"
+    outputs = [{"name": "logits", "dtype": dtype, "shape": ["batch", length, vocab_size]}]
+    outputs += [entry(name, name.removeprefix("present_")) for name in output_names(cached)[1:]]
+    return inputs, outputs
+
+
+def output_names(cached: Cached) -> list[str]:
+    """Names of the cached program's outputs, in order."""
+    return ["logits", *(f"present_{name}" for c in cached.caches for name in (c.index_key, c.latent))]
+
+
+def _versions() -> dict[str, str]:
+    found = {"mla2dsa": __version__}
+    for package in ("torch", "transformers", "onnx"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
