@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..errors import UserError
+from ..passes.check import relative_difference
 from .checkpoint import Checkpoint
 
 
@@ -28,6 +29,45 @@ class LowestSlotTies(TorchFunctionMode):
             ordered = torch.sort(args[0], dim=-1, descending=True, stable=True)
             return torch.return_types.topk((ordered.values[..., :count], ordered.indices[..., :count]))
         return func(*args, **(kwargs or {}))
+
+
+class SameSelection(TorchFunctionMode):
+    """Makes transformers' indexers take the slots our graph took, and measures how far those are from their own choice.
+
+    Two implementations round differently, so where two keys score all but equally each may take another one; what such a
+    key carries is a question of the model, not of correctness. Selections are therefore held against transformers' own
+    scores (`shortfall`), and everything else is compared over equal selections.
+
+    selections: our indices per layer, [1, T, K] int32 with -1 for unused. shortfall: the most by which a key of ours
+    scores below the last one transformers would take, relative to the largest score of its row; 0 when the sets agree,
+    infinite when we took fewer.
+    """
+
+    def __init__(self, selections: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._selections = list(selections)
+        self.used = 0
+        self.shortfall = 0.0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.topk and args[0].dim() == 3 and args[0].shape[-1] == args[0].shape[-2]:
+            return self._take_ours(args[0], args[1] if len(args) > 1 else kwargs["k"])
+        return func(*args, **(kwargs or {}))
+
+    def _take_ours(self, scores: Tensor, count: int) -> Any:
+        """scores: [1, T, T], -inf for keys a query may not see; rows with fewer keys than `count` take all of them."""
+        ours = self._selections[self.used].to(scores.device)
+        self.used += 1
+        last = torch.topk(scores, count, dim=-1).values[..., -1]
+        chosen = scores.gather(-1, ours.clamp(min=0).long()).masked_fill(ours < 0, torch.inf)
+        largest = scores.masked_fill(scores == -torch.inf, 0).abs().amax(-1).clamp_min(torch.finfo(scores.dtype).tiny)
+        gap = (last - chosen.amin(-1)) / largest  # -inf where a row has no more keys than places
+        complete = (ours >= 0).sum(-1) == (scores != -torch.inf).sum(-1).clamp(max=count)
+        worst = float(torch.where(complete, gap.clamp_min(0), torch.inf).max())
+        self.shortfall = worst if worst != worst else max(self.shortfall, worst)
+        hidden = scores.shape[-1] - 1  # an unused place: a key in the future of every row that has one
+        indices = ours.masked_fill(ours < 0, hidden).long()
+        return torch.return_types.topk((scores.gather(-1, indices), indices))
 
 
 def refuse_if_too_large(checkpoint: Checkpoint) -> None:
@@ -91,3 +131,19 @@ def logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     with LowestSlotTies():
         out: Tensor = model(**batch, use_cache=False).logits
     return out
+
+
+@torch.no_grad()
+def parity(
+    model: Any, batch: Mapping[str, Tensor], expected: Tensor, selections: Sequence[Tensor]
+) -> tuple[float, float]:
+    """(relative difference of the logits over equal selections, shortfall of our selections) on one sequence.
+
+    expected: our logits [1, T, vocab]; selections: our indices per layer [1, T, K]. NaN where a layer chose nothing alike.
+    """
+    mode = SameSelection(selections)
+    with mode:
+        found: Tensor = model(**batch, use_cache=False).logits
+    if mode.used != len(selections):
+        return float("nan"), float("nan")
+    return relative_difference(found, expected), mode.shortfall

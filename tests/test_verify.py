@@ -72,7 +72,7 @@ def test_honest_pair(tmp_path_factory: pytest.TempPathFactory) -> None:
     assert not failed(done)
     result = done.json()
     values = {check["name"]: check["value"] for check in result["checks"]}
-    assert len(values) == 8
+    assert len(values) == 9
     assert values["dense = DSA up to index_topk (transformers, bit for bit)"] == 0
     assert values["transformers loads it, no key missing or unexpected"] == 0
     assert values[GRAPH] < 1e-5
