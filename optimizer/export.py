@@ -44,17 +44,12 @@ import torch
 import torch.utils._pytree as pytree
 
 from .. import __version__
-from ..errors import UsageError, UserError
-from ..exporters.dsa_checkpoint import MANIFEST as DSA_MANIFEST
-from ..exporters.safetensors_index import read_json
+from ..errors import UsageError
 from ..exporters.staging import check_target, place_file, staged_folder
-from ..kernels.spec import IndexerConfig
-from ..passes.add_cache import Cached, add_cache
-from ..passes.mla_to_dsa import mla_to_dsa
+from ..passes.add_cache import Cached
 from ..passes.program import ProgramEditor
-from .capture import Capture, capture
+from .cached_model import CachedModel, open_cached
 from .checkpoint import Checkpoint
-from .weights import WeightSource
 
 MANIFEST = "mla2dsa-export.json"
 MANIFEST_FORMAT = 1
@@ -70,7 +65,6 @@ _RUNS_ON: dict[str, dict[str, tuple[str, ...]]] = {
 }
 _BESIDE = ("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 _BESIDE_PATTERNS = ("tokenizer*", "vocab*", "chat_template*", "*.tiktoken")
-_V32_ONLY = ("index_topk", "index_n_heads", "index_head_dim", "indexer_rope_interleave", "indexer_types")
 
 
 @dataclass(frozen=True)
@@ -79,17 +73,6 @@ class Exported:
 
     folder: Path
     manifest: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """A checkpoint with its cached program; no weights read."""
-
-    checkpoint: Checkpoint
-    captured: Capture
-    indexer: IndexerConfig
-    cached: Cached
-    source: WeightSource
 
 
 def export(
@@ -111,7 +94,7 @@ def export(
     _check_usage(format, dtype, max_batch, max_seq)
     checkpoint = Checkpoint.open(model)
     check_target(checkpoint.path, out, overwrite=overwrite)
-    ready = _prepare(checkpoint, DTYPES[dtype], last_only)
+    ready = open_cached(checkpoint, DTYPES[dtype], last_only)
     context = ready.captured.max_length
     if max_seq is not None and max_seq > context:
         raise UsageError(f"max_seq {max_seq}: the model's context is {context} tokens; pass at most that")
@@ -136,60 +119,7 @@ def _check_usage(format: str, dtype: str, max_batch: int, max_seq: int | None) -
         raise UsageError(f"max_seq {max_seq}: expected at least 1")
 
 
-def _prepare(checkpoint: Checkpoint, dtype: torch.dtype, last_only: bool) -> _Ready:
-    if not checkpoint.is_dsa():
-        raise UserError(f"{checkpoint.path}: a dense checkpoint (no indexer); run `mla2dsa convert` first")
-    config = dense_config(checkpoint)
-    indexer = _indexer(checkpoint)
-    captured = capture(config, dtype=dtype)
-    converted = mla_to_dsa(captured.program, indexer)
-    source = WeightSource(checkpoint, captured)
-    shapes = {name: tuple(converted.program.state_dict[name].shape) for name in converted.added}
-    checkpoint.check_shapes({**source.expected(), **shapes})
-    cached = add_cache(converted.program, [change.name for change in converted.changes], last_only)
-    return _Ready(checkpoint, captured, indexer, cached, source)
-
-
-def dense_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """config.json of the dense base: the one the manifest keeps, or a native deepseek_v32 told as deepseek_v3.
-
-    Raises UserError when the checkpoint is neither.
-    """
-    if (checkpoint.path / DSA_MANIFEST).is_file():
-        kept = read_json(checkpoint.path / DSA_MANIFEST).get("source")
-        text = kept.get("config") if isinstance(kept, dict) else None
-        if not isinstance(text, str):
-            raise UserError(f"{checkpoint.path / DSA_MANIFEST}: damaged (no source config); fetch it again")
-        dense: dict[str, Any] = json.loads(text)
-        return dense
-    config = {name: value for name, value in checkpoint.config.items() if name not in _V32_ONLY}
-    if config.get("model_type") != "deepseek_v32":
-        raise UserError(
-            f"{checkpoint.path / 'config.json'}: model_type {config.get('model_type')!r} with an indexer, but no {DSA_MANIFEST}; "
-            "only deepseek_v32 is known without one"
-        )
-    layers = config.pop("mlp_layer_types", None)
-    config.pop("layer_types", None)
-    if layers is not None:
-        dense_layers = next((i for i, kind in enumerate(layers) if kind != "dense"), len(layers))
-        if "dense" in layers[dense_layers:]:
-            raise UserError(f"{checkpoint.path / 'config.json'}: mlp_layer_types has dense layers after sparse ones")
-        config["first_k_dense_replace"] = dense_layers
-    return {**config, "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
-
-
-def _indexer(checkpoint: Checkpoint) -> IndexerConfig:
-    config, file = checkpoint.config, checkpoint.path / "config.json"
-    sizes: dict[str, Any] = {field: config.get(field) for field in ("index_topk", "index_n_heads", "index_head_dim")}
-    for field, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise UserError(f"{file}: {field} is {size!r}, expected a positive number")
-    if set(config.get("indexer_types") or ["full"]) != {"full"}:
-        raise UserError(f"{file}: indexer_types shares indexers between layers, which cannot be exported yet")
-    return IndexerConfig(**sizes, rope_interleave=bool(config.get("indexer_rope_interleave", False)))
-
-
-def _write_onnx(ready: _Ready, folder: Path, copy_weights: bool) -> Mapping[str, Any]:
+def _write_onnx(ready: CachedModel, folder: Path, copy_weights: bool) -> Mapping[str, Any]:
     from ..exporters.to_onnx import export_onnx
     from .stored import stored_weights
 
@@ -200,7 +130,7 @@ def _write_onnx(ready: _Ready, folder: Path, copy_weights: bool) -> Mapping[str,
     return placed.summary()
 
 
-def _write_pt2(ready: _Ready, folder: Path, copy_weights: bool) -> Mapping[str, Any]:
+def _write_pt2(ready: CachedModel, folder: Path, copy_weights: bool) -> Mapping[str, Any]:
     """The cached program with its weights, in one file: what torch.export.load gives back runs as it is."""
     editor = ProgramEditor(ready.cached.program)
     editor.drop_input("use_cache")  # transformers' switch, always off in a capture: callers need not know it
@@ -229,7 +159,7 @@ def _copy_beside(source: Path, folder: Path) -> None:
 
 
 def _manifest(
-    ready: _Ready, format: str, dtype: str, limits: Mapping[str, int], written: Mapping[str, Any]
+    ready: CachedModel, format: str, dtype: str, limits: Mapping[str, int], written: Mapping[str, Any]
 ) -> dict[str, Any]:
     cached, checkpoint = ready.cached, ready.checkpoint
     config = checkpoint.config

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..kernels.spec import IndexerConfig
-from ..passes.add_cache import Cached, add_cache
+from ..passes.add_cache import Cached
 from ..passes.execute import Runner
-from ..passes.mla_to_dsa import mla_to_dsa
-from .capture import Capture, capture
+from .cached_model import open_cached
 from .checkpoint import Checkpoint
 from .weights import WeightSource
 
@@ -64,25 +62,8 @@ def open_torch_session(
     folder: Path, batch: int, capacity: int | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> TorchSession:
     """A session on a DSA checkpoint. capacity None: the model's context. Raises UserError."""
-    checkpoint = Checkpoint.open(folder)
-    captured, config = capture_dsa(checkpoint, dtype)
-    converted = mla_to_dsa(captured.program, config)
-    cached = add_cache(converted.program, [change.name for change in converted.changes], last_only=True)
-    if capacity is not None and capacity > captured.max_length:
-        raise UserError(f"a cache of {capacity} tokens is longer than the model's {captured.max_length} positions")
-    return TorchSession(cached, WeightSource(checkpoint, captured, device), batch, capacity or captured.max_length)
-
-
-def capture_dsa(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Capture, IndexerConfig]:
-    """The dense graph under a DSA checkpoint, and its indexer's sizes: deepseek_v32 is deepseek_v3 plus indexers."""
-    config = dict(checkpoint.config)
-    sizes = [config.pop(name, None) for name in ("index_topk", "index_n_heads", "index_head_dim")]
-    if not all(isinstance(size, int) for size in sizes):
-        raise UserError(f"{checkpoint.path}: not a DSA checkpoint (no indexer in config.json); convert it first")
-    if config.pop("indexer_rope_interleave", False):
-        raise UserError(
-            f"{checkpoint.path}: its indexer rotates interleaved; only DeepSeek-V3.2's half-split layout is read"
-        )
-    dense = {**config, "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "rope_interleave": True}
-    topk, heads, width = (int(size) for size in sizes if size is not None)
-    return capture(dense, dtype=dtype), IndexerConfig(topk, heads, width)
+    model = open_cached(Checkpoint.open(folder), dtype, last_only=True, device=device)
+    context = model.captured.max_length
+    if capacity is not None and capacity > context:
+        raise UserError(f"a cache of {capacity} tokens is longer than the model's {context} positions")
+    return TorchSession(model.cached, model.source, batch, capacity or context)

@@ -13,8 +13,9 @@ from checkpoints import assert_one_line, edit_config, random_indexers, save_dens
 from mla2dsa.errors import UsageError, UserError
 from mla2dsa.exporters.dsa_checkpoint import write_dsa_checkpoint
 from mla2dsa.kernels.spec import IndexerConfig
+from mla2dsa.optimizer.cached_model import dense_config
 from mla2dsa.optimizer.checkpoint import Checkpoint
-from mla2dsa.optimizer.export import dense_config, export
+from mla2dsa.optimizer.export import export
 
 INDEXER = IndexerConfig(index_topk=16, index_n_heads=4, index_head_dim=32)
 

@@ -21,8 +21,9 @@ from mla2dsa.exporters.external_data import DATA_FILE, Placement, Stored
 from mla2dsa.exporters.safetensors_index import TensorLocation
 from mla2dsa.exporters.to_onnx import LAYER
 from mla2dsa.kernels.spec import IndexerConfig
+from mla2dsa.optimizer.cached_model import CachedModel, open_cached
 from mla2dsa.optimizer.checkpoint import Checkpoint
-from mla2dsa.optimizer.export import MANIFEST, Exported, _prepare, _Ready, export
+from mla2dsa.optimizer.export import MANIFEST, Exported, export
 from mla2dsa.optimizer.recipe import Recipe
 from mla2dsa.passes.execute import Runner
 
@@ -69,7 +70,7 @@ class Torch:
     """The cached program on the checkpoint's weights."""
 
     def __init__(self, folder: Path) -> None:
-        self.ready: _Ready = _prepare(Checkpoint.open(folder), torch.float32, last_only=True)
+        self.ready: CachedModel = open_cached(Checkpoint.open(folder), torch.float32, last_only=True)
         program = self.ready.cached.program
         self._runner = Runner(program, self.ready.source.loader(program))
 
