@@ -309,7 +309,7 @@ def _add_generate(commands: Any) -> None:
     command.add_argument("model", metavar="MODEL", help="DSA checkpoint (folder or hub id), or an exported folder")
     command.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads stdin")
     command.add_argument(
-        "--runtime", choices=("torch", "onnxruntime"), help="default: onnxruntime for an exported folder, else torch"
+        "--runtime", choices=("torch", "onnxruntime"), help="default: onnxruntime for an ONNX export, else torch"
     )
     command.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="most tokens to write (default 128)"

@@ -13,7 +13,7 @@ from onnx import FunctionProto
 
 from .onnx_ops import DOMAIN, OPSET, attribute_names
 
-BUFFER = 2**24  # elements of the largest buffer in a tile: 64 MiB in float32
+BUFFER = 2**22  # elements of the largest buffer in a tile: 16 MiB in float32, what a core can keep close
 
 _CONSTANTS = """
    zero = Constant <value_ints: ints = [0]> ()
@@ -155,11 +155,12 @@ _SPARSE_MLA = """(q, kv, indices) => (out) {
       safe4 = Unsqueeze (safe, minus_one)
       picked = GatherND <batch_dims: int = 1> (kv, safe4)
       g = Cast <to: int = 1> (picked)
-      g_t = Transpose <perm: ints = [0, 1, 3, 2]> (g)
       q_tile = Gather <axis: int = 1> (q_tiled, i)
       q32 = Cast <to: int = 1> (q_tile)
       q_scaled = Mul (q32, factor)
-      dots = MatMul (q_scaled, g_t)
+      q_t = Transpose <perm: ints = [0, 1, 3, 2]> (q_scaled)
+      dots_t = MatMul (g, q_t)
+      dots = Transpose <perm: ints = [0, 1, 3, 2]> (dots_t)
       valid4 = Unsqueeze (valid, two)
       logits = Where (valid4, dots, nothing)
       p = Softmax <axis: int = -1> (logits)

@@ -45,13 +45,13 @@ import torch.utils._pytree as pytree
 
 from .. import __version__
 from ..errors import UsageError
+from ..exporters.export_manifest import EXPORT_MANIFEST
 from ..exporters.staging import check_target, place_file, staged_folder
 from ..passes.add_cache import Cached
 from ..passes.program import ProgramEditor
 from .cached_model import CachedModel, open_cached
 from .checkpoint import Checkpoint
 
-MANIFEST = "mla2dsa-export.json"
 MANIFEST_FORMAT = 1
 FORMATS = ("onnx", "pt2")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -104,7 +104,7 @@ def export(
         written = write(ready, folder, copy_weights)
         _copy_beside(checkpoint.path, folder)
         manifest = _manifest(ready, format, dtype, limits, written)
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        (folder / EXPORT_MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return Exported(out, manifest)
 
 

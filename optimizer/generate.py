@@ -1,4 +1,4 @@
-"""Generate text from a DSA checkpoint (its own converted graph, in torch) or from an exported folder (onnxruntime)."""
+"""Generate text from a DSA checkpoint (its own converted graph, in torch) or from an exported folder (onnxruntime, or torch for a .pt2)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, UserError
+from ..exporters.export_manifest import EXPORT_MANIFEST, is_export
 from ..exporters.generation import Sampling, Session, generate
-from ..exporters.ort_session import EXPORT_MANIFEST, OrtSession
+from ..exporters.ort_session import OrtSession
+from ..exporters.safetensors_index import read_json
 from .checkpoint import Checkpoint
 from .text import load_tokenizer
-from .torch_session import open_torch_session
+from .torch_session import open_pt2_session, open_torch_session
 
 RUNTIMES = ("torch", "onnxruntime")
 
@@ -19,19 +21,22 @@ RUNTIMES = ("torch", "onnxruntime")
 def generate_text(
     model: str, prompt: str, runtime: str | None, max_new_tokens: int, sampling: Sampling, device: str = "cpu"
 ) -> Iterator[str]:
-    """Yield the continuation of `prompt` piece by piece. runtime None: onnxruntime for an exported folder, else torch.
+    """Yield the continuation of `prompt` piece by piece. runtime None: onnxruntime for an ONNX export, else torch.
 
     Raises UserError / UsageError before the first piece.
     """
     if max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens {max_new_tokens}, expected at least 1")
-    exported = (Path(model) / EXPORT_MANIFEST).is_file()
-    runtime = runtime or ("onnxruntime" if exported else "torch")
+    exported = is_export(model)
     folder = Path(model) if exported else Checkpoint.open(model).path
-    session = _session(folder, runtime, exported, device)
+    session = _session(folder, runtime or _natural_runtime(folder, exported), exported, device)
     tokenizer = load_tokenizer(folder)
     ids = tokenizer(prompt)["input_ids"]
     return _pieces(tokenizer, generate(session, [ids], max_new_tokens, sampling, _stop(tokenizer)))
+
+
+def _natural_runtime(folder: Path, exported: bool) -> str:
+    return "onnxruntime" if exported and read_json(folder / EXPORT_MANIFEST).get("kind") == "onnx" else "torch"
 
 
 def _session(folder: Path, runtime: str, exported: bool, device: str) -> Session:
@@ -42,9 +47,7 @@ def _session(folder: Path, runtime: str, exported: bool, device: str) -> Session
             )
         return OrtSession(folder, batch=1)
     if exported:
-        raise UserError(
-            f"{folder}: an exported folder; pass --runtime onnxruntime, or give the checkpoint for --runtime torch"
-        )
+        return open_pt2_session(folder, batch=1, device=device)
     return open_torch_session(folder, batch=1, device=device)
 
 

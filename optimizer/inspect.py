@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..exporters.dsa_checkpoint import MANIFEST as DSA_MANIFEST
-from ..exporters.ort_session import EXPORT_MANIFEST
+from ..exporters.export_manifest import EXPORT_MANIFEST, is_export
 from ..exporters.safetensors_index import read_json
 from .checkpoint import Checkpoint
 
@@ -25,7 +25,7 @@ def inspect(target: str) -> dict[str, Any]:
     path = Path(target)
     if path.is_file() and path.suffix == ".onnx":
         return {"kind": "onnx", "file": str(path), **_onnx(path)}
-    if (path / EXPORT_MANIFEST).is_file():
+    if is_export(path):
         return _export(path)
     if path.is_file():
         raise UserError(

@@ -1,52 +1,51 @@
-"""Run a converted checkpoint's own graph in torch, with caches: what `generate --runtime torch` uses."""
+"""Run a converted graph in torch, with caches: what `generate --runtime torch` uses, for a checkpoint or a `.pt2` export."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from ..errors import UserError
-from ..passes.add_cache import Cached
+from ..exporters.caches import Caches, widths_of
+from ..exporters.export_manifest import check_limits, check_weight_files, read_export
 from ..passes.execute import Runner
 from .cached_model import open_cached
 from .checkpoint import Checkpoint
-from .weights import WeightSource
 
 CACHE_WRITE = torch.ops.mla2dsa.cache_write.default
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class TorchSession:
-    """A session over `batch` sequences of up to `capacity` tokens; weights stay resident, caches are written in place."""
+    """A session over `batch` sequences of up to `capacity` tokens; weights stay resident, caches are written in place.
 
-    def __init__(self, cached: Cached, source: WeightSource, batch: int, capacity: int) -> None:
-        self.batch, self.capacity = batch, capacity
-        load = source.loader(cached.program)
+    load: a weight by name, on `device`; each is asked for once. widths, dtype: of the caches, by input name.
+    """
+
+    def __init__(
+        self, program: ExportedProgram, load: Callable[[str], Tensor], widths: Mapping[str, int], batch: int,
+        capacity: int, dtype: torch.dtype, device: str = "cpu",
+    ) -> None:  # fmt: skip
+        self.batch, self.capacity, self._device = batch, capacity, device
         resident: dict[str, Tensor] = {}
         self._runner = Runner(
-            cached.program,
+            program,
             lambda name: resident[name] if name in resident else resident.setdefault(name, load(name)),
             overrides={CACHE_WRITE: _write_in_place},
         )
-        placeholders = {
-            n.name: n.meta["val"].dtype
-            for n in cached.program.graph.nodes
-            if n.op == "placeholder" and n.name.startswith("past_")
-        }
-        self._device = source.device
-        self._caches: dict[str, Tensor] = {}
-        for spec in cached.caches:
-            for name, width in ((spec.latent, spec.latent_width), (spec.index_key, spec.index_key_width)):
-                past = f"past_{name}"
-                self._caches[past] = torch.zeros(batch, capacity, width, dtype=placeholders[past], device=source.device)
+        self._caches = Caches(widths, batch, capacity, dtype, device)
 
     def step(self, ids: Tensor, positions: Tensor, slots: Tensor, key_begin: Tensor, last: Tensor) -> Tensor:
         """See `exporters.generation.Session`."""
+        self._caches.reserve(int(slots.max()) + 1)
         inputs = {"input_ids": ids, "position_ids": positions, "slots": slots, "key_begin": key_begin, "last": last}
         moved = {name: tensor.to(self._device) for name, tensor in inputs.items()}
-        outputs: list[Any] = next(self._runner.outputs_of([{**moved, **self._caches}]))
+        outputs: list[Any] = next(self._runner.outputs_of([{**moved, **self._caches.tensors}]))
         logits: Tensor = outputs[0][:, 0].float()
         return logits.cpu()
 
@@ -66,4 +65,32 @@ def open_torch_session(
     context = model.captured.max_length
     if capacity is not None and capacity > context:
         raise UserError(f"a cache of {capacity} tokens is longer than the model's {context} positions")
-    return TorchSession(model.cached, model.source, batch, capacity or context)
+    program, load = model.cached.program, model.source.loader(model.cached.program)
+    widths = {f"past_{c.latent}": c.latent_width for c in model.cached.caches}
+    widths |= {f"past_{c.index_key}": c.index_key_width for c in model.cached.caches}
+    return TorchSession(program, load, widths, batch, capacity or context, dtype, device)
+
+
+def open_pt2_session(folder: Path, batch: int, capacity: int | None = None, device: str = "cpu") -> TorchSession:
+    """A session on a `.pt2` export: nothing but the file and its manifest is read. Raises UserError."""
+    from ..kernels import ops  # noqa: F401  the file names our ops
+
+    manifest = read_export(folder, "pt2")
+    capacity = check_limits(folder, manifest, batch, capacity)
+    check_weight_files(folder, manifest)
+    file = folder / manifest["file"]
+    try:
+        program = torch.export.load(file)
+    except Exception as error:  # zip, pickle, version and schema errors, each of its own kind
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:240]
+        raise UserError(f"{file}: torch {torch.__version__} cannot load it ({reason}); export again") from error
+    values = {**program.state_dict, **program.constants}
+    return TorchSession(
+        program,
+        lambda name: values[name].to(device),
+        widths_of(manifest),
+        batch,
+        capacity,
+        DTYPES[manifest["dtype"]],
+        device,
+    )

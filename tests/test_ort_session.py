@@ -11,13 +11,14 @@ from checkpoints import dense_checkpoint, random_indexers
 from command_line import mla2dsa, small_conversion
 
 from mla2dsa.errors import UserError
-from mla2dsa.exporters import generation, ort_session
+from mla2dsa.exporters import caches, generation
 from mla2dsa.exporters.dsa_checkpoint import write_dsa_checkpoint
+from mla2dsa.exporters.export_manifest import EXPORT_MANIFEST
 from mla2dsa.exporters.generation import Sampling, Session, generate
-from mla2dsa.exporters.ort_session import EXPORT_MANIFEST, OrtSession
+from mla2dsa.exporters.ort_session import OrtSession
 from mla2dsa.kernels.spec import IndexerConfig
 from mla2dsa.optimizer.export import export
-from mla2dsa.optimizer.torch_session import open_torch_session
+from mla2dsa.optimizer.torch_session import open_pt2_session, open_torch_session
 
 
 @pytest.fixture(scope="module", params=["tiny-mla", "moe"])
@@ -51,7 +52,7 @@ def torch_text(checkpoint: Path, seed: int, length: int, count: int) -> list[int
 def test_greedy_text_is_that_of_torch(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """128 tokens, with a cache that has to grow several times on the way."""
     checkpoint, folder = pair
-    monkeypatch.setattr(ort_session, "FIRST_CAPACITY", 16)
+    monkeypatch.setattr(caches, "FIRST_CAPACITY", 16)
     session = OrtSession(folder, batch=1, threads=1)
     assert texts(session, [prompt(70, 0)], 128) == [torch_text(checkpoint, 0, 70, 128)]
 
@@ -113,6 +114,23 @@ def test_a_folder_that_is_no_export(tmp_path: Path) -> None:
         OrtSession(tmp_path, batch=1)
 
 
+def test_pt2_generates_the_same_text(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    checkpoint, _ = pair
+    folder = export(checkpoint, tmp_path / "pt2", format="pt2", max_seq=256).folder
+    assert texts(open_pt2_session(folder, batch=1), [prompt(70, 0)], 128) == [torch_text(checkpoint, 0, 70, 128)]
+    with pytest.raises(UserError, match="batch 2 is over the maximum of 1"):
+        open_pt2_session(folder, batch=2)
+    with pytest.raises(UserError, match="holds a pt2 export, this runtime takes onnx; pass --runtime torch"):
+        OrtSession(folder, batch=1)
+    file = folder / "model.pt2"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"model.pt2: torch .* cannot load it .*; export again"):
+        open_pt2_session(folder, batch=1)
+    file.unlink()
+    with pytest.raises(UserError, match=r"model.pt2: missing; export again"):
+        open_pt2_session(folder, batch=1)
+
+
 def test_export_generate_and_inspect_from_the_command_line(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
@@ -122,6 +140,8 @@ def test_export_generate_and_inspect_from_the_command_line(
     assert "MB of weights used in place" in done.out
     by_torch = mla2dsa("generate", checkpoint, "import ", "--max-new-tokens", 10).out
     assert mla2dsa("generate", out, "import ", "--max-new-tokens", 10).out == by_torch
+    assert mla2dsa("export", checkpoint, tmp_path / "pt2", "--format", "pt2", "--max-seq", 128).code == 0
+    assert mla2dsa("generate", tmp_path / "pt2", "import ", "--max-new-tokens", 10).out == by_torch
     found = mla2dsa("inspect", out, "--json").json()
     assert (found["kind"], found["layers"], found["graph"]["missing_files"]) == ("export", 4, [])
     assert found["graph"]["dsa_ops"]["mla2dsa.SparseMLA"] == 4

@@ -20,12 +20,12 @@ from onnx_session import node_model
 from safetensors import safe_open
 
 from mla2dsa.exporters.dsa_checkpoint import write_dsa_checkpoint
+from mla2dsa.exporters.export_manifest import EXPORT_MANIFEST
 from mla2dsa.exporters.onnx_ops import DOMAIN
-from mla2dsa.exporters.ort_session import EXPORT_MANIFEST
 from mla2dsa.kernels.spec import IndexerConfig
 from mla2dsa.optimizer.export import export
 
-trt: Any = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install mla2dsa[rtx]")
+trt: Any = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is for x86-64 Linux")
 
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 RANGES = {"batch": (1, 1, 2), "seq": (1, 4, 16), "cache_length": (16, 32, 128)}  # min, opt, max

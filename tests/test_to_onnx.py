@@ -17,14 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mla2dsa.exporters.dsa_checkpoint import write_dsa_checkpoint
+from mla2dsa.exporters.export_manifest import EXPORT_MANIFEST
 from mla2dsa.exporters.external_data import DATA_FILE, Placement, Stored
 from mla2dsa.exporters.safetensors_index import TensorLocation
 from mla2dsa.exporters.to_onnx import LAYER
 from mla2dsa.kernels.spec import IndexerConfig
 from mla2dsa.optimizer.cached_model import CachedModel, open_cached
 from mla2dsa.optimizer.checkpoint import Checkpoint
-from mla2dsa.optimizer.export import MANIFEST, Exported, export
+from mla2dsa.optimizer.export import Exported, export
 from mla2dsa.optimizer.recipe import Recipe
+from mla2dsa.optimizer.transformers_check import load_model, logits
 from mla2dsa.passes.execute import Runner
 
 TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny-mla"
@@ -83,7 +85,7 @@ class Model:
     """An exported folder, driven by nothing but its manifest."""
 
     def __init__(self, folder: Path) -> None:
-        self.manifest = json.loads((folder / MANIFEST).read_text())
+        self.manifest = json.loads((folder / EXPORT_MANIFEST).read_text())
         self._session = session(folder / self.manifest["file"])
         self._type = numpy_type(self.manifest["dtype"])
 
@@ -158,6 +160,32 @@ def test_logits_equal_torch(
     model = Model(exports[f"{name}-float32"].folder)
     vocab = model.manifest["model"]["vocab_size"]
     assert max(differences(model, torch_models[name], scenario(calls, vocab))) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def transformers_models(checkpoints: dict[str, Path]) -> dict[str, Any]:
+    return {
+        name: load_model(Checkpoint.open(folder), "DeepseekV32ForCausalLM")[0] for name, folder in checkpoints.items()
+    }
+
+
+@pytest.mark.parametrize("calls", ["prefill", "decode", "chunks", "left-padding", "ragged"])
+@pytest.mark.parametrize("name", ["tiny", "moe"])
+def test_logits_equal_transformers(
+    name: str, calls: str, exports: dict[str, Exported], transformers_models: dict[str, Any]
+) -> None:
+    """At every call, the logits of transformers' DeepseekV32ForCausalLM without a cache on the real tokens so far."""
+    model = Model(exports[f"{name}-float32"].folder)
+    names = [entry["name"] for entry in model.manifest["outputs"]]
+    caches, tokens = model.caches(2), torch.full((2, CAPACITY), -1)
+    for inputs in scenario(calls, model.manifest["model"]["vocab_size"]):
+        values = model.step({**inputs, **caches})
+        caches = {n.replace("present", "past"): v for n, v in zip(names[1:], values[1:], strict=True)}
+        tokens.scatter_(1, inputs["slots"], inputs["input_ids"])
+        for row in range(2):
+            begin, end = int(inputs["key_begin"][row]), int(inputs["slots"][row, inputs["last"][row]]) + 1
+            want = logits(transformers_models[name], {"input_ids": tokens[row : row + 1, begin:end]})[0, -1]
+            assert float((values[0][row, 0] - want).abs().max()) < 1e-4
 
 
 def test_float16_runs_and_is_close(exports: dict[str, Exported], torch_models: dict[str, Torch]) -> None:
