@@ -113,7 +113,8 @@ def test_interleaved_is_half_split_with_permuted_rotary_rows() -> None:
         k_norm_bias=weights.k_norm_bias[order],
     )
     expected = index_scores(weights, CONFIG, sample)
-    torch.testing.assert_close(index_scores(permuted, replace(CONFIG, rope_interleave=True), sample), expected)
+    got = index_scores(permuted, replace(CONFIG, rope_interleave=True), sample)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)  # the same sums, in another order
 
 
 def test_nope_layer_has_no_rotation() -> None:
