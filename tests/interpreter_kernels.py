@@ -133,3 +133,14 @@ def double(out, number, fraction):
 def fails_late():
     if tl.program_id(0) == 2:
         1 / 0  # noqa: B018
+
+
+@triton.jit
+def needs_scratch(x, out, n, BLOCK: tl.constexpr):
+    view = tl.make_tensor_descriptor(x, [n], [1], [BLOCK])
+    tl.store(out + tl.arange(0, BLOCK), view.load([0]))
+
+
+@triton.jit
+def ill_typed(x):
+    tl.store(x, tl.dot(x, x))
