@@ -18,7 +18,7 @@ FORMS = ("prefill", "decode")
 
 
 @lru_cache(maxsize=256)
-def lightning_indexer(
+def lightning_indexer_program(
     dtype: str,
     heads: int,
     width: int,
@@ -35,7 +35,7 @@ def lightning_indexer(
 
     dtype ("bf16", "fp16", "fp32", "fp8e4nv"), weights, bounds ("i32", "i64"): element types, by Triton's names.
     sm: GPU architecture, 0 for the interpreter. budget_mb: of workspace; exceeded only if one query a sequence does.
-    Raises UserError if the tuning table has no block sizes for it.
+    Raises NoBlocks if the tuning table has no block sizes for it.
     """
     inputs = (dtype, dtype, *(("fp32",) if scaled else ()), weights, bounds, bounds)
     batch, tokens, slots = dim(0, 0), dim(0, 1), dim(1, 1)
@@ -62,6 +62,27 @@ def lightning_indexer(
     launches = (score.launch(tile), *topk_launches(form, tile, topk, memory, sm))
     outputs = (("i32", (batch, tokens, tile.width)),)
     return Program(inputs, outputs, memory.size, (Repeat("t", tokens, rows, launches),))
+
+
+@lru_cache(maxsize=64)
+def scores_program(
+    dtype: str,
+    heads: int,
+    width: int,
+    sm: int,
+    form: str,
+    scaled: bool = False,
+    weights: str = "fp32",
+    bounds: str = "i64",
+) -> Program:
+    """The scores alone, for tests and benchmarks. Inputs as `lightning_indexer_program`; output [B,T,S rounded up to 4]
+    float32, of which only what lies in a query's range is written."""
+    inputs = (dtype, dtype, *(("fp32",) if scaled else ()), weights, bounds, bounds)
+    batch, tokens, slots = dim(0, 0), dim(0, 1), dim(1, 1)
+    begin, end, out = (Tensor(len(inputs) + i) for i in (-2, -1, 0))
+    tile = Rows(out, begin, end, out, bounds, batch, tokens, slots, slots, tokens, integer(0), tokens)
+    step = _Scores(dtype, heads, width, sm, form, scaled, weights).launch(tile)
+    return Program(inputs, (("fp32", (batch, tokens, 4 * quads(slots))),), integer(0), (step,))
 
 
 class _Scores:
@@ -100,9 +121,8 @@ class _Scores:
             sizes += (("blocks", "i32", each),)
             grid = (ceil_div(key_blocks, each), query_blocks, tile.batch)
             constants = self._constants | {"QUERIES": self._queries}
-        if not self._scaled:
-            constants = {"k_scale": None, **constants}
-        return launch(self._kernel, grid, (*self._tensors(tile), *sizes), constants, self._use)
+        missing = {} if self._scaled else {"k_scale": None}
+        return launch(self._kernel, grid, (*self._tensors(tile), *sizes), {**missing, **constants}, self._use)
 
     def _tensors(self, tile: Rows) -> tuple[Argument, ...]:
         dtype, weights = self._types

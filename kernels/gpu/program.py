@@ -7,7 +7,7 @@ be looked at while a program is built; what decides its form (dtype, heads, topk
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 Env = Mapping[str, int]
@@ -55,7 +55,7 @@ class Expr:
         return _EVALUATE[self.op](a, b)
 
 
-_EVALUATE = {
+_EVALUATE: dict[str, Callable[[int, int], int]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
     "*": lambda a, b: a * b,
@@ -102,12 +102,13 @@ def _binary(op: str, a: Expr, b: Expr | int) -> Expr:
 class Variant:
     """One compilation of a Triton kernel: what the compiler has to know, for any GPU.
 
-    kernel: its name in the registry of kernels. constants: its constexpr arguments. arguments: names and Triton types ("*bf16",
-    "i32", "i64", "fp32") of all others, in order. aligned: arguments divisible by 16 (pointers: 16-byte aligned).
+    kernel: its name in the registry of kernels. constants: its constexpr arguments, and None for a pointer that it does
+    without. arguments: names and Triton types ("*bf16", "i32", "i64", "fp32") of all others, in order. aligned: arguments
+    divisible by 16 (pointers: 16-byte aligned).
     """
 
     kernel: str
-    constants: tuple[tuple[str, int | bool | str], ...]
+    constants: tuple[tuple[str, int | bool | str | None], ...]
     arguments: tuple[tuple[str, str], ...]
     aligned: frozenset[str]
     num_warps: int

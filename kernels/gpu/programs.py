@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .indexer_program import FORMS, lightning_indexer
+from .indexer_program import FORMS, lightning_indexer_program
 from .program import Program
-from .quantise_program import pack_latent, quantise_rows
-from .sparse_program import sparse_mla, sparse_mla_fp8
+from .quantise_program import pack_latent_program, quantise_rows_program
+from .sparse_program import sparse_mla_fp8_program, sparse_mla_program
 
 FAMILIES = (80, 89, 90, 100, 120)  # architectures that cubins are made for
 INDEX_HEADS = (8, 16, 32, 64)
@@ -24,7 +24,7 @@ def catalogue(sm: int) -> dict[str, Program]:
 def _indexers(sm: int) -> dict[str, Program]:
     dtypes = ("bf16", "fp8e4nv") if sm >= FIRST_WITH_FP8 else ("bf16",)
     return {
-        f"lightning_indexer.{dtype}.h{heads}.d{INDEX_WIDTH}.k{topk}.{form}": lightning_indexer(
+        f"lightning_indexer.{dtype}.h{heads}.d{INDEX_WIDTH}.k{topk}.{form}": lightning_indexer_program(
             dtype, heads, INDEX_WIDTH, topk, sm, form, scaled=dtype == "fp8e4nv"
         )
         for dtype in dtypes
@@ -36,12 +36,14 @@ def _indexers(sm: int) -> dict[str, Program]:
 
 def _attention(sm: int) -> dict[str, Program]:
     whole = {
-        f"sparse_mla.bf16.h{heads}.r{rank}.d{rope}.{form}": sparse_mla("bf16", heads, rank, rope, SCALE, sm, form)
+        f"sparse_mla.bf16.h{heads}.r{rank}.d{rope}.{form}": sparse_mla_program(
+            "bf16", heads, rank, rope, SCALE, sm, form
+        )
         for heads, rank, rope in ATTENTION
         for form in FORMS
     }
     packed = {
-        f"sparse_mla_fp8.bf16.h{heads}.{form}": sparse_mla_fp8(heads, SCALE, sm, form)
+        f"sparse_mla_fp8.bf16.h{heads}.{form}": sparse_mla_fp8_program(heads, SCALE, sm, form)
         for heads, rank, _ in ATTENTION
         if rank == 512
         for form in FORMS
@@ -53,9 +55,9 @@ def _quantisers(sm: int) -> dict[str, Program]:
     if sm < FIRST_WITH_FP8:
         return {}
     rows = {
-        f"quantise_rows.bf16.d{INDEX_WIDTH}.{'ue8m0' if ue8m0 else 'float32'}": quantise_rows(
+        f"quantise_rows.bf16.d{INDEX_WIDTH}.{'ue8m0' if ue8m0 else 'float32'}": quantise_rows_program(
             "bf16", INDEX_WIDTH, ue8m0, sm
         )
         for ue8m0 in (False, True)
     }
-    return {**rows, "pack_latent.bf16": pack_latent("bf16", sm)}
+    return {**rows, "pack_latent.bf16": pack_latent_program("bf16", sm)}

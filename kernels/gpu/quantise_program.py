@@ -11,7 +11,7 @@ from .tuning import blocks
 
 
 @lru_cache(maxsize=64)
-def quantise_rows(dtype: str, width: int, ue8m0: bool, sm: int) -> Program:
+def quantise_rows_program(dtype: str, width: int, ue8m0: bool, sm: int) -> Program:
     """Input x [N,width]; outputs e4m3 [N,width] and float32 [N], the scale of each row."""
     use = blocks("quantise_rows", sm, dtype, 0, width)
     arguments: tuple[Argument, ...] = (
@@ -27,7 +27,7 @@ def quantise_rows(dtype: str, width: int, ue8m0: bool, sm: int) -> Program:
 
 
 @lru_cache(maxsize=8)
-def pack_latent(dtype: str, sm: int) -> Program:
+def pack_latent_program(dtype: str, sm: int) -> Program:
     """Input kv [B,S,576]; output u8 [B,S,656]."""
     use = blocks("pack_latent", sm)
     arguments: tuple[Argument, ...] = (("kv", f"*{dtype}", Tensor(0)), ("out", "*u8", Tensor(1)))

@@ -8,7 +8,7 @@ widened and scaled in registers, rounded to bfloat16, and from there on all is a
 import triton
 import triton.language as tl
 
-from .sparse_mla_kernel import query_heads, selected, softmax_step, store_heads, store_partial
+from .sparse_mla_kernel import any_valid, query_heads, selected, softmax_step, store_heads, store_partial
 
 RANK = tl.constexpr(512)
 ROPE = tl.constexpr(64)
@@ -68,7 +68,6 @@ def attend_fp8(
     sums = tl.zeros((BLOCK_H, RANK), tl.float32)
     largest = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_H,), tl.float32)
-    found = 0
     for first in tl.range(start, stop, BLOCK_K, num_stages=STAGES):
         slot, valid = selected(indices, first, stop, S, BLOCK_K)
         rows = latent_rows(kv, slot, valid, BLOCK_K, NATIVE)
@@ -76,8 +75,7 @@ def attend_fp8(
         logits = tl.dot(rope, tl.trans(rope_rows(kv, slot, valid)), logits)
         weight, factor, largest, total = softmax_step(logits * scale, valid, largest, total)
         sums = tl.dot(weight.to(tl.bfloat16), rows, sums * factor[:, None])
-        found += tl.sum(valid.to(tl.int32), 0)
-    return sums, largest, total, found
+    return sums, largest, total, any_valid(indices, start, stop, S, total, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=["tokens", "S", "selection"])

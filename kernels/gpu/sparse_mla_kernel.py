@@ -50,6 +50,19 @@ def softmax_step(logits, valid, largest, total):
 
 
 @triton.jit
+def any_valid(indices, start, stop, S, total, BLOCK_K: tl.constexpr):
+    """Whether a slot of start .. stop is valid. Clear if every total is positive; if not, there may still have been some
+    whose weights were all 0, and the result is then 0 / 0, as the reference's."""
+    found = 1
+    if tl.min(total, 0) == 0.0:
+        found = 0
+        for first in range(start, stop, BLOCK_K):
+            _, valid = selected(indices, first, stop, S, BLOCK_K)
+            found += tl.sum(valid.to(tl.int32), 0)
+    return found
+
+
+@triton.jit
 def attend(
     q,
     kv,
@@ -69,7 +82,7 @@ def attend(
     STAGES: tl.constexpr,
 ):
     """q: one query, kv: its sequence's key rows, indices: its selection, of which start .. stop; scale: times log2 e.
-    Sums not yet divided [BLOCK_H,RANK], maximum and total [BLOCK_H], and how many slots were valid."""
+    Sums not yet divided [BLOCK_H,RANK], maximum and total [BLOCK_H], and whether (> 0) a slot was valid."""
     ROW: tl.constexpr = RANK + ROPE
     latent = query_heads(q, head, HEADS, ROW, 0, RANK, RANK_P)
     if ROPE > 0:
@@ -77,7 +90,6 @@ def attend(
     sums = tl.zeros((BLOCK_H, RANK_P), tl.float32)
     largest = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_H,), tl.float32)
-    found = 0
     for first in tl.range(start, stop, BLOCK_K, num_stages=STAGES):
         slot, valid = selected(indices, first, stop, S, BLOCK_K)
         rows = key_rows(kv, slot, valid, ROW, 0, RANK, RANK_P)
@@ -87,8 +99,7 @@ def attend(
             logits = tl.dot(rope, tl.trans(rope_rows), logits, input_precision="ieee")
         weight, factor, largest, total = softmax_step(logits * scale, valid, largest, total)
         sums = tl.dot(weight.to(rows.dtype), rows, sums * factor[:, None], input_precision="ieee")
-        found += tl.sum(valid.to(tl.int32), 0)
-    return sums, largest, total, found
+    return sums, largest, total, any_valid(indices, start, stop, S, total, BLOCK_K)
 
 
 @triton.jit

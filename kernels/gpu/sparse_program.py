@@ -20,16 +20,16 @@ _NATIVE_FP8 = 89  # the first architecture that has the type
 
 
 @lru_cache(maxsize=256)
-def sparse_mla(dtype: str, heads: int, rank: int, rope: int, scale: float, sm: int, form: str) -> Program:
+def sparse_mla_program(dtype: str, heads: int, rank: int, rope: int, scale: float, sm: int, form: str) -> Program:
     """Inputs q [B,T,heads,rank+rope], kv [B,S,rank+rope], indices int32 [B,T,K]; output [B,T,heads,rank] of the same
     dtype ("bf16", "fp16", "fp32"). sm: GPU architecture, 0 for the interpreter.
-    Raises UserError if the tuning table has no block sizes for it."""
+    Raises NoBlocks if the tuning table has no block sizes for it."""
     sizes = {"RANK": rank, "RANK_P": power_of_two(rank, 16), "ROPE": rope, "ROPE_P": power_of_two(rope, 16)}
     return _Attention("sparse_mla", dtype, dtype, heads, rank, rope, scale, sm, sizes).program(form)
 
 
 @lru_cache(maxsize=256)
-def sparse_mla_fp8(heads: int, scale: float, sm: int, form: str, native: bool | None = None) -> Program:
+def sparse_mla_fp8_program(heads: int, scale: float, sm: int, form: str, native: bool | None = None) -> Program:
     """Inputs q bf16 [B,T,heads,576], kv u8 [B,S,656], indices int32 [B,T,K]; output bf16 [B,T,heads,512].
     native: whether the GPU has the type e4m3; if None, what its architecture says."""
     native = sm >= _NATIVE_FP8 if native is None else native

@@ -185,4 +185,4 @@ def topk_row(
         compact(logits, 0, stop, head, stop, low, high, limit, none, none, aligned, keys, slots, BLOCK, STAGES)
         tl.debug_barrier()  # the scratch was written by other threads of this program
         kept = above + tl.minimum(found, limit)
-        emit(keys, slots, kept, threshold(keys, kept, low, high, width, FINAL), width, out, FINAL)
+        emit(keys, slots, kept, threshold(keys, kept, low, high, width, FINAL), width, out, FINAL // 4)

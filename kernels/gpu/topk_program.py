@@ -58,7 +58,8 @@ def scratch_per_row(form: str, topk: int, slots: Expr, sm: int) -> Expr:
     """Numbers of four bytes that the launches need beside each row of scores."""
     if form == "prefill":
         return 8 * _capacity(topk, slots, sm)
-    return 8 * quads(slots) + 256 * blocks("topk_compact", sm)["SLICES"] + 2
+    use = blocks("topk_compact", sm)
+    return 8 * quads(slots) + 256 * minimum(use["SLICES"], ceil_div(slots, use["BLOCK"])) + 2
 
 
 def topk_launches(form: str, rows: Rows, topk: int, memory: Memory, sm: int) -> tuple[Launch, ...]:
@@ -120,7 +121,7 @@ def _split_launches(rows: Rows, topk: int, memory: Memory, sm: int) -> tuple[Lau
 
 
 @lru_cache(maxsize=64)
-def topk(topk: int, sm: int, form: str, bounds: str = "i64") -> Program:
+def topk_program(topk: int, sm: int, form: str, bounds: str = "i64") -> Program:
     """The selection alone. Inputs scores [B,T,S] float32, S a multiple of 4, key_begin and key_end [B,T]; output int32
     [B,T,min(topk,S)]: the best scores of each range, slots ascending, ties to the lowest slot, then -1."""
     batch, tokens, slots = dim(0, 0), dim(0, 1), dim(0, 2)

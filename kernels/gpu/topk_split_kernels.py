@@ -144,4 +144,4 @@ def topk_finish(
         slots += row * (quads * 4)
         low, high = coarse_interval(tl.load(found + row * 2))
         kept = tl.load(found + row * 2 + 1)
-        emit(keys, slots, kept, threshold(keys, kept, low, high, width, FINAL), width, out, FINAL)
+        emit(keys, slots, kept, threshold(keys, kept, low, high, width, FINAL), width, out, FINAL // 4)
