@@ -36,6 +36,7 @@ def environment() -> dict[str, Any]:
         "devices": devices,
         "usable": {
             "plan, convert, verify, strip (CPU)": _needs(versions, "torch", "transformers"),
+            "kernels build (no GPU)": _needs(versions, "triton"),
             "convert and verify with --device cuda": "usable" if devices else "no CUDA device that this torch can use",
         },
     }

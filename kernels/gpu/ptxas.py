@@ -85,7 +85,7 @@ def assemble(ptx: str, architecture: str, tool: Ptxas) -> Assembled:
     with tempfile.TemporaryDirectory(prefix="mla2dsa-ptxas-") as folder:
         source, target = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx)
-        command = [tool.path, "-v", f"--gpu-name={architecture}", source.name, "-o", target.name]
+        command = [str(tool.path), "-v", f"--gpu-name={architecture}", source.name, "-o", target.name]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={}, preexec_fn=_fixed_addresses)
         said = done.stderr + done.stdout
         if done.returncode != 0 or not target.is_file():
