@@ -1,7 +1,4 @@
-"""Compiled kernels kept between runs, by what they were made from: one file each in a folder of the user's.
-
-The folder is MLA2DSA_CACHE, else mla2dsa in XDG_CACHE_HOME, else ~/.cache/mla2dsa. It may be removed at any time.
-"""
+"""Compiled kernels kept between runs, by what they were made from: one file each in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -14,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..user_cache import cache_folder
 from .compile import PTX_VERSION, Compiled, compile_variant, find_kernel
 from .manifest import variant_fields
 from .program import Variant
@@ -21,14 +19,6 @@ from .ptxas import installed
 from .source import source_hash
 
 _REVISION = 1  # of what `compile` does beyond its inputs
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept; it need not exist."""
-    named = os.environ.get("MLA2DSA_CACHE")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mla2dsa"
 
 
 def compile_cached(variant: Variant, sm: int, functions: Mapping[str, Any] | None = None) -> Compiled:
