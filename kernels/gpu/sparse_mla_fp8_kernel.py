@@ -73,8 +73,8 @@ def attend_fp8(
         rows = latent_rows(kv, slot, valid, BLOCK_K, NATIVE)
         logits = tl.dot(latent, tl.trans(rows))
         logits = tl.dot(rope, tl.trans(rope_rows(kv, slot, valid)), logits)
-        weight, factor, largest, total = softmax_step(logits * scale, valid, largest, total)
-        sums = tl.dot(weight.to(tl.bfloat16), rows, sums * factor[:, None])
+        weight, factor, largest, total = softmax_step(logits * scale, valid, largest, total, tl.bfloat16)
+        sums = tl.dot(weight, rows, sums * factor[:, None])
     return sums, largest, total, any_valid(indices, start, stop, S, total, BLOCK_K)
 
 

@@ -39,14 +39,14 @@ def key_rows(kv, slot, valid, ROW: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.
 
 
 @triton.jit
-def softmax_step(logits, valid, largest, total):
+def softmax_step(logits, valid, largest, total, dtype: tl.constexpr):
     """One block of logits [heads,keys] into a running softmax: weights, factor for earlier sums, new maximum and total."""
     logits = tl.where(valid[None, :], logits, float("-inf"))
     new = tl.maximum(largest, tl.max(logits, 1))
     base = tl.where(new == float("-inf"), 0.0, new)  # no key yet: -inf - -inf would be NaN
-    weight = tl.exp2(logits - base[:, None])
+    weight = tl.exp2(logits - base[:, None]).to(dtype)
     factor = tl.exp2(largest - base)
-    return weight, factor, new, total * factor + tl.sum(weight, 1)
+    return weight, factor, new, total * factor + tl.sum(weight.to(tl.float32), 1)
 
 
 @triton.jit
@@ -97,8 +97,8 @@ def attend(
         if ROPE > 0:
             rope_rows = key_rows(kv, slot, valid, ROW, RANK, ROPE, ROPE_P)
             logits = tl.dot(rope, tl.trans(rope_rows), logits, input_precision="ieee")
-        weight, factor, largest, total = softmax_step(logits * scale, valid, largest, total)
-        sums = tl.dot(weight.to(rows.dtype), rows, sums * factor[:, None], input_precision="ieee")
+        weight, factor, largest, total = softmax_step(logits * scale, valid, largest, total, rows.dtype)
+        sums = tl.dot(weight, rows, sums * factor[:, None], input_precision="ieee")
     return sums, largest, total, any_valid(indices, start, stop, S, total, BLOCK_K)
 
 
