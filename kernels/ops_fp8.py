@@ -86,7 +86,7 @@ def _pack_latent_fp8_fake(kv: Tensor) -> Tensor:
 def sparse_mla_fp8(q: Tensor, kv_packed: Tensor, indices: Tensor, scale: float) -> Tensor:
     """`sparse_mla` over packed rows: q [B,T,H,576], kv_packed uint8 [B,S,656], indices int32 [B,T,K] -> [B,T,H,512].
 
-    A row's latent channels are its e4m3 times their scale, rounded to the dtype of q. kv_lora_rank is 512.
+    A row's latent channels are its e4m3 times their scale, not rounded to the dtype of q. kv_lora_rank is 512.
     Raises ValueError naming the argument whose shape, dtype or device does not fit.
     """
     check_sparse_mla_fp8(q, kv_packed, indices)

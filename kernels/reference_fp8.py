@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import best_slots, index_scores, sparse_mla
+from .reference import accumulation_dtype, best_slots, index_scores, sparse_mla
 
 LATENT, GROUPS, ROPE, ROW_BYTES = 512, 4, 64, 656
 LARGEST = 448.0
@@ -48,13 +48,15 @@ def pack_latent_fp8(kv: Tensor) -> Tensor:
 
 
 def unpack_latent_fp8(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 [B,S,656] -> [B,S,576] in `dtype`."""
-    codes = packed[..., :LATENT].contiguous().view(torch.float8_e4m3fn).float().unflatten(-1, (GROUPS, -1))
-    scales = packed[..., LATENT : LATENT + 4 * GROUPS].contiguous().view(torch.float32)  # [B,S,4]
+    """uint8 [B,S,656] -> [B,S,576] in `dtype`; products in float32, or float64 if that is asked for."""
+    acc = accumulation_dtype(dtype)
+    codes = packed[..., :LATENT].contiguous().view(torch.float8_e4m3fn).to(acc).unflatten(-1, (GROUPS, -1))
+    scales = packed[..., LATENT : LATENT + 4 * GROUPS].contiguous().view(torch.float32).to(acc)  # [B,S,4]
     rope = packed[..., LATENT + 4 * GROUPS :].contiguous().view(torch.bfloat16)  # [B,S,64]
     return torch.cat(((codes * scales.unsqueeze(-1)).flatten(-2).to(dtype), rope.to(dtype)), -1)
 
 
 def sparse_mla_fp8(q: Tensor, kv_packed: Tensor, indices: Tensor, scale: float) -> Tensor:
     """See `ops_fp8`."""
-    return sparse_mla(q, unpack_latent_fp8(kv_packed, q.dtype), indices, scale, LATENT)
+    rows = unpack_latent_fp8(kv_packed, accumulation_dtype(q.dtype))
+    return sparse_mla(q, rows, indices, scale, LATENT)

@@ -11,10 +11,10 @@ from torch import Tensor
 from mla2dsa.kernels.gpu.indexer_program import lightning_indexer_program, scores_program
 from mla2dsa.kernels.gpu.launch import TRITON_NAMES, Runner
 from mla2dsa.kernels.gpu.program import Program
+from mla2dsa.kernels.gpu.sparse_program import FORMS as FORMS
 from mla2dsa.kernels.gpu.sparse_program import sparse_mla_fp8_program, sparse_mla_program
 from mla2dsa.kernels.gpu.topk_program import topk_program
 
-FORMS = ("prefill", "decode")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 5e-4}  # relative RMS against float64
 
 

@@ -64,7 +64,7 @@ def test_opcheck_of_the_kernels(name: str) -> None:
 
 
 @pytest.mark.usefixtures("triton_kernels")
-@pytest.mark.parametrize("queries", [1, 7])  # one of each form
+@pytest.mark.parametrize("queries", [1, 7, 200])  # one of each form
 def test_ops_run_the_kernels(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k = small_ints(2, queries, 3, 36), small_ints(2, 50, 36, seed=1)
     weights, (begin, end) = small_ints(2, queries, 3, seed=2, dtype=torch.bfloat16), ranges(2, queries, 50)

@@ -9,10 +9,12 @@ from op_samples import causal, randn, ranges, relative_rms, small_ints
 from torch import Tensor
 
 from mla2dsa.kernels import reference
+from mla2dsa.kernels.gpu.indexer_program import FORMS as INDEXER_FORMS
 
 pytest.importorskip("triton")
 INTERPRETER = Target("cpu", 0)
 BOTH_FORMS = pytest.mark.parametrize("form", FORMS)
+ALL_FORMS = pytest.mark.parametrize("form", INDEXER_FORMS)
 # batch, queries, slots, heads, head width
 SHAPES = [
     (2, 9, 37, 3, 40),
@@ -43,7 +45,7 @@ def test_scores(form: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert relative_rms(got, want) < min(TOLERANCE[dtype], 1e-6)  # products and sums are float32 whatever the dtype
 
 
-@BOTH_FORMS
+@ALL_FORMS
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_slots_with_ties(form: str, dtype: torch.dtype) -> None:
     q, k = small_ints(2, 11, 5, 36, dtype=dtype), small_ints(2, 83, 36, seed=1, dtype=dtype)
@@ -61,7 +63,7 @@ def test_causal_with_int32_ranges(form: str) -> None:
     assert torch.equal(INTERPRETER.indexer(q, k, weights, begin, end, 16, form), want)
 
 
-@BOTH_FORMS
+@ALL_FORMS
 def test_tiles_of_queries_change_nothing(form: str) -> None:
     q, k = small_ints(2, 19, 2, 32), small_ints(2, 50, 32, seed=1)
     weights, (begin, end) = small_ints(2, 19, 2, seed=2), ranges(2, 19, 50)

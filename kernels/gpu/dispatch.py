@@ -98,10 +98,12 @@ def _indexer(
 ) -> Tensor:
     q = queries_and_keys[0]
     batch, tokens, heads, width = q.shape
-    few = batch * tokens < _units(q) and tokens * heads <= _DECODE_COLUMNS
+    form = "prefill"
+    if tokens * heads <= _DECODE_COLUMNS:
+        form = "decode" if batch * tokens < _units(q) else "batch"
     if key_begin.dtype != key_end.dtype:
         key_begin, key_end = key_begin.long(), key_end.long()
-    facts = (TRITON_NAMES[q.dtype], heads, width, topk, _architecture(q), "decode" if few else "prefill")
+    facts = (TRITON_NAMES[q.dtype], heads, width, topk, _architecture(q), form)
     types = (len(queries_and_keys) == 3, TRITON_NAMES[weights.dtype], TRITON_NAMES[key_begin.dtype], budget_mb)
     return _run(lightning_indexer_program, (*facts, *types), *queries_and_keys, weights, key_begin, key_end)[0]
 

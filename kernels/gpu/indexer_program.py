@@ -1,7 +1,8 @@
 """Programs of the lightning indexer: scores of a tile of queries, then the top-k of each, tile after tile.
 
 The scores of all queries would be T x S numbers; a tile is as many queries as fit the budget together with the scratch
-of their top-k. Both forms give the same slots: "prefill" is for many queries, "decode" for few; the caller chooses.
+of their top-k. Three forms give the same slots, the caller chooses: "prefill" for many queries a sequence, "decode" for
+few queries, "batch" for few queries in each of many sequences (scores as in "decode", top-k as in "prefill").
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from .topk_program import Rows, quads, scratch_per_row, topk_launches
 from .tuning import blocks
 
 BUDGET_MB = 512
-FORMS = ("prefill", "decode")
+FORMS = ("prefill", "decode", "batch")
+_SCORES = {"prefill": "prefill", "decode": "decode", "batch": "decode"}
+_TOPK = {"prefill": "prefill", "decode": "decode", "batch": "prefill"}
 
 
 @lru_cache(maxsize=256)
@@ -34,13 +37,14 @@ def lightning_indexer_program(
     key_end [B,T]; output the slots, int32 [B,T,min(topk,S)].
 
     dtype ("bf16", "fp16", "fp32", "fp8e4nv"), weights, bounds ("i32", "i64"): element types, by Triton's names.
-    sm: GPU architecture, 0 for the interpreter. budget_mb: of workspace; exceeded only if one query a sequence does.
+    sm: GPU architecture, 0 for the interpreter. form: one of FORMS. budget_mb: of workspace; exceeded only if one query a sequence does.
     Raises NoBlocks if the tuning table has no block sizes for it.
     """
     inputs = (dtype, dtype, *(("fp32",) if scaled else ()), weights, bounds, bounds)
     batch, tokens, slots = dim(0, 0), dim(0, 1), dim(1, 1)
-    score = _Scores(dtype, heads, width, sm, form, scaled, weights)
-    fits = integer(budget_mb * 2**18) // maximum(1, batch * (4 * quads(slots) + scratch_per_row(form, topk, slots, sm)))
+    score, select = _Scores(dtype, heads, width, sm, _SCORES[form], scaled, weights), _TOPK[form]
+    per_row = 4 * quads(slots) + scratch_per_row(select, topk, slots, sm)
+    fits = integer(budget_mb * 2**18) // maximum(1, batch * per_row)
     whole = maximum(fits // score.step * score.step, minimum(fits, score.step))  # whole blocks of queries, if any
     rows = minimum(tokens, maximum(1, whole))
     memory = Memory()
@@ -59,7 +63,7 @@ def lightning_indexer_program(
         first=first,
         count=minimum(rows, tokens - first),
     )
-    launches = (score.launch(tile), *topk_launches(form, tile, topk, memory, sm))
+    launches = (score.launch(tile), *topk_launches(select, tile, topk, memory, sm))
     outputs = (("i32", (batch, tokens, tile.width)),)
     return Program(inputs, outputs, memory.size, (Repeat("t", tokens, rows, launches),))
 

@@ -27,6 +27,7 @@ DTYPES = {
     "u8": torch.uint8,
 }
 TRITON_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MOST_PROGRAMS = 65535  # in the second and third dim of a grid
 _KEPT = 512  # sets of shapes whose launches are kept
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -112,6 +113,8 @@ class Runner:
         grid = tuple(size.value(shapes, env) for size in launch.grid)
         if 0 in grid:
             return []
+        if max(grid[1:]) > _MOST_PROGRAMS:
+            raise ValueError(f"{variant.kernel} would need {grid} programs for tensors of shape {shapes}: too many")
         pointers: dict[str, _Pointer] = {}
         numbers: dict[str, int | float] = {}
         for (name, kind), value in zip(variant.arguments, launch.arguments, strict=True):

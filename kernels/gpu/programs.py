@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from .indexer_program import FORMS, lightning_indexer_program
+from .indexer_program import FORMS as INDEXER_FORMS
+from .indexer_program import lightning_indexer_program
 from .program import Program
 from .quantise_program import pack_latent_program, quantise_rows_program
+from .sparse_program import FORMS as ATTENTION_FORMS
 from .sparse_program import sparse_mla_fp8_program, sparse_mla_program
 
 FAMILIES = (80, 89, 90, 100, 120)  # architectures that cubins are made for
@@ -30,7 +32,7 @@ def _indexers(sm: int) -> dict[str, Program]:
         for dtype in dtypes
         for heads in INDEX_HEADS
         for topk in TOPK
-        for form in FORMS
+        for form in INDEXER_FORMS
     }
 
 
@@ -40,13 +42,13 @@ def _attention(sm: int) -> dict[str, Program]:
             "bf16", heads, rank, rope, SCALE, sm, form
         )
         for heads, rank, rope in ATTENTION
-        for form in FORMS
+        for form in ATTENTION_FORMS
     }
     packed = {
         f"sparse_mla_fp8.bf16.h{heads}.{form}": sparse_mla_fp8_program(heads, SCALE, sm, form)
         for heads, rank, _ in ATTENTION
         if rank == 512
-        for form in FORMS
+        for form in ATTENTION_FORMS
     }
     return {**whole, **packed}
 

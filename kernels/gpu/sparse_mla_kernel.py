@@ -112,26 +112,18 @@ def store_heads(out, head, sums, total, found, HEADS: tl.constexpr, RANK: tl.con
 
 
 @triton.jit
-def store_partial(
-    part_sums,
-    part_largest,
-    part_total,
-    row,
-    head,
-    sums,
-    largest,
-    total,
-    found,
-    HEADS: tl.constexpr,
-    RANK: tl.constexpr,
-    RANK_P: tl.constexpr,
-):
-    """One query's part of the selection, for `combine`; a total of -1 says that no slot was valid."""
+def store_sums(out, head, sums, HEADS: tl.constexpr, RANK: tl.constexpr, RANK_P: tl.constexpr):
+    """Unfinished heads of one query, for `combine`."""
     channel = tl.arange(0, RANK_P)
     mask = (head < HEADS)[:, None] & (channel < RANK)[None, :]
-    tl.store(part_sums + row * (HEADS * RANK) + head[:, None] * RANK + channel[None, :], sums, mask=mask)
-    tl.store(part_largest + row * HEADS + head, largest, mask=head < HEADS)
-    tl.store(part_total + row * HEADS + head, tl.where(found > 0, total, -1.0), mask=head < HEADS)
+    tl.store(out + head[:, None] * RANK + channel[None, :], sums, mask=mask)
+
+
+@triton.jit
+def store_totals(largest_out, total_out, head, largest, total, found, HEADS: tl.constexpr):
+    """What their sums are relative to; a total of -1 says that no slot was valid."""
+    tl.store(largest_out + head, largest, mask=head < HEADS)
+    tl.store(total_out + head, tl.where(found > 0, total, -1.0), mask=head < HEADS)
 
 
 @triton.jit(do_not_specialize=["tokens", "S", "selection"])
@@ -204,4 +196,5 @@ def sparse_mla_split(
         q, kv, indices, head, start, stop, S, scale, HEADS, RANK, RANK_P, ROPE, ROPE_P, BLOCK_H, BLOCK_K, STAGES
     )
     row = tl.program_id(1) * queries.to(tl.int64) + token
-    store_partial(part_sums, part_largest, part_total, row, head, sums, largest, total, found, HEADS, RANK, RANK_P)
+    store_sums(part_sums + row * (HEADS * RANK), head, sums, HEADS, RANK, RANK_P)
+    store_totals(part_largest + row * HEADS, part_total + row * HEADS, head, largest, total, found, HEADS)

@@ -15,6 +15,7 @@ from .building import Argument, Memory, launch, power_of_two
 from .program import Expr, Launch, Program, Tensor, Workspace, ceil_div, dim, integer, maximum, minimum
 from .tuning import blocks
 
+FORMS = ("prefill", "decode")
 FP8_RANK, FP8_ROPE = 512, 64  # the only sizes that the 656-byte layout has
 _NATIVE_FP8 = 89  # the first architecture that has the type
 
