@@ -1,4 +1,4 @@
-# mla2dsa: make install | demo | test | lint | clean. Everything but clean installs first, once.
+# mla2dsa: make install | demo | test | test-triton | lint | clean. Everything but clean installs first, once.
 # Another Python (3.11 or newer): make install PYTHON=python3.13
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ TYPED := .mypy_cache/package
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test lint clean distclean
+.PHONY: install demo test test-triton lint clean distclean
 
 install: $(INSTALLED)
 
@@ -34,6 +34,22 @@ demo: install
 
 test: install
 	$(BIN)/pytest -n 2 $(PYTEST_ARGS)
+
+# The interpreter and the compiler lean on parts of Triton that it promises to nobody, and a user's torch brings its own
+# Triton: 3.6 with torch 2.11, tomorrow a newer one. `make test` runs the pinned version (torch 2.13's); here are the oldest
+# that is supported and the newest there is. Each lies in a folder of its own, put before site-packages, for two of them
+# cannot be installed at once; --no-deps, or pip would look for a torch to go with it. The catalogue's kernels are compiled
+# with the pinned version only.
+TRITONS := triton==3.6.0 triton
+TRITON_TESTS := tests/test_interpreter.py tests/test_compile.py tests/test_gpu_*.py
+
+test-triton: install
+	@set -e; for triton in $(TRITONS); do \
+	  folder="$(abspath $(VENV))/$$triton"; \
+	  $(BIN)/pip install --quiet --upgrade --no-deps --target "$$folder" "$$triton"; \
+	  PYTHONPATH="$$folder" $(BIN)/python -c 'import triton; print("triton", triton.__version__, triton.__path__[0])'; \
+	  PYTHONPATH="$$folder" $(BIN)/pytest -n 2 -q $(TRITON_TESTS); \
+	done
 
 # mypy needs the package under its own name, whatever the checkout folder is called: a folder of links.
 lint: install

@@ -18,26 +18,26 @@ def check_lightning_indexer(
     q: Tensor, k: Tensor, weights: Tensor, key_begin: Tensor, key_end: Tensor, topk: int
 ) -> None:
     """q [B,T,HI,dI], k [B,S,dI], weights [B,T,HI], key_begin and key_end [B,T]; topk > 0."""
-    _typed("q", q, 4, FLOATS)
+    typed("q", q, 4, FLOATS)
     _like("k", k, 3, "q", q)
-    _typed("weights", weights, 3, FLOATS, q)
-    _match("k", k, 0, "q", q, 0)
-    _match("k", k, 2, "q", q, 3)
+    typed("weights", weights, 3, FLOATS, q)
+    match("k", k, 0, "q", q, 0)
+    match("k", k, 2, "q", q, 3)
     for dim in range(3):
-        _match("weights", weights, dim, "q", q, dim)
-    _check_range(key_begin, key_end, q)
+        match("weights", weights, dim, "q", q, dim)
+    check_range(key_begin, key_end, q)
     torch._check_value(topk > 0, lambda: f"topk must be positive, got {topk}")
 
 
 def check_sparse_mla(q: Tensor, kv: Tensor, indices: Tensor, kv_lora_rank: int) -> None:
     """q [B,T,H,R+dr], kv [B,S,R+dr], indices [B,T,K] int32; 0 < kv_lora_rank <= R+dr."""
-    _typed("q", q, 4, FLOATS)
+    typed("q", q, 4, FLOATS)
     _like("kv", kv, 3, "q", q)
-    _typed("indices", indices, 3, (torch.int32,), q)
-    _match("kv", kv, 0, "q", q, 0)
-    _match("kv", kv, 2, "q", q, 3)
-    _match("indices", indices, 0, "q", q, 0)
-    _match("indices", indices, 1, "q", q, 1)
+    typed("indices", indices, 3, (torch.int32,), q)
+    match("kv", kv, 0, "q", q, 0)
+    match("kv", kv, 2, "q", q, 3)
+    match("indices", indices, 0, "q", q, 0)
+    match("indices", indices, 1, "q", q, 1)
     torch._check_value(kv_lora_rank > 0, lambda: f"kv_lora_rank must be positive, got {kv_lora_rank}")
     torch._check_value(
         kv_lora_rank <= kv.shape[2],
@@ -47,63 +47,63 @@ def check_sparse_mla(q: Tensor, kv: Tensor, indices: Tensor, kv_lora_rank: int) 
 
 def check_attention_mass(q: Tensor, kv: Tensor, key_begin: Tensor, key_end: Tensor) -> None:
     """q [B,R,H,d], kv [B,S,d], key_begin and key_end [B,R]."""
-    _typed("q", q, 4, FLOATS)
+    typed("q", q, 4, FLOATS)
     _like("kv", kv, 3, "q", q)
-    _match("kv", kv, 0, "q", q, 0)
-    _match("kv", kv, 2, "q", q, 3)
-    _check_range(key_begin, key_end, q)
+    match("kv", kv, 0, "q", q, 0)
+    match("kv", kv, 2, "q", q, 3)
+    check_range(key_begin, key_end, q)
 
 
 def check_cache_write(cache: Tensor, new: Tensor, slots: Tensor) -> None:
     """cache [B,C,d], new [B,T,d], slots [B,T]."""
-    _typed("cache", cache, 3, FLOATS)
-    _typed("new", new, 3, FLOATS, cache)
-    _typed("slots", slots, 2, INTS, cache)
-    _match("new", new, 0, "cache", cache, 0)
-    _match("new", new, 2, "cache", cache, 2)
-    _match("slots", slots, 0, "new", new, 0)
-    _match("slots", slots, 1, "new", new, 1)
+    typed("cache", cache, 3, FLOATS)
+    typed("new", new, 3, FLOATS, cache)
+    typed("slots", slots, 2, INTS, cache)
+    match("new", new, 0, "cache", cache, 0)
+    match("new", new, 2, "cache", cache, 2)
+    match("slots", slots, 0, "new", new, 0)
+    match("slots", slots, 1, "new", new, 1)
 
 
 def check_dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     """q [B,H,T,d], k [B,H,S,d], v [B,H,S,dv], mask [B|1, H|1, T, S] bool or floating, or None (then T == S)."""
-    _typed("q", q, 4, FLOATS)
+    typed("q", q, 4, FLOATS)
     _like("k", k, 4, "q", q)
     _like("v", v, 4, "q", q)
     for dim in (0, 1):
-        _match("k", k, dim, "q", q, dim)
-        _match("v", v, dim, "q", q, dim)
-    _match("k", k, 3, "q", q, 3)
-    _match("v", v, 2, "k", k, 2)
+        match("k", k, dim, "q", q, dim)
+        match("v", v, dim, "q", q, dim)
+    match("k", k, 3, "q", q, 3)
+    match("v", v, 2, "k", k, 2)
     if mask is None:
         torch._check_value(
             q.shape[2] == k.shape[2],
             lambda: f"mask is None (causal), which needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}",
         )
         return
-    _typed("mask", mask, 4, (torch.bool, *FLOATS), q)
-    _match("mask", mask, 2, "q", q, 2)
-    _match("mask", mask, 3, "k", k, 2)
+    typed("mask", mask, 4, (torch.bool, *FLOATS), q)
+    match("mask", mask, 2, "q", q, 2)
+    match("mask", mask, 3, "k", k, 2)
     for dim in (0, 1):
         if isinstance(mask.shape[dim], int) and mask.shape[dim] != 1:
-            _match("mask", mask, dim, "q", q, dim)
+            match("mask", mask, dim, "q", q, dim)
 
 
 def check_moe_experts(
     hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: str
 ) -> None:
     """hidden [N,D], top_k_index and top_k_weights [N,k], gate_up_proj [E,2I,D], down_proj [E,D,I]."""
-    _typed("hidden", hidden, 2, FLOATS)
-    _typed("top_k_index", top_k_index, 2, INTS, hidden)
-    _typed("top_k_weights", top_k_weights, 2, FLOATS, hidden)
+    typed("hidden", hidden, 2, FLOATS)
+    typed("top_k_index", top_k_index, 2, INTS, hidden)
+    typed("top_k_weights", top_k_weights, 2, FLOATS, hidden)
     _like("gate_up_proj", gate_up_proj, 3, "hidden", hidden)
     _like("down_proj", down_proj, 3, "hidden", hidden)
-    _match("top_k_index", top_k_index, 0, "hidden", hidden, 0)
-    _match("top_k_weights", top_k_weights, 0, "top_k_index", top_k_index, 0)
-    _match("top_k_weights", top_k_weights, 1, "top_k_index", top_k_index, 1)
-    _match("gate_up_proj", gate_up_proj, 2, "hidden", hidden, 1)
-    _match("down_proj", down_proj, 0, "gate_up_proj", gate_up_proj, 0)
-    _match("down_proj", down_proj, 1, "hidden", hidden, 1)
+    match("top_k_index", top_k_index, 0, "hidden", hidden, 0)
+    match("top_k_weights", top_k_weights, 0, "top_k_index", top_k_index, 0)
+    match("top_k_weights", top_k_weights, 1, "top_k_index", top_k_index, 1)
+    match("gate_up_proj", gate_up_proj, 2, "hidden", hidden, 1)
+    match("down_proj", down_proj, 0, "gate_up_proj", gate_up_proj, 0)
+    match("down_proj", down_proj, 1, "hidden", hidden, 1)
     torch._check_value(
         gate_up_proj.shape[1] == 2 * down_proj.shape[2],
         lambda: f"gate_up_proj {_shape(gate_up_proj)} must hold twice the {down_proj.shape[2]} channels of down_proj",
@@ -112,14 +112,14 @@ def check_moe_experts(
         raise ValueError(f"activation {activation!r} is not known, expected one of {', '.join(ACTIVATIONS)}")
 
 
-def _check_range(key_begin: Tensor, key_end: Tensor, q: Tensor) -> None:
+def check_range(key_begin: Tensor, key_end: Tensor, q: Tensor) -> None:
     for name, bound in (("key_begin", key_begin), ("key_end", key_end)):
-        _typed(name, bound, 2, INTS, q)
-        _match(name, bound, 0, "q", q, 0)
-        _match(name, bound, 1, "q", q, 1)
+        typed(name, bound, 2, INTS, q)
+        match(name, bound, 0, "q", q, 0)
+        match(name, bound, 1, "q", q, 1)
 
 
-def _typed(name: str, tensor: Tensor, ndim: int, dtypes: tuple[torch.dtype, ...], beside: Tensor | None = None) -> None:
+def typed(name: str, tensor: Tensor, ndim: int, dtypes: tuple[torch.dtype, ...], beside: Tensor | None = None) -> None:
     """Rank, dtype, and the device of the op's first tensor."""
     if tensor.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dims, got shape {_shape(tensor)}")
@@ -132,10 +132,10 @@ def _typed(name: str, tensor: Tensor, ndim: int, dtypes: tuple[torch.dtype, ...]
 def _like(name: str, tensor: Tensor, ndim: int, model_name: str, model: Tensor) -> None:
     if tensor.dtype != model.dtype:
         raise ValueError(f"{name} is {tensor.dtype}, expected {model.dtype}, as {model_name}")
-    _typed(name, tensor, ndim, FLOATS, model)
+    typed(name, tensor, ndim, FLOATS, model)
 
 
-def _match(name: str, tensor: Tensor, dim: int, other_name: str, other: Tensor, other_dim: int) -> None:
+def match(name: str, tensor: Tensor, dim: int, other_name: str, other: Tensor, other_dim: int) -> None:
     torch._check_value(
         tensor.shape[dim] == other.shape[other_dim],
         lambda: (

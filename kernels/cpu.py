@@ -3,6 +3,7 @@
 What makes them fast: one GEMM over the keys for a tile of queries, a partial sort of the scores without their
 indices, and a gather small enough to stay in cache. Where the machine has bfloat16 GEMMs they are used, but never
 believed: what their rounding leaves open (the low half of a logit, a close call in the ranking) is computed again.
+bfloat16 on a machine with AMX tiles is left to `amx`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import amx
 from .reference import accumulation_dtype, in_range, rankable, softmax_or_zero
 
 BUDGET_MB = 64  # memory an op may use beyond its inputs, its output and one upcast copy of a sequence's keys
@@ -25,6 +27,8 @@ def lightning_indexer(
     q: Tensor, k: Tensor, weights: Tensor, key_begin: Tensor, key_end: Tensor, topk: int, budget_mb: int = BUDGET_MB
 ) -> Tensor:
     """As `reference.lightning_indexer`: int32 [B,T,min(topk,S)]."""
+    if amx.usable(q, k):
+        return amx.lightning_indexer(q, k, weights, key_begin, key_end, topk, budget_mb)
     slots = k.shape[1]
     out = q.new_full((q.shape[0], q.shape[1], min(topk, slots)), -1, dtype=torch.int32)
     begin, end = key_begin.clamp(0, slots).long(), key_end.clamp(0, slots).long()  # [B,T]
@@ -38,6 +42,8 @@ def sparse_mla(
     q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_rank: int, budget_mb: int = BUDGET_MB
 ) -> Tensor:
     """As `reference.sparse_mla`: [B,T,H,R] in the dtype of q."""
+    if amx.usable(q, kv):
+        return amx.sparse_mla(q, kv, indices, scale, kv_lora_rank)
     out = q.new_zeros((*q.shape[:3], kv_lora_rank))
     valid = (indices >= 0) & (indices < kv.shape[1])
     rows = gather_rows(indices.shape[2], kv.shape[2] * kv.element_size(), q.shape[2], budget_mb)

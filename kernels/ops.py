@@ -4,21 +4,22 @@ Importing this module registers all of them, each with a fake that keeps dynamic
 All are functional, deterministic, and not differentiable. Letters: B batch, T queries, S key slots, H heads, R
 kv_lora_rank, dr qk_rope_head_dim, HI and dI the indexer's heads and head width.
 
-CPU tensors run `cpu`, others `reference`; MLA2DSA_KERNELS=reference forces the latter everywhere.
+CPU tensors run `cpu`, CUDA tensors the Triton kernels (`gpu.dispatch`; float64 the reference), others `reference`.
+MLA2DSA_KERNELS=reference forces the reference everywhere; MLA2DSA_KERNELS=triton runs the Triton kernels on CPU tensors
+too, in an interpreter: for tests.
 """
 
-import os
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
 from . import anchors as anchors  # registers the capture anchors
 from . import cpu, reference
+from . import ops_fp8 as ops_fp8  # registers the float8 ops
+from .choice import KERNELS_ENV as KERNELS_ENV
+from .choice import kernels_for
 from .contracts import check_attention_mass, check_cache_write, check_lightning_indexer, check_sparse_mla
-
-KERNELS_ENV = "MLA2DSA_KERNELS"
 
 
 @torch.library.custom_op("mla2dsa::lightning_indexer", mutates_args=())
@@ -106,7 +107,4 @@ def _cache_write_fake(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
 
 def _kernels(device: torch.device) -> ModuleType:
     """The module whose functions serve this device."""
-    forced = os.environ.get(KERNELS_ENV)
-    if forced not in (None, "", "reference"):
-        raise UserError(f"{KERNELS_ENV}={forced} is not known: unset it, or set it to reference")
-    return cpu if device.type == "cpu" and not forced else reference
+    return kernels_for(device, cpu, reference)

@@ -12,11 +12,20 @@ from torch import Tensor
 
 def lightning_indexer(q: Tensor, k: Tensor, weights: Tensor, key_begin: Tensor, key_end: Tensor, topk: int) -> Tensor:
     """I[t,s] = sum_h w[t,h] ReLU(q[t,h] . k[s]), then the topk best slots of each query's range. See `ops`."""
+    return best_slots(index_scores(q, k, weights), key_begin, key_end, topk)
+
+
+def index_scores(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
+    """I [B,T,S] of all keys, in range or not; accumulated in float32, in float64 for float64 q."""
     acc = accumulation_dtype(q.dtype)
-    slots = k.shape[1]
     keys = k.to(acc).transpose(1, 2).unsqueeze(1)  # [B,1,dI,S]
     heads = (q.to(acc) @ keys).relu()  # [B,T,HI,S]
-    scores = (weights.to(acc).unsqueeze(2) @ heads).squeeze(2)  # [B,T,S]
+    return (weights.to(acc).unsqueeze(2) @ heads).squeeze(2)  # [B,T,S]
+
+
+def best_slots(scores: Tensor, key_begin: Tensor, key_end: Tensor, topk: int) -> Tensor:
+    """The topk best of scores [B,T,S] within each range, ties to the lowest slot: int32 [B,T,min(topk,S)], ascending, then -1."""
+    slots = scores.shape[2]
     scores = rankable(scores).masked_fill(~in_range(key_begin, key_end, slots), -torch.inf)  # [B,T,S]
     ranked = scores.sort(dim=-1, descending=True, stable=True)  # [B,T,S]; stable: ties to the lowest slot
     best, order = ranked.values[..., :topk], ranked.indices[..., :topk]  # [B,T,K]

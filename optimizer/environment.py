@@ -26,6 +26,8 @@ _PACKAGES = (
 
 def environment() -> dict[str, Any]:
     """Versions by package (None: not installed), devices, and per capability "usable" or the reason it is not."""
+    from ..kernels import amx
+
     versions = {name: _version(name) for name in _PACKAGES}
     devices = _devices()
     return {
@@ -36,6 +38,8 @@ def environment() -> dict[str, Any]:
         "devices": devices,
         "usable": {
             "plan, convert, verify, strip (CPU)": _needs(versions, "torch", "transformers"),
+            "kernels build (no GPU)": _needs(versions, "triton"),
+            "bfloat16 on AMX tiles (CPU)": amx.status(),
             "convert and verify with --device cuda": "usable" if devices else "no CUDA device that this torch can use",
         },
     }

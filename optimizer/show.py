@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from .calibrate import LayerResult
 from .convert import Listener
-from .finite import finite
 from .plan import Plan
+from .tables import print_table, table
 from .text import RANDOM
 from .verify import Verification
-
-
-def print_json(value: Any) -> None:
-    print(json.dumps(finite(value), indent=1, default=str, allow_nan=False))
-
-
-def _table(*columns: str) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
-    return table
-
-
-def _print(table: Any) -> None:
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
 
 
 def show_plan(plan: Plan) -> None:
@@ -42,11 +20,11 @@ def show_plan(plan: Plan) -> None:
     print(f"{plan.model}: {plan.model_type}, {len(plan.layers)} MLA layers, context {plan.context}")
     sizes = f"top-k {config.index_topk}, {config.index_n_heads} heads of {config.index_head_dim}"
     print(f"indexer: {plan.source}, {sizes}, {plan.new_parameters / 1e6:.2f} M new parameters")
-    table = _table("layers", "heads", "q latent", "kv latent", "nope/rope/v")
+    rows = table("layers", "heads", "q latent", "kv latent", "nope/rope/v")
     for names, dims in _grouped(plan):
         widths = f"{dims.qk_nope_head_dim}/{dims.qk_rope_head_dim}/{dims.v_head_dim}"
-        table.add_row(names, str(dims.num_heads), str(dims.q_lora_rank or "-"), str(dims.kv_lora_rank), widths)
-    _print(table)
+        rows.add_row(names, str(dims.num_heads), str(dims.q_lora_rank or "-"), str(dims.kv_lora_rank), widths)
+    print_table(rows)
     counted = [(length, *plan.attention_flops(length)) for length in plan.lengths]
     ratios = ", ".join(f"{dense / sparse:.1f}x at {_length(length)}" for length, dense, sparse in counted)
     print(f"attention FLOPs of a decoded token, dense / DSA, counted: {ratios}")
@@ -84,26 +62,26 @@ def show_layers(layers: Sequence[LayerResult], report: Mapping[str, Any]) -> Non
         print(
             "no calibration text was given: second moments of random tokens were used, and the figures below are on random tokens"
         )
-    table = _table("attention mass captured, held out", "indexer", "closed form", "oracle", "window", "steps")
+    rows = table("attention mass captured, held out", "indexer", "closed form", "oracle", "window", "steps")
     for layer in layers:
         numbers = (layer.recall, layer.closed_form_recall, layer.oracle, layer.window)
-        table.add_row(layer.name, *(f"{number:.3f}" for number in numbers), str(layer.steps))
-    _print(table)
+        rows.add_row(layer.name, *(f"{number:.3f}" for number in numbers), str(layer.steps))
+    print_table(rows)
 
 
 def show_verification(result: Verification, layers: bool = True) -> None:
     """Checks with their limits, then dense against DSA, oracle and window on text."""
-    table = _table("check", "value", "limit", "")
+    rows = table("check", "value", "limit", "")
     for check in result.checks:
-        table.add_row(check.name, f"{check.value:.3g}", f"{check.limit:.3g}", "ok" if check.passed else "FAILED")
-    _print(table)
+        rows.add_row(check.name, f"{check.value:.3g}", f"{check.limit:.3g}", "ok" if check.passed else "FAILED")
+    print_table(rows)
     for name in result.skipped:
         print(f"not checked: {name}")
     text = result.text
     print(
         f"{result.origin}: dense loss {text.dense_loss:.4f} nats/token, {text.positions} positions, length {text.length}"
     )
-    table = _table("selection", "loss increase", "s.e.", "KL", "same top token")
+    rows = table("selection", "loss increase", "s.e.", "KL", "same top token")
     for name, quality in text.by_selection.items():
         figures = (
             f"{quality.loss_delta:+.4f}",
@@ -111,13 +89,13 @@ def show_verification(result: Verification, layers: bool = True) -> None:
             f"{quality.kl:.4f}",
             f"{quality.same_top:.1%}",
         )
-        table.add_row({"dsa": "DSA", "oracle": "oracle top-k", "window": "window + 4 sinks"}[name], *figures)
-    _print(table)
+        rows.add_row({"dsa": "DSA", "oracle": "oracle top-k", "window": "window + 4 sinks"}[name], *figures)
+    print_table(rows)
     if layers:
-        table = _table("attention mass captured", "DSA", "oracle", "window")
+        rows = table("attention mass captured", "DSA", "oracle", "window")
         for layer in result.layers:
-            table.add_row(layer.name, f"{layer.dsa:.3f}", f"{layer.oracle:.3f}", f"{layer.window:.3f}")
-        _print(table)
+            rows.add_row(layer.name, f"{layer.dsa:.3f}", f"{layer.oracle:.3f}", f"{layer.window:.3f}")
+        print_table(rows)
 
 
 def show_environment(found: Mapping[str, Any]) -> None:

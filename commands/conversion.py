@@ -1,0 +1,172 @@
+"""plan, convert, verify, strip: from a dense checkpoint to a DSA checkpoint and back."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .common import MODEL_HELP, command_parser
+
+
+def add_conversion(commands: Any) -> None:
+    """plan, convert, verify, strip."""
+    _add_plan(commands)
+    _add_convert(commands)
+    _add_verify(commands)
+    _add_strip(commands)
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("indexer")
+    group.add_argument(
+        "--recipe", metavar="FILE", help="YAML file with any of these settings and more (docs/recipe.md)"
+    )
+    group.add_argument("--indexer", metavar="SOURCE", help="closed-form (default), distil, or donor:PATH")
+    group.add_argument("--index-topk", type=int, metavar="K", help="past tokens each query attends to (default 2048)")
+    group.add_argument(
+        "--index-n-heads", type=int, metavar="H", help="index heads (default: the model's heads, at most 64)"
+    )
+    group.add_argument("--index-head-dim", type=int, metavar="D", help="width of an index head (default 128)")
+
+
+def _recipe(args: argparse.Namespace) -> Any:
+    from ..optimizer.recipe import read_recipe
+
+    fields = ("indexer", "index_topk", "index_n_heads", "index_head_dim", "calibration", "tokens")
+    return read_recipe(args.recipe, {name: getattr(args, name, None) for name in fields})
+
+
+def _add_plan(commands: Any) -> None:
+    command = command_parser(
+        commands, "plan", _plan, "show what a conversion would do, and why not; reads no weight", "mla2dsa plan ./model"
+    )
+    command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    command.add_argument(
+        "--allow-partial", action="store_true", help="plan a model that has other attention beside MLA"
+    )
+    _add_recipe(command)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from ..optimizer.plan import prepare
+    from ..optimizer.show import show_plan
+    from ..optimizer.tables import print_json
+
+    plan = prepare(args.model, _recipe(args), args.allow_partial).plan
+    print_json(plan.to_json()) if args.json else show_plan(plan)
+    return 0
+
+
+def _add_convert(commands: Any) -> None:
+    example = "mla2dsa convert ./model ./model-dsa --indexer distil --calibration ./texts"
+    command = command_parser(
+        commands, "convert", _convert, "write the DSA checkpoint of a dense MLA checkpoint, verified", example
+    )
+    command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    command.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    _add_recipe(command)
+    command.add_argument(
+        "--calibration", metavar="PATH", help="text file, folder of text, or .jsonl (default: random tokens)"
+    )
+    command.add_argument(
+        "--tokens", type=int, metavar="N", help="how much of it to use (default 16 sequences; 64 for distil)"
+    )
+    command.add_argument("--device", default="cpu", help="where the model is streamed through (default cpu)")
+    existing = command.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on with an unfinished conversion")
+    existing.add_argument("--overwrite", action="store_true", help="replace OUT, or an unfinished conversion")
+    command.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    command.add_argument("--skip-verification", action="store_true", help="write the result without proving it")
+    command.add_argument(
+        "--skip-transformers", action="store_true", help="verify on the streamed graph only (large models)"
+    )
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from ..optimizer.convert import convert, dry_run
+    from ..optimizer.show import Progress, show_layers, show_plan, show_verification
+    from ..optimizer.tables import print_json
+
+    recipe = _recipe(args)
+    if args.dry_run:
+        plan = dry_run(args.model, args.out, recipe, resume=args.resume, overwrite=args.overwrite)
+        print_json(plan.to_json()) if args.json else show_plan(plan)
+        return 0
+    with Progress() as progress:
+        outcome = convert(
+            args.model, args.out, recipe, resume=args.resume, overwrite=args.overwrite, device=args.device,
+            skip_verification=args.skip_verification, skip_transformers=args.skip_transformers, listener=progress.listener(),
+        )  # fmt: skip
+    if args.json:
+        print_json(outcome.report)
+        return 0
+    show_plan(outcome.plan)
+    show_layers(outcome.layers, outcome.report)
+    if outcome.verification is not None:
+        show_verification(outcome.verification, layers=False)
+    print(
+        f"{args.out}: written in {outcome.report['seconds']:.0f} s" + ("" if outcome.verification else ", NOT verified")
+    )
+    return 0
+
+
+def _add_verify(commands: Any) -> None:
+    example = "mla2dsa verify ./model ./model-dsa --text held-out.txt"
+    command = command_parser(
+        commands, "verify", _verify, "hold a DSA checkpoint against the dense one it was made from", example
+    )
+    command.add_argument("dense", metavar="DENSE", type=Path, help="folder of the dense checkpoint")
+    command.add_argument("dsa", metavar="DSA", type=Path, help="folder of the DSA checkpoint")
+    command.add_argument(
+        "--text", metavar="PATH", help="held-out text: file, folder or .jsonl (default: random tokens)"
+    )
+    command.add_argument("--sequences", type=int, default=8, metavar="N", help="sequences to look at (default 8)")
+    command.add_argument(
+        "--sequence-length", type=int, metavar="L", help="tokens of a sequence (default 4 * index_topk, at least 1024)"
+    )
+    command.add_argument(
+        "--max-loss-delta", type=float, default=None, metavar="X", help="most loss increase, nats/token (default 0.05)"
+    )
+    command.add_argument("--device", default="cpu", help="where the models are streamed through (default cpu)")
+    command.add_argument(
+        "--skip-transformers", action="store_true", help="do not load the checkpoints with transformers (large models)"
+    )
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from ..optimizer.show import Progress, show_verification
+    from ..optimizer.tables import print_json
+    from ..optimizer.verify import verify_folders
+
+    with Progress() as progress:
+        result = verify_folders(
+            args.dense, args.dsa, args.text, sequences=args.sequences, sequence_length=args.sequence_length,
+            max_loss_delta=args.max_loss_delta, skip_transformers=args.skip_transformers, device=args.device,
+            on_progress=progress.advance,
+        )  # fmt: skip
+    print_json(result.to_json()) if args.json else show_verification(result)
+    if not result.passed:
+        raise UserError(result.failure())
+    return 0
+
+
+def _add_strip(commands: Any) -> None:
+    command = command_parser(
+        commands, "strip", _strip, "give the dense checkpoint back, bit for bit", "mla2dsa strip ./model-dsa ./model"
+    )
+    command.add_argument("dsa", metavar="DSA", type=Path, help="folder that mla2dsa convert wrote")
+    command.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    command.add_argument("--overwrite", action="store_true", help="replace OUT")
+
+
+def _strip(args: argparse.Namespace) -> int:
+    from ..exporters.dsa_checkpoint import strip
+    from ..optimizer.tables import print_json
+
+    if not args.dsa.is_dir():
+        raise UserError(f"{args.dsa}: no such folder")
+    out = strip(args.dsa, args.out, overwrite=args.overwrite)
+    print_json({"out": str(out)}) if args.json else print(f"{out}: the dense checkpoint again, bit for bit")
+    return 0

@@ -1,0 +1,1 @@
+"""The ops on a GPU: Triton kernels, and what it takes to launch them or to compile them ahead of time."""

@@ -1,0 +1,147 @@
+"""The ops on CUDA tensors: which program, of which form, for this device and these shapes.
+
+Also serves CPU tensors, in the interpreter: slow, for tests. What has no kernel runs the reference: float64, GPUs older
+than sm_80, float8 written on GPUs older than sm_89, sparse MLA over packed rows with queries that are not bfloat16, and
+an indexer in float32 with more than 64 heads of more than 128 channels where shared memory is small.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .. import reference, reference_fp8
+from .indexer_program import BUDGET_MB, lightning_indexer_program
+from .launch import TRITON_NAMES, Runner
+from .quantise_program import pack_latent_program, quantise_rows_program
+from .sparse_program import sparse_mla_fp8_program, sparse_mla_program
+from .tuning import NoBlocks
+
+_FIRST_SM, _FIRST_FP8_SM = 80, 89
+_INTERPRETER_UNITS = 4  # as if the interpreter had so many multiprocessors
+_DECODE_COLUMNS = 512  # query heads of a sequence up to which reading the keys decides how long it takes
+_HEAD_BLOCK = 64
+
+
+def lightning_indexer(
+    q: Tensor, k: Tensor, weights: Tensor, key_begin: Tensor, key_end: Tensor, topk: int, budget_mb: int = BUDGET_MB
+) -> Tensor:
+    """As `reference.lightning_indexer`."""
+    if q.dtype == torch.float64 or weights.dtype == torch.float64 or not _usable(q):
+        return reference.lightning_indexer(q, k, weights, key_begin, key_end, topk)
+    try:
+        return _indexer((q, k), weights, key_begin, key_end, topk, budget_mb)
+    except NoBlocks:
+        return reference.lightning_indexer(q, k, weights, key_begin, key_end, topk)
+
+
+def lightning_indexer_fp8(
+    q: Tensor,
+    k: Tensor,
+    k_scale: Tensor,
+    weights: Tensor,
+    key_begin: Tensor,
+    key_end: Tensor,
+    topk: int,
+    budget_mb: int = BUDGET_MB,
+) -> Tensor:
+    """As `reference_fp8.lightning_indexer_fp8`. Before sm_89 the products are those of bfloat16, which holds every e4m3."""
+    if weights.dtype == torch.float64 or not _usable(q):
+        return reference_fp8.lightning_indexer_fp8(q, k, k_scale, weights, key_begin, key_end, topk)
+    if not _has_fp8(q):
+        q, k = q.to(torch.bfloat16), k.to(torch.bfloat16)
+    return _indexer((q, k, k_scale), weights, key_begin, key_end, topk, budget_mb)
+
+
+def sparse_mla(q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_rank: int) -> Tensor:
+    """As `reference.sparse_mla`."""
+    if q.dtype == torch.float64 or not _usable(q):
+        return reference.sparse_mla(q, kv, indices, scale, kv_lora_rank)
+    facts = (TRITON_NAMES[q.dtype], q.shape[2], kv_lora_rank, q.shape[3] - kv_lora_rank, scale)
+    return _run(sparse_mla_program, (*facts, _architecture(q), _attention_form(q)), q, kv, indices)[0]
+
+
+def sparse_mla_fp8(q: Tensor, kv_packed: Tensor, indices: Tensor, scale: float) -> Tensor:
+    """As `reference_fp8.sparse_mla_fp8`."""
+    if q.dtype != torch.bfloat16 or not _usable(q):
+        return reference_fp8.sparse_mla_fp8(q, kv_packed, indices, scale)
+    facts = (q.shape[2], scale, _architecture(q), _attention_form(q), _has_fp8(q))
+    return _run(sparse_mla_fp8_program, facts, q, kv_packed, indices)[0]
+
+
+def quantize_fp8_rows(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
+    """As `reference_fp8.quantize_fp8_rows`."""
+    if x.dtype == torch.float64 or not _usable(x) or not _has_fp8(x):
+        return reference_fp8.quantize_fp8_rows(x, ue8m0)
+    rows = x.reshape(-1, x.shape[-1])
+    facts = (TRITON_NAMES[x.dtype], x.shape[-1], ue8m0, _architecture(x))
+    values, scales = _run(quantise_rows_program, facts, rows)
+    return values.view(x.shape), scales.view(x.shape[:-1])
+
+
+def pack_latent_fp8(kv: Tensor) -> Tensor:
+    """As `reference_fp8.pack_latent_fp8`."""
+    if kv.dtype == torch.float64 or not _usable(kv) or not _has_fp8(kv):
+        return reference_fp8.pack_latent_fp8(kv)
+    return _run(pack_latent_program, (TRITON_NAMES[kv.dtype], _architecture(kv)), kv)[0]
+
+
+def attention_mass(q: Tensor, kv: Tensor, key_begin: Tensor, key_end: Tensor, scale: float) -> Tensor:
+    """The reference: calibration runs it on few rows."""
+    return reference.attention_mass(q, kv, key_begin, key_end, scale)
+
+
+def _indexer(
+    queries_and_keys: tuple[Tensor, ...], weights: Tensor, key_begin: Tensor, key_end: Tensor, topk: int, budget_mb: int
+) -> Tensor:
+    q = queries_and_keys[0]
+    batch, tokens, heads, width = q.shape
+    form = "prefill"
+    if tokens * heads <= _DECODE_COLUMNS:
+        form = "decode" if batch * tokens < _units(q) else "batch"
+    if key_begin.dtype != key_end.dtype:
+        key_begin, key_end = key_begin.long(), key_end.long()
+    facts = (TRITON_NAMES[q.dtype], heads, width, topk, _architecture(q), form)
+    types = (len(queries_and_keys) == 3, TRITON_NAMES[weights.dtype], TRITON_NAMES[key_begin.dtype], budget_mb)
+    return _run(lightning_indexer_program, (*facts, *types), *queries_and_keys, weights, key_begin, key_end)[0]
+
+
+def _attention_form(q: Tensor) -> str:
+    programs = q.shape[0] * q.shape[1] * -(-q.shape[2] // _HEAD_BLOCK)
+    return "decode" if programs < _units(q) else "prefill"
+
+
+@lru_cache(maxsize=1024)
+def _runner(builder, facts, interpret):  # type: ignore[no-untyped-def]
+    return Runner(builder(*facts), interpret)
+
+
+def _run(builder: object, facts: tuple[object, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
+    runner: Runner = _runner(builder, facts, inputs[0].device.type == "cpu")
+    return runner(*(tensor.contiguous() for tensor in inputs))
+
+
+def _architecture(tensor: Tensor) -> int:
+    """80 for compute capability 8.0; 0 for the interpreter."""
+    return 0 if tensor.device.type == "cpu" else _properties(tensor.device)[0]
+
+
+def _units(tensor: Tensor) -> int:
+    """Multiprocessors."""
+    return _INTERPRETER_UNITS if tensor.device.type == "cpu" else _properties(tensor.device)[1]
+
+
+@lru_cache(maxsize=64)
+def _properties(device: torch.device) -> tuple[int, int]:
+    found = torch.cuda.get_device_properties(device)
+    return 10 * found.major + found.minor, found.multi_processor_count
+
+
+def _usable(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" or (tensor.device.type == "cuda" and _architecture(tensor) >= _FIRST_SM)
+
+
+def _has_fp8(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" or _architecture(tensor) >= _FIRST_FP8_SM
