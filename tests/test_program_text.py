@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -221,3 +223,15 @@ def test_a_launch_that_does_not_fit_its_kernel_is_not_written(
     one = integer(1)
     with pytest.raises(UserError, match=message):
         write_program(Program((), (), one, (Launch(COPY, (one, one, one), arguments),)), lambda variant: "copy")
+
+
+def test_the_documented_program_is_one() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text()
+    lines = text.split("## Programs as text\n```\n")[1].split("\n```")[0].splitlines()
+    pointers = tuple((name, "*bf16") for name in ("q", "kv", "sums", "out"))
+    variant = Variant("example", (), (*pointers, ("k", "i32"), ("s", "i64"), ("scale", "fp32")), frozenset(), 4, 1)
+    program = read_program(lines, {"example": variant})
+    (loop,) = program.steps
+    assert isinstance(loop, Repeat)
+    assert loop.launches[0].arguments[1] == Tensor(1, dim(0, 1) * 2)
+    assert write_program(program, lambda variant: variant.kernel)[0] == lines[0]
