@@ -33,7 +33,7 @@ def launches(program: Program, shapes: list[tuple[int, ...]]) -> list[tuple[obje
 
 
 @pytest.mark.parametrize("sm", FAMILIES)
-def test_catalogue_covers_the_issue(sm: int) -> None:
+def test_catalogue_covers_the_usual_models(sm: int) -> None:
     names = catalogue(sm)
     for heads, topk, form in itertools.product((8, 16, 32, 64), (512, 1024, 2048, 4096), INDEXER_FORMS):
         assert f"lightning_indexer.bf16.h{heads}.d128.k{topk}.{form}" in names
