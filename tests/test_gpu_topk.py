@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from op_samples import ranges
 from torch import Tensor
 
+from mla2dsa.kernels.gpu.launch import Runner
+from mla2dsa.kernels.gpu.topk_program import topk_program
 from mla2dsa.kernels.reference import best_slots
 
 pytest.importorskip("triton")
@@ -66,6 +68,16 @@ def test_ranges_at_the_limits_of_their_type(form: str, dtype: torch.dtype) -> No
 def test_several_sequences(form: str) -> None:
     scores = ROWS["normal"].expand(3, -1, -1) * torch.tensor([1.0, -1.0, 0.0])[:, None, None]
     check(scores, *ranges(*scores.shape, seed=4), 20, form)
+
+
+@BOTH_FORMS
+@pytest.mark.parametrize("name", ["normal", "close together", "all equal", "many ties"])
+def test_with_the_blocks_of_a_gpu(form: str, name: str) -> None:
+    """Many blocks of the size that an H200 takes, several slices."""
+    scores = score_rows(1, 1, 40_000)[name]
+    begin, end = torch.tensor([[3]]), torch.tensor([[39_999]])
+    got = Runner(topk_program(2048, 90, form), interpret=True)(scores, begin, end)[0]
+    assert torch.equal(got, best_slots(scores, begin, end, 2048))
 
 
 def kinds(seed: int, slots: int, kind: int) -> Tensor:
