@@ -121,7 +121,7 @@ def exported_runner(folder: Path, length: int, threads: int) -> tuple[Step, Step
 
 
 def our_runner(folder: Path, name: str, capacity: int, threads: int) -> tuple[Step, Step]:
-    from mla2dsa.exporters.generation import _prefill
+    from mla2dsa.exporters.generation import prefill
     from mla2dsa.exporters.ort_session import OrtSession
     from mla2dsa.optimizer.torch_session import open_torch_session
 
@@ -136,7 +136,7 @@ def our_runner(folder: Path, name: str, capacity: int, threads: int) -> tuple[St
         at = torch.tensor([[position]])
         return session.step(torch.ones(1, 1, dtype=torch.int64), at, at, zero, zero)
 
-    return lambda length: _prefill(session, prompt(length).tolist(), length), decode
+    return lambda length: prefill(session, prompt(length).tolist(), length), decode
 
 
 def prompt(length: int) -> torch.Tensor:

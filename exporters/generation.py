@@ -67,7 +67,7 @@ def generate(
     longest = max(len(prompt) for prompt in prompts)
     _check(session, prompts, longest, max_new_tokens)
     generator = sampling.generator()
-    logits = _prefill(session, prompts, longest)
+    logits = prefill(session, prompts, longest)
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     begin, last = torch.zeros(len(prompts), dtype=torch.int64), torch.zeros(len(prompts), dtype=torch.int64)
     ended = torch.zeros(len(prompts), dtype=torch.bool)
@@ -97,8 +97,8 @@ def _check(session: Session, prompts: Sequence[Sequence[int]], longest: int, max
         )
 
 
-def _prefill(session: Session, prompts: Sequence[Sequence[int]], longest: int) -> Tensor:
-    """[B, vocab] logits after each prompt's last token; one chunk at a time, so memory does not grow with the prompt."""
+def prefill(session: Session, prompts: Sequence[Sequence[int]], longest: int) -> Tensor:
+    """[B, vocab] float32 logits after each prompt's last token; one chunk at a time, so memory does not grow with the prompt."""
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     positions = torch.minimum(torch.arange(longest)[None], lengths[:, None] - 1)
     ids = torch.tensor([[prompt[int(p)] for p in row] for prompt, row in zip(prompts, positions, strict=True)])
