@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import UserError
+from ...errors import UsageError, UserError
 from .program import Variant
 from .ptxas import Assembled, assemble_best, installed
 
@@ -73,7 +73,7 @@ def compile_variant(variant: Variant, sm: int, functions: Mapping[str, Any] | No
 def check_architecture(sm: int) -> None:
     """Raises UserError for one that no kernel is made for."""
     if sm not in ARCHITECTURES:
-        raise UserError(f"sm_{sm} is not supported, expected one of {', '.join(map(str, ARCHITECTURES))}")
+        raise UsageError(f"sm_{sm} is not supported, expected one of {', '.join(map(str, ARCHITECTURES))}")
 
 
 def find_kernel(variant: Variant, functions: Mapping[str, Any] | None = None) -> Any:
