@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     """From a copy in a folder of another name, away from the repository, as on a machine where nothing is installed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(folder / "benchmarks" / "gpu.py"), *map(str, arguments)]
     return subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True)
 
