@@ -71,7 +71,7 @@ def compile_variant(variant: Variant, sm: int, functions: Mapping[str, Any] | No
 
 
 def check_architecture(sm: int) -> None:
-    """Raises UserError for one that no kernel is made for."""
+    """Raises UsageError for one that no kernel is made for."""
     if sm not in ARCHITECTURES:
         raise UsageError(f"sm_{sm} is not supported, expected one of {', '.join(map(str, ARCHITECTURES))}")
 
