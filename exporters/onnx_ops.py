@@ -27,24 +27,27 @@ import torch
 from onnx.defs import OpSchema
 from onnxscript import opset20, values
 
+from ..kernels.op_spec import KINDS, OP_SPECS, OpSpec
+
 DOMAIN, VERSION = "mla2dsa", 1
 OPSET = 20  # every TensorRT from 10.3 on reads it
 
-_FLOAT = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)")
-_INT = ("tensor(int32)", "tensor(int64)")
-_TYPES = {"T": _FLOAT, "V": _FLOAT, "W": _FLOAT, "I": _INT, "J": ("tensor(int32)",), "L": ("tensor(int64)",)}
-_INTEGER, _REAL, _STRING = OpSchema.AttrType.INT, OpSchema.AttrType.FLOAT, OpSchema.AttrType.STRING
-_NAMESPACE = ("plugin_namespace", _STRING)
+_STRING = OpSchema.AttrType.STRING
+_ATTRIBUTE = {int: OpSchema.AttrType.INT, float: OpSchema.AttrType.FLOAT}
+_ELEMENT = {"float32": "float", "float64": "double"}  # where ONNX calls a type otherwise
+_TYPES = {kind: tuple(f"tensor({_ELEMENT.get(name, name)})" for name in names) for kind, names in KINDS.items()}
+_TYPES |= {"W": _TYPES["T"], "L": ("tensor(int64)",)}
 
 # name: (inputs, output type, attributes)
 _NODES: dict[str, tuple[dict[str, str], str, tuple[tuple[str, Any], ...]]] = {
-    "LightningIndexer": (
-        {"q": "T", "k": "T", "weights": "V", "key_begin": "I", "key_end": "I"}, "J", (("topk", _INTEGER), _NAMESPACE),
-    ),
-    "SparseMLA": (
-        {"q": "T", "kv": "T", "indices": "J"}, "T", (("scale", _REAL), ("kv_lora_rank", _INTEGER), _NAMESPACE),
-    ),
-    "CacheWrite": ({"cache": "T", "new": "T", "slots": "I"}, "T", (_NAMESPACE,)),
+    spec.node: (
+        {operand.name: operand.kind for operand in spec.inputs},
+        spec.output.kind,
+        (*((name, _ATTRIBUTE[kind]) for name, kind in spec.attributes), ("plugin_namespace", _STRING)),
+    )
+    for spec in OP_SPECS
+}
+_NODES |= {
     "MoEExperts": (
         {"hidden": "T", "top_k_index": "I", "top_k_weights": "V", "gate_proj": "W", "up_proj": "W", "down_proj": "W", "rows": "L"},
         "T", (("activation", _STRING),),
@@ -121,31 +124,30 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     }  # fmt: skip
 
 
-def _infer_indexer(context: Any) -> None:
-    """int32 [B,T,min(topk,S)]; the last dim is left open where S is."""
-    out = onnx.TypeProto()
-    out.tensor_type.elem_type = onnx.TensorProto.INT32
-    q, k = context.get_input_type(0).tensor_type, context.get_input_type(1).tensor_type
-    if q.HasField("shape") and k.HasField("shape"):
-        dims = out.tensor_type.shape.dim
-        for source in q.shape.dim[:2]:
-            dims.add().CopyFrom(source)
-        last, slots = dims.add(), k.shape.dim[1]
-        if slots.HasField("dim_value"):
-            last.dim_value = min(context.get_attribute("topk").i, slots.dim_value)
-    context.set_output_type(0, out)
+def _inference(spec: OpSpec) -> Callable[[Any], None]:
+    """Type and shape of the output; a dim that depends on an open one is left open."""
+
+    def infer(context: Any) -> None:
+        inputs = [context.get_input_type(number).tensor_type for number in range(len(spec.inputs))]
+        out = onnx.TypeProto()
+        model = spec.output_input()
+        out.tensor_type.elem_type = onnx.TensorProto.INT32 if model is None else inputs[model].elem_type
+        if all(tensor.HasField("shape") for tensor in inputs):
+            sizes: dict[str, Any] = spec.sizes([tensor.shape.dim for tensor in inputs])
+            for name, kind in spec.attributes:
+                if kind is int:
+                    sizes[name] = onnx.TensorShapeProto.Dimension(dim_value=context.get_attribute(name).i)
+            out.tensor_type.shape.dim.extend(spec.output_shape(sizes, _lesser))
+        context.set_output_type(0, out)
+
+    return infer
 
 
-def _infer_attention(context: Any) -> None:
-    """[B,T,H,R] in the type of q."""
-    q = context.get_input_type(0)
-    out = onnx.TypeProto()
-    out.tensor_type.elem_type = q.tensor_type.elem_type
-    if q.tensor_type.HasField("shape"):
-        for source in q.tensor_type.shape.dim[:3]:
-            out.tensor_type.shape.dim.add().CopyFrom(source)
-        out.tensor_type.shape.dim.add().dim_value = context.get_attribute("kv_lora_rank").i
-    context.set_output_type(0, out)
+def _lesser(a: Any, b: Any) -> Any:
+    dim = onnx.TensorShapeProto.Dimension()
+    if a.HasField("dim_value") and b.HasField("dim_value"):
+        dim.dim_value = min(a.dim_value, b.dim_value)
+    return dim
 
 
 def _infer_first(context: Any) -> None:
@@ -154,9 +156,7 @@ def _infer_first(context: Any) -> None:
 
 
 _INFERENCE: dict[str, Callable[[Any], None]] = {
-    "LightningIndexer": _infer_indexer,
-    "SparseMLA": _infer_attention,
-    "CacheWrite": _infer_first,
+    **{spec.node: _inference(spec) for spec in OP_SPECS},
     "MoEExperts": _infer_first,
     STACKED_MOE: _infer_first,
 }

@@ -29,7 +29,7 @@ def check_lightning_indexer(
     torch._check_value(topk > 0, lambda: f"topk must be positive, got {topk}")
 
 
-def check_sparse_mla(q: Tensor, kv: Tensor, indices: Tensor, kv_lora_rank: int) -> None:
+def check_sparse_mla(q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_rank: int) -> None:
     """q [B,T,H,R+dr], kv [B,S,R+dr], indices [B,T,K] int32; 0 < kv_lora_rank <= R+dr."""
     typed("q", q, 4, FLOATS)
     _like("kv", kv, 3, "q", q)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import amx
 from .reference import accumulation_dtype, in_range, rankable, softmax_or_zero
+from .reference import cache_write as cache_write  # indexed assignment is as fast as it gets
 
 BUDGET_MB = 64  # memory an op may use beyond its inputs, its output and one upcast copy of a sequence's keys
 _INDEX_ROWS = 32  # queries scored at once: more do not make the GEMM faster

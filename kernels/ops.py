@@ -9,7 +9,9 @@ MLA2DSA_KERNELS=reference forces the reference everywhere; MLA2DSA_KERNELS=trito
 too, in an interpreter: for tests.
 """
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +22,32 @@ from . import ops_fp8 as ops_fp8  # registers the float8 ops
 from .choice import KERNELS_ENV as KERNELS_ENV
 from .choice import kernels_for
 from .contracts import check_attention_mass, check_cache_write, check_lightning_indexer, check_sparse_mla
+from .op_spec import CACHE_WRITE, LIGHTNING_INDEXER, SPARSE_MLA, OpSpec
 
 
-@torch.library.custom_op("mla2dsa::lightning_indexer", mutates_args=())
+def _declared(spec: OpSpec, check: Callable[..., None]) -> Callable[[Callable[..., Tensor]], Any]:
+    """Registers a function as the op that `spec` declares, with a fake that runs the same check."""
+
+    def register(function: Callable[..., Tensor]) -> Any:
+        op = torch.library.custom_op(f"mla2dsa::{spec.name}", function, mutates_args=(), schema=spec.torch_schema())
+
+        def fake(*arguments: Any) -> Tensor:
+            check(*arguments)
+            tensors, attributes = arguments[: len(spec.inputs)], arguments[len(spec.inputs) :]
+            sizes: dict[str, Any] = spec.sizes([tensor.shape for tensor in tensors])
+            sizes |= {name: value for (name, _), value in zip(spec.attributes, attributes, strict=True)}
+            model = spec.output_input()
+            dtype = torch.int32 if model is None else tensors[model].dtype
+            out: Tensor = tensors[0].new_empty(spec.output_shape(sizes, torch.sym_min), dtype=dtype)
+            return out
+
+        op.register_fake(fake)
+        return op
+
+    return register
+
+
+@_declared(LIGHTNING_INDEXER, check_lightning_indexer)
 def lightning_indexer(q: Tensor, k: Tensor, weights: Tensor, key_begin: Tensor, key_end: Tensor, topk: int) -> Tensor:
     """The slots each query attends to: q [B,T,HI,dI], k [B,S,dI], weights [B,T,HI] -> int32 [B,T,min(topk,S)].
 
@@ -39,15 +64,7 @@ def lightning_indexer(q: Tensor, k: Tensor, weights: Tensor, key_begin: Tensor, 
     return out
 
 
-@lightning_indexer.register_fake
-def _lightning_indexer_fake(
-    q: Tensor, k: Tensor, weights: Tensor, key_begin: Tensor, key_end: Tensor, topk: int
-) -> Tensor:
-    check_lightning_indexer(q, k, weights, key_begin, key_end, topk)
-    return q.new_empty((q.shape[0], q.shape[1], torch.sym_min(topk, k.shape[1])), dtype=torch.int32)
-
-
-@torch.library.custom_op("mla2dsa::sparse_mla", mutates_args=())
+@_declared(SPARSE_MLA, check_sparse_mla)
 def sparse_mla(q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_rank: int) -> Tensor:
     """Absorbed MLA over selected keys: q [B,T,H,R+dr], kv [B,S,R+dr], indices int32 [B,T,K] -> [B,T,H,R].
 
@@ -56,15 +73,9 @@ def sparse_mla(q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_ran
     any gives 0. A slot listed twice counts twice. Softmax and sums in float32 (float64 for float64 inputs).
     Raises ValueError naming the argument whose shape, dtype or device does not fit.
     """
-    check_sparse_mla(q, kv, indices, kv_lora_rank)
+    check_sparse_mla(q, kv, indices, scale, kv_lora_rank)
     out: Tensor = _kernels(q.device).sparse_mla(q, kv, indices, scale, kv_lora_rank)
     return out
-
-
-@sparse_mla.register_fake
-def _sparse_mla_fake(q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_rank: int) -> Tensor:
-    check_sparse_mla(q, kv, indices, kv_lora_rank)
-    return q.new_empty((*q.shape[:-1], kv_lora_rank))
 
 
 @torch.library.custom_op("mla2dsa::attention_mass", mutates_args=())
@@ -87,7 +98,7 @@ def _attention_mass_fake(q: Tensor, kv: Tensor, key_begin: Tensor, key_end: Tens
     return q.new_empty((q.shape[0], q.shape[1], kv.shape[1]), dtype=reference.accumulation_dtype(q.dtype))
 
 
-@torch.library.custom_op("mla2dsa::cache_write", mutates_args=())
+@_declared(CACHE_WRITE, check_cache_write)
 def cache_write(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
     """A copy of `cache` [B,C,d] with row slots[b,t] of sequence b replaced by new[b,t]: new [B,T,d], slots [B,T].
 
@@ -96,13 +107,8 @@ def cache_write(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
     Raises ValueError naming the argument whose shape, dtype or device does not fit.
     """
     check_cache_write(cache, new, slots)
-    return reference.cache_write(cache, new, slots)
-
-
-@cache_write.register_fake
-def _cache_write_fake(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
-    check_cache_write(cache, new, slots)
-    return torch.empty_like(cache, memory_format=torch.contiguous_format)
+    out: Tensor = _kernels(cache.device).cache_write(cache, new, slots)
+    return out
 
 
 def _kernels(device: torch.device) -> ModuleType:

@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..kernels.gpu.compile import ARCHITECTURES
 from ..kernels.gpu.manifest import Pack, kernel_name, read_pack, variant_fields
 from ..kernels.gpu.pack import pack, variants_of
 from ..kernels.gpu.program import Variant
-from ..kernels.gpu.programs import catalogue
+from ..kernels.gpu.programs import FAMILIES, catalogue
 
 
 def build(
@@ -23,11 +22,11 @@ def build(
     overwrite: bool = False,
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> dict[str, Any]:
-    """Write the pack; sms and jobs default to every architecture and every CPU. Returns what it came to."""
+    """Write the pack; sms and jobs default to all of FAMILIES and every CPU. Returns what it came to."""
     started = time.monotonic()
     made = pack(
         catalogue,
-        ARCHITECTURES if sms is None else sms,
+        FAMILIES if sms is None else sms,
         out,
         overwrite=overwrite,
         jobs=_cpus() if jobs is None else jobs,
@@ -56,7 +55,7 @@ def list_pack(folder: Path) -> list[dict[str, Any]]:
 def list_catalogue() -> list[dict[str, Any]]:
     """One row a kernel that would be built, with the architectures it would be built for."""
     sms: dict[Variant, list[int]] = {}
-    for sm in ARCHITECTURES:
+    for sm in FAMILIES:
         for variant in variants_of(catalogue(sm)):
             sms.setdefault(variant, []).append(sm)
     ordered = sorted(sms, key=lambda variant: (variant.kernel, sms[variant]))

@@ -90,7 +90,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variant", "sm", "message"),
     [
-        (nested(), 75, "sm_75 is not supported, expected one of 80, 89, 90, 100, 120"),
+        (nested(), 75, "sm_75 is not supported, expected one of 80, 86, 89, 90, 100, 120"),
         (plain("mystery"), 90, "kernel mystery is not known, expected one of dot, ill_typed"),
         (plain("uses_constant", ("x", "*fp32")), 90, r"kernel uses_constant takes \(out\), the variant gives \(x\)"),
         (plain("uses_constant", ("out", "*fp32"), BLOCK=1), 90, r"constants \(BLOCK\)"),

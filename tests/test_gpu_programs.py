@@ -116,6 +116,8 @@ def _shapes(name: str) -> list[tuple[int, ...]]:
     if name.startswith("sparse_mla"):
         width = parts["r"] + parts["d"]
         return [(2, 7, parts["h"], width), (2, 999, width), (2, 7, 100)]
+    if name.startswith("cache_write"):
+        return [(2, 999, parts["d"]), (2, 7, parts["d"]), (2, 7)]
     return [(9, 128)] if name.startswith("quantise") else [(2, 7, 576)]
 
 

@@ -84,7 +84,7 @@ def test_list_shows_what_would_be_built(monkeypatch: pytest.MonkeyPatch) -> None
     [
         (("build", "--out", "x", "--sm", "ninety"), 2, ["--sm ninety", "80,90"]),
         (("build", "--out", "x", "--sm", "90,"), 2, ["--sm 90,"]),
-        (("build", "--out", "x", "--sm", "75"), 2, ["sm_75 is not supported", "80, 89, 90, 100, 120"]),
+        (("build", "--out", "x", "--sm", "75"), 2, ["sm_75 is not supported", "80, 86, 89, 90, 100, 120"]),
         (("build", "--out", "x", "--jobs", "0"), 2, ["--jobs 0"]),
         (("build",), 2, ["--out", "mla2dsa kernels build --help"]),
         ((), 2, ["COMMAND", "mla2dsa kernels --help"]),

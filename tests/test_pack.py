@@ -16,7 +16,7 @@ from packed_kernels import FUNCTIONS, dot, nested, two_programs
 
 from mla2dsa.errors import UsageError, UserError
 from mla2dsa.kernels.gpu import cache, programs
-from mla2dsa.kernels.gpu.compile import ARCHITECTURES, Compiled, compile_variant, describe
+from mla2dsa.kernels.gpu.compile import Compiled, compile_variant, describe
 from mla2dsa.kernels.gpu.manifest import MANIFEST, Pack, kernel_name, read_pack, variant_fields
 from mla2dsa.kernels.gpu.pack import pack, variants_of
 from mla2dsa.kernels.gpu.program import Program, Variant
@@ -283,7 +283,7 @@ def test_processes_make_the_same_pack(tmp_path: Path) -> None:
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
-@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize("sm", programs.FAMILIES)
 def test_every_kernel_of_the_catalogue_compiles(sm: int) -> None:
     """The longest test there is: some fifty compilations. Limits are checked by the compiler itself."""
     made = {variant: cache.compile_cached(variant, sm) for variant in variants_of(programs.catalogue(sm))}
@@ -293,7 +293,7 @@ def test_every_kernel_of_the_catalogue_compiles(sm: int) -> None:
         assert not spilling
 
 
-@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize("sm", programs.FAMILIES)
 def test_every_program_of_the_catalogue_survives_as_text(sm: int) -> None:
     from mla2dsa.kernels.gpu.program_text import read_program, write_program
 
@@ -307,5 +307,5 @@ def test_every_program_of_the_catalogue_survives_as_text(sm: int) -> None:
 
 
 def test_kernels_have_distinct_names() -> None:
-    variants = {variant for sm in ARCHITECTURES for variant in variants_of(programs.catalogue(sm))}
+    variants = {variant for sm in programs.FAMILIES for variant in variants_of(programs.catalogue(sm))}
     assert len({kernel_name(variant) for variant in variants}) == len(variants)

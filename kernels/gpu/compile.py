@@ -12,7 +12,7 @@ from .program import Variant
 from .ptxas import Assembled, assemble_best, installed
 
 # Bytes of shared memory a block may opt in to (CUDA programming guide, table of technical specifications).
-SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 ARCHITECTURES = tuple(SHARED_LIMIT)
 TMEM_LIMIT = 512  # columns of tensor memory
 HIDDEN = ("global_scratch", "profile_scratch")  # pointers that Triton appends to every kernel's parameters

@@ -7,22 +7,23 @@ an indexer in float32 with more than 64 heads of more than 128 channels where sh
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .. import reference, reference_fp8
-from .indexer_program import BUDGET_MB, lightning_indexer_program
+from .cache_program import cache_write_program
+from .indexer_program import BUDGET_MB, indexer_guards, lightning_indexer_program
 from .launch import TRITON_NAMES, Runner
+from .program import Expr
 from .quantise_program import pack_latent_program, quantise_rows_program
-from .sparse_program import sparse_mla_fp8_program, sparse_mla_program
+from .sparse_program import attention_guards, sparse_mla_fp8_program, sparse_mla_program
 from .tuning import NoBlocks
 
 _FIRST_SM, _FIRST_FP8_SM = 80, 89
 _INTERPRETER_UNITS = 4  # as if the interpreter had so many multiprocessors
-_DECODE_COLUMNS = 512  # query heads of a sequence up to which reading the keys decides how long it takes
-_HEAD_BLOCK = 64
 
 
 def lightning_indexer(
@@ -60,15 +61,25 @@ def sparse_mla(q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_ran
     if q.dtype == torch.float64 or not _usable(q):
         return reference.sparse_mla(q, kv, indices, scale, kv_lora_rank)
     facts = (TRITON_NAMES[q.dtype], q.shape[2], kv_lora_rank, q.shape[3] - kv_lora_rank, scale)
-    return _run(sparse_mla_program, (*facts, _architecture(q), _attention_form(q)), q, kv, indices)[0]
+    return _run(sparse_mla_program, (*facts, _architecture(q), _form(attention_guards(q.shape[2]), q)), q, kv, indices)[
+        0
+    ]
 
 
 def sparse_mla_fp8(q: Tensor, kv_packed: Tensor, indices: Tensor, scale: float) -> Tensor:
     """As `reference_fp8.sparse_mla_fp8`."""
     if q.dtype != torch.bfloat16 or not _usable(q):
         return reference_fp8.sparse_mla_fp8(q, kv_packed, indices, scale)
-    facts = (q.shape[2], scale, _architecture(q), _attention_form(q), _has_fp8(q))
+    facts = (q.shape[2], scale, _architecture(q), _form(attention_guards(q.shape[2]), q), _has_fp8(q))
     return _run(sparse_mla_fp8_program, facts, q, kv_packed, indices)[0]
+
+
+def cache_write(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
+    """As `reference.cache_write`."""
+    if torch.float64 in (cache.dtype, new.dtype) or not _usable(cache):
+        return reference.cache_write(cache, new, slots)
+    facts = (TRITON_NAMES[cache.dtype], TRITON_NAMES[new.dtype], cache.shape[2], _architecture(cache))
+    return _run(cache_write_program, (*facts, TRITON_NAMES[slots.dtype]), cache, new, slots)[0]
 
 
 def quantize_fp8_rows(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
@@ -97,10 +108,8 @@ def _indexer(
     queries_and_keys: tuple[Tensor, ...], weights: Tensor, key_begin: Tensor, key_end: Tensor, topk: int, budget_mb: int
 ) -> Tensor:
     q = queries_and_keys[0]
-    batch, tokens, heads, width = q.shape
-    form = "prefill"
-    if tokens * heads <= _DECODE_COLUMNS:
-        form = "decode" if batch * tokens < _units(q) else "batch"
+    heads, width = q.shape[2:]
+    form = _form(indexer_guards(heads), q)
     if key_begin.dtype != key_end.dtype:
         key_begin, key_end = key_begin.long(), key_end.long()
     facts = (TRITON_NAMES[q.dtype], heads, width, topk, _architecture(q), form)
@@ -108,9 +117,10 @@ def _indexer(
     return _run(lightning_indexer_program, (*facts, *types), *queries_and_keys, weights, key_begin, key_end)[0]
 
 
-def _attention_form(q: Tensor) -> str:
-    programs = q.shape[0] * q.shape[1] * -(-q.shape[2] // _HEAD_BLOCK)
-    return "decode" if programs < _units(q) else "prefill"
+def _form(guards: Mapping[str, Expr], q: Tensor) -> str:
+    """The first whose guard is above 0."""
+    known = {"units": _units(q)}
+    return next(form for form, guard in guards.items() if guard.value([q.shape], known) > 0)
 
 
 @lru_cache(maxsize=1024)

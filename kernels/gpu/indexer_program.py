@@ -15,9 +15,17 @@ from .topk_program import Rows, quads, scratch_per_row, topk_launches
 from .tuning import blocks
 
 BUDGET_MB = 512
+_PADDING = 2048  # bytes that rounding up the parts of the workspace adds at most
 FORMS = ("prefill", "decode", "batch")
+DECODE_COLUMNS = 512  # query heads of a sequence up to which reading the keys decides how long it takes
 _SCORES = {"prefill": "prefill", "decode": "decode", "batch": "decode"}
 _TOPK = {"prefill": "prefill", "decode": "decode", "batch": "prefill"}
+
+
+def indexer_guards(heads: int) -> dict[str, Expr]:
+    """Which form to choose: the first whose guard is above 0, over the dims of q and `units`, the GPU's multiprocessors."""
+    few = DECODE_COLUMNS + 1 - dim(0, 1) * heads
+    return {"decode": minimum(few, variable("units") - dim(0, 0) * dim(0, 1)), "batch": few, "prefill": integer(1)}
 
 
 @lru_cache(maxsize=256)
@@ -44,7 +52,8 @@ def lightning_indexer_program(
     batch, tokens, slots = dim(0, 0), dim(0, 1), dim(1, 1)
     score, select = _Scores(dtype, heads, width, sm, _SCORES[form], scaled, weights), _TOPK[form]
     per_row = 4 * quads(slots) + scratch_per_row(select, topk, slots, sm)
-    fits = integer(budget_mb * 2**18) // maximum(1, batch * per_row)
+    budget = integer(budget_mb * 2**18)
+    fits = budget // maximum(1, batch * per_row)
     whole = maximum(fits // score.step * score.step, minimum(fits, score.step))  # whole blocks of queries, if any
     rows = minimum(tokens, maximum(1, whole))
     memory = Memory()
@@ -65,7 +74,8 @@ def lightning_indexer_program(
     )
     launches = (score.launch(tile), *topk_launches(select, tile, topk, memory, sm))
     outputs = (("i32", (batch, tokens, tile.width)),)
-    return Program(inputs, outputs, memory.size, (Repeat("t", tokens, rows, launches),))
+    reserve = 4 * maximum(batch * per_row, minimum(budget, batch * tokens * per_row)) + _PADDING
+    return Program(inputs, outputs, memory.size, (Repeat("t", tokens, rows, launches),), reserve)
 
 
 @lru_cache(maxsize=64)

@@ -78,7 +78,7 @@ class Runner:
                 self._plans.clear()
             plan = self._plans[shapes] = self._plan(shapes)
         device = inputs[0].device
-        outputs = tuple(torch.empty(shape, dtype=dtype, device=device) for dtype, shape in plan.outputs)
+        outputs = self._outputs(plan, inputs)
         if all(output.numel() == 0 for output in outputs):
             return outputs
         workspace = torch.empty(plan.workspace, dtype=torch.uint8, device=device)
@@ -86,6 +86,16 @@ class Runner:
             for call in plan.calls:
                 _run(call, (*inputs, *outputs), workspace)
         return outputs
+
+    def _outputs(self, plan: _Plan, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """New memory each, for torch's ops change no input: a copy of it where the program updates one."""
+        aliases = dict(self._program.aliases)
+        return tuple(
+            inputs[aliases[number]].clone()
+            if number in aliases
+            else torch.empty(shape, dtype=dtype, device=inputs[0].device)
+            for number, (dtype, shape) in enumerate(plan.outputs)
+        )
 
     def _check(self, inputs: tuple[torch.Tensor, ...]) -> None:
         if len(inputs) != len(self._program.inputs):

@@ -43,7 +43,7 @@ def pack(
     wanted = {sm: dict(programs(sm)) for sm in _architectures(sms)}
     check_out(out, overwrite=overwrite)
     tasks = [(variant, sm) for sm in wanted for variant in variants_of(wanted[sm])]
-    compiled = dict(_compile_all(tasks, jobs, functions, on_progress))
+    compiled = dict(compile_all(tasks, jobs, functions, on_progress))
     with _replaced(out) as folder:
         kernels: dict[str, PackedKernel] = {}
         for variant in dict.fromkeys(variant for variant, _ in tasks):
@@ -90,9 +90,10 @@ def _versions() -> dict[str, str]:
 Task = tuple[Variant, int]
 
 
-def _compile_all(
+def compile_all(
     tasks: Sequence[Task], jobs: int, functions: Mapping[str, Any] | None, on_progress: OnProgress
 ) -> Iterator[tuple[Task, Compiled]]:
+    """Binaries as they are made, in any order; arguments as in `pack`."""
     if jobs <= 1 or functions is not None:
         for done, (variant, sm) in enumerate(tasks, 1):
             yield (variant, sm), compile_cached(variant, sm, functions)

@@ -151,12 +151,19 @@ class Repeat:
 
 @dataclass(frozen=True)
 class Program:
-    """outputs: (dtype, shape) each. workspace: bytes. steps run in order; a later one sees what an earlier one wrote."""
+    """outputs: (dtype, shape) each. workspace: bytes. steps run in order; a later one sees what an earlier one wrote.
+
+    reserve: bytes that are enough for these dims and all smaller ones (it never shrinks as a dim grows), for a host that
+    sets the workspace aside beforehand; None where `workspace` is like that itself. aliases: (output, input) that are the
+    same memory: the output is what the steps leave of the input.
+    """
 
     inputs: tuple[str, ...]
     outputs: tuple[tuple[str, tuple[Expr, ...]], ...]
     workspace: Expr
     steps: tuple[Launch | Repeat, ...]
+    reserve: Expr | None = None
+    aliases: tuple[tuple[int, int], ...] = ()
 
     def variants(self) -> tuple[Variant, ...]:
         """Every kernel it launches, once."""

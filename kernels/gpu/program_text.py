@@ -3,8 +3,10 @@
     mla2dsa 1
     in bf16                                    each input's element type
     out i32 d0.0 d0.1 2048,d1.1,<              each output's element type and dims
+    alias 0 0                                  output 0 is input 0, updated in place
     let x0 d0.0,d0.1,*,d1.1,4,^,*              a name for an expression, from here on
     workspace x0,4,*                           bytes
+    reserve d0.0,d0.1,*                        bytes enough for all smaller dims too, if that is not the workspace
     repeat t d0.1 256                          the steps up to `end` for t = 0, 256, 512 ... below d0.1
     launch KERNEL d0.0 1 1 t0 w0 id0.1 n n     kernel, grid, then one word for each parameter of the binary
     end
@@ -36,6 +38,11 @@ def write_program(program: Program, names: Callable[[Variant], str]) -> list[str
     return _Writer(names).lines(program)
 
 
+def write_body(program: Program, names: Callable[[Variant], str]) -> list[str]:
+    """The lines of `write_program` that come after inputs, outputs and aliases."""
+    return _Writer(names).body(program)
+
+
 class _Writer:
     def __init__(self, names: Callable[[Variant], str]) -> None:
         self._kernel = names
@@ -45,9 +52,16 @@ class _Writer:
     def lines(self, program: Program) -> list[str]:
         lines = [f"mla2dsa {VERSION}", *(f"in {dtype}" for dtype in program.inputs)]
         lines += [" ".join(["out", dtype, *map(self._text, shape)]) for dtype, shape in program.outputs]
-        everything = [program.workspace, *(expr for step in program.steps for expr in _expressions(step))]
-        lines += self._define(expr for expr in repeated(everything) if not variables(expr))
+        lines += [f"alias {output} {source}" for output, source in program.aliases]
+        return lines + self.body(program)
+
+    def body(self, program: Program) -> list[str]:
+        """What comes after inputs and outputs."""
+        reserve = [] if program.reserve is None else [program.reserve]
+        everything = [program.workspace, *reserve, *(expr for step in program.steps for expr in _expressions(step))]
+        lines = self._define(expr for expr in repeated(everything) if not variables(expr))
         lines.append(f"workspace {self._text(program.workspace)}")
+        lines += [f"reserve {self._text(expr)}" for expr in reserve]
         for step in program.steps:
             lines += [self._launch(step)] if isinstance(step, Launch) else self._loop(step)
         return lines
@@ -103,7 +117,7 @@ def _expressions(step: Launch | Repeat) -> list[Expr]:
 
 def read_program(lines: list[str], kernels: Mapping[str, Variant]) -> Program:
     """Inverse of `write_program`; kernels: variant by the name in the text. Raises UserError with the line's number."""
-    reader = _Reader(kernels)
+    reader = ProgramReader(kernels)
     rows = enumerate((line.split() for line in lines), 1)
     number, words = next(rows, (1, []))
     if words != ["mla2dsa", str(VERSION)]:
@@ -116,12 +130,16 @@ def read_program(lines: list[str], kernels: Mapping[str, Variant]) -> Program:
     return reader.program()
 
 
-class _Reader:
+class ProgramReader:
+    """Takes a program line by line, as words."""
+
     def __init__(self, kernels: Mapping[str, Variant]) -> None:
         self._kernels = kernels
         self._inputs: list[str] = []
         self._outputs: list[tuple[str, tuple[Expr, ...]]] = []
+        self._aliases: list[tuple[int, int]] = []
         self._workspace: Expr | None = None
+        self._reserve: Expr | None = None
         self._steps: list[Launch | Repeat] = []
         self._loop: tuple[str, Expr, Expr] | None = None
         self._body: list[Launch] = []
@@ -129,15 +147,20 @@ class _Reader:
         self._outside: dict[str, Expr] = {}
 
     def line(self, words: list[str]) -> None:
+        """The next one. Raises UserError for one that is not known, or not here."""
         match words:
             case ["in", dtype]:
                 self._inputs.append(dtype)
             case ["out", dtype, *dims]:
                 self._outputs.append((dtype, tuple(map(self._expression, dims))))
+            case ["alias", output, source] if re.fullmatch(r"\d+ \d+", f"{output} {source}", re.ASCII):
+                self._aliases.append((int(output), int(source)))
             case ["let", name, text] if re.fullmatch(r"x\d+", name, re.ASCII) and name not in self._names:
                 self._names[name] = self._expression(text)
             case ["workspace", size]:
                 self._workspace = self._expression(size)
+            case ["reserve", size]:
+                self._reserve = self._expression(size)
             case ["repeat", name, stop, step] if self._loop is None:
                 self._loop = (name, self._expression(stop), self._expression(step))
                 self._outside = dict(self._names)
@@ -150,10 +173,22 @@ class _Reader:
             case _:
                 raise UserError(f"{' '.join(words)!r} is not known here")
 
+    def in_loop(self) -> bool:
+        """Whether the next `end` is that of a `repeat`."""
+        return self._loop is not None
+
     def program(self) -> Program:
+        """What the lines say. Raises UserError if some are missing."""
         if self._workspace is None or self._loop is not None:
             raise UserError("the program has no workspace line" if self._loop is None else "repeat without end")
-        return Program(tuple(self._inputs), tuple(self._outputs), self._workspace, tuple(self._steps))
+        return Program(
+            tuple(self._inputs),
+            tuple(self._outputs),
+            self._workspace,
+            tuple(self._steps),
+            self._reserve,
+            tuple(self._aliases),
+        )
 
     def _expression(self, text: str) -> Expr:
         return read_expression(text, self._names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .cache_program import cache_write_program
 from .indexer_program import FORMS as INDEXER_FORMS
 from .indexer_program import lightning_indexer_program
 from .program import Program
@@ -20,7 +21,7 @@ SCALE = 192**-0.5  # of the catalogue's attention programs; it is an argument of
 
 def catalogue(sm: int) -> dict[str, Program]:
     """Name -> program for GPU architecture `sm`: the usual models' sizes, bfloat16 and (from sm_89 on) float8."""
-    return {**_indexers(sm), **_attention(sm), **_quantisers(sm)}
+    return {**_indexers(sm), **_attention(sm), **_caches(sm), **_quantisers(sm)}
 
 
 def _indexers(sm: int) -> dict[str, Program]:
@@ -51,6 +52,11 @@ def _attention(sm: int) -> dict[str, Program]:
         for form in ATTENTION_FORMS
     }
     return {**whole, **packed}
+
+
+def _caches(sm: int) -> dict[str, Program]:
+    widths = sorted({INDEX_WIDTH, *(rank + rope for _, rank, rope in ATTENTION)})
+    return {f"cache_write.bf16.d{width}": cache_write_program("bf16", "bf16", width, sm) for width in widths}
 
 
 def _quantisers(sm: int) -> dict[str, Program]:

@@ -19,6 +19,7 @@ KERNELS = {
     "sparse_mla_fp8": "sparse_mla_fp8_kernel",
     "sparse_mla_fp8_split": "sparse_mla_fp8_kernel",
     "combine": "combine_kernel",
+    "cache_write": "cache_write_kernel",
     "quantise_rows": "quantise_kernel",
     "pack_latent": "quantise_kernel",
 }

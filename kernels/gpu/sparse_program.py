@@ -12,12 +12,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from .building import Argument, Memory, launch, power_of_two
-from .program import Expr, Launch, Program, Tensor, Workspace, ceil_div, dim, integer, maximum, minimum
+from .program import Expr, Launch, Program, Tensor, Workspace, ceil_div, dim, integer, maximum, minimum, variable
 from .tuning import blocks
 
 FORMS = ("prefill", "decode")
 FP8_RANK, FP8_ROPE = 512, 64  # the only sizes that the 656-byte layout has
+_HEAD_BLOCK = 64
+_MOST_UNITS = 1024  # more multiprocessors than any GPU has
+_PADDING = 1024  # bytes that rounding up the parts of the workspace adds at most
 _NATIVE_FP8 = 89  # the first architecture that has the type
+
+
+def attention_guards(heads: int) -> dict[str, Expr]:
+    """Which form to choose: the first whose guard is above 0, over the dims of q and `units`, the GPU's multiprocessors."""
+    programs = dim(0, 0) * dim(0, 1) * -(-heads // _HEAD_BLOCK)
+    return {"decode": minimum(_MOST_UNITS, variable("units")) - programs, "prefill": integer(1)}
 
 
 @lru_cache(maxsize=256)
@@ -54,7 +63,17 @@ class _Attention:
         memory = Memory()
         steps = (self._whole(),) if form == "prefill" else self._split(memory)
         outputs = ((self.dtype, (dim(0, 0), dim(0, 1), integer(self.heads), integer(self.rank))),)
-        return Program((self.dtype, self.row, "i32"), outputs, memory.size, steps)
+        reserve = None if form == "prefill" else self._reserve()
+        return Program((self.dtype, self.row, "i32"), outputs, memory.size, steps, reserve)
+
+    def _reserve(self) -> Expr:
+        """Splits times queries is at most this: few queries have many splits. More queries than the guard lets in do not count."""
+        use = self._blocks(f"{self.kernel}_split")
+        blocks_of_heads = -(-self.heads // use["BLOCK_H"])
+        queries = minimum(dim(0, 0) * dim(0, 1), _MOST_UNITS)
+        most = minimum(use["SPLITS"], maximum(1, ceil_div(dim(2, 2), use["BLOCK_K"])))
+        parts = minimum(most * queries, maximum(queries, use["PROGRAMS"] // blocks_of_heads))
+        return 4 * parts * self.heads * (self.rank + 2) + _PADDING
 
     def _whole(self) -> Launch:
         use = self._blocks(self.kernel)
