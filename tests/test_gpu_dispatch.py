@@ -57,7 +57,7 @@ def test_opcheck(name: str) -> None:
 
 
 @pytest.mark.usefixtures("triton_kernels")
-@pytest.mark.parametrize("name", ["lightning_indexer", "sparse_mla", *fp8_samples()])
+@pytest.mark.parametrize("name", ["lightning_indexer", "sparse_mla", "cache_write", *fp8_samples()])
 def test_opcheck_of_the_kernels(name: str) -> None:
     sample = {**op_samples(), **fp8_samples()}[name]
     opcheck(name, sample)
@@ -75,6 +75,20 @@ def test_ops_run_the_kernels(queries: int, monkeypatch: pytest.MonkeyPatch) -> N
     indices = ops.lightning_indexer(q, k, weights, begin, end.to(torch.int32), 9)
     assert torch.equal(indices, want)
     torch.testing.assert_close(ops.sparse_mla(q, k, indices, 0.3, 20), attended)
+
+
+@pytest.mark.usefixtures("triton_kernels")
+@pytest.mark.parametrize("slots", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("width", [1, 36, 64])
+def test_cache_write_runs_the_kernel(width: int, slots: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots below and above the cache write nothing; the cache that went in stays as it was."""
+    cache, new = randn(2, 9, width), randn(2, 5, width, seed=1, dtype=torch.bfloat16)
+    where = torch.tensor([[8, 0, -1, 9, 4], [3, 2, 1, 2**30, -(2**31)]], dtype=slots)
+    cache = cache.to(torch.bfloat16)
+    want, before = reference.cache_write(cache, new, where), cache.clone()
+    monkeypatch.setattr(reference, "cache_write", lambda *_: pytest.fail("the reference ran"))
+    assert torch.equal(ops.cache_write(cache, new, where), want)
+    assert torch.equal(cache, before)
 
 
 @pytest.mark.usefixtures("triton_kernels")
