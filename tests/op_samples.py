@@ -44,6 +44,7 @@ def op_samples() -> dict[str, tuple[Any, ...]]:
     return {
         "lightning_indexer": (q, kv, randn(2, 5, 3, dtype=torch.float32), begin, end, 4),
         "sparse_mla": (q, kv, indices, 0.3, 8),
+        "cache_write": (kv, q[:, :, 0].contiguous(), torch.tensor([[8, 0, 9, -1, 4]] * 2)),
         "attention_mass": (q, kv, begin, end, 0.3),
         "dense_attention": (heads, keys, keys[..., :8], torch.ones(2, 1, 5, 9, dtype=torch.bool), 0.3),
         "moe_experts": (randn(7, 6), torch.tensor([[0, 5]] * 7), randn(7, 2), randn(3, 8, 6), randn(3, 6, 4), "silu"),

@@ -79,7 +79,7 @@ class Memory:
 
     def check(self, action: str, pointers: Any, mask: Any, size: int) -> None:
         """Raises IndexError if an unmasked access of `size` bytes is not inside one of the tensors."""
-        live = pointers[np.broadcast_to(mask, pointers.shape)]
+        live = pointers[np.broadcast_to(np.asarray(mask, dtype=bool), pointers.shape)]
         if live.size == 0:
             return
         low, high = int(live.min()), int(live.max()) + size
@@ -104,6 +104,11 @@ def _extent(tensor: torch.Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
+def _as_mask(handle: Any) -> Any:
+    """As bool: the product of a scalar and a row of one element is an int32 in Triton's interpreter."""
+    return stock.TensorHandle(np.asarray(handle.data, dtype=bool), tl.int1)
+
+
 class Builder(stock.InterpreterBuilder):  # type: ignore[misc]  # triton has no types
     """Every operation Triton's language has, on numpy arrays."""
 
@@ -116,14 +121,14 @@ class Builder(stock.InterpreterBuilder):  # type: ignore[misc]  # triton has no 
 
     def create_masked_load(self, ptrs: Any, mask: Any, other: Any, *policy: Any, **named: Any) -> Any:
         self._memory.check("reads", ptrs.data, mask.data, _itemsize(ptrs))
-        return super().create_masked_load(ptrs, mask, other, *policy, **named)
+        return super().create_masked_load(ptrs, _as_mask(mask), other, *policy, **named)
 
     def create_masked_store(self, ptrs: Any, value: Any, mask: Any, *policy: Any, **named: Any) -> Any:
         size = _itemsize(ptrs)
         self._memory.check("writes", ptrs.data, mask.data, size)
         if value.data.itemsize != size:  # Triton would write as many bytes as numpy happens to hold
             value = stock.TensorHandle(value.data.astype(stock._get_np_dtype(ptrs.get_element_ty())), value.dtype)
-        return super().create_masked_store(ptrs, value, mask, *policy, **named)
+        return super().create_masked_store(ptrs, value, _as_mask(mask), *policy, **named)
 
     def create_atomic_rmw(self, rmwOp: Any, ptr: Any, val: Any, mask: Any, *rest: Any) -> Any:
         self._memory.check("updates", ptr.data, mask.data, _itemsize(ptr))
