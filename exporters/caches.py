@@ -15,15 +15,25 @@ class Caches:
     """`tensors`: [batch, length, width] by input name, zeros at first. `capacity`: the most slots they may get.
 
     Work and memory grow with the length of a cache, not with the tokens in it, so a cache is no longer than it has to be.
+    first: slots at first; default FIRST_CAPACITY.
     """
 
     def __init__(
-        self, widths: Mapping[str, int], batch: int, capacity: int, dtype: torch.dtype, device: str = "cpu"
+        self,
+        widths: Mapping[str, int],
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: str = "cpu",
+        first: int | None = None,
     ) -> None:
         self._capacity, self._dtype, self._device = capacity, dtype, device
         self._length = 0
         self.tensors: dict[str, Tensor] = {}
-        self._resize({name: (batch, width) for name, width in widths.items()}, min(FIRST_CAPACITY, capacity))
+        self._resize(
+            {name: (batch, width) for name, width in widths.items()},
+            min(FIRST_CAPACITY if first is None else first, capacity),
+        )
 
     def reserve(self, slots: int) -> None:
         """Make room for `slots` tokens; what is in the caches stays. Callers check the capacity before."""
