@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from . import __version__
 from .commands.common import Parser
 from .commands.conversion import add_conversion
+from .commands.engines import add_engines
 from .commands.kernels import add_kernels
 from .commands.use import add_use
 from .errors import UserError
@@ -23,6 +24,8 @@ EPILOG = """examples:
   mla2dsa convert ./model ./model-dsa --indexer distil --calibration corpus.jsonl --tokens 262144
   mla2dsa verify ./model ./model-dsa --text held-out.txt
   mla2dsa strip ./model-dsa ./model-again
+  mla2dsa build ./model-dsa ./engine --max batch=4,cache_length=65536
+  mla2dsa deploy ./model ./engine --calibration ./texts --sm 90
   mla2dsa kernels build --sm 80,90 --out ./kernels
 
 exit codes: 0 done, 1 failed (nothing matched, a check did not hold, bad files), 2 called in a way it does not take
@@ -83,5 +86,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_conversion(commands)
     add_use(commands)
+    add_engines(commands)
     add_kernels(commands)
     return parser

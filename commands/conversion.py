@@ -18,7 +18,8 @@ def add_conversion(commands: Any) -> None:
     _add_strip(commands)
 
 
-def _add_recipe(command: argparse.ArgumentParser) -> None:
+def add_recipe(command: argparse.ArgumentParser) -> None:
+    """The settings of an indexer, which `read_recipe_of` reads."""
     group = command.add_argument_group("indexer")
     group.add_argument(
         "--recipe", metavar="FILE", help="YAML file with any of these settings and more (docs/recipe.md)"
@@ -31,7 +32,8 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
     group.add_argument("--index-head-dim", type=int, metavar="D", help="width of an index head (default 128)")
 
 
-def _recipe(args: argparse.Namespace) -> Any:
+def read_recipe_of(args: argparse.Namespace) -> Any:
+    """The Recipe that the arguments ask for."""
     from ..optimizer.recipe import read_recipe
 
     fields = ("indexer", "index_topk", "index_n_heads", "index_head_dim", "calibration", "tokens")
@@ -46,7 +48,7 @@ def _add_plan(commands: Any) -> None:
     command.add_argument(
         "--allow-partial", action="store_true", help="plan a model that has other attention beside MLA"
     )
-    _add_recipe(command)
+    add_recipe(command)
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -54,7 +56,7 @@ def _plan(args: argparse.Namespace) -> int:
     from ..optimizer.show import show_plan
     from ..optimizer.tables import print_json
 
-    plan = prepare(args.model, _recipe(args), args.allow_partial).plan
+    plan = prepare(args.model, read_recipe_of(args), args.allow_partial).plan
     print_json(plan.to_json()) if args.json else show_plan(plan)
     return 0
 
@@ -66,7 +68,7 @@ def _add_convert(commands: Any) -> None:
     )
     command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     command.add_argument("out", metavar="OUT", type=Path, help="folder to write")
-    _add_recipe(command)
+    add_recipe(command)
     command.add_argument(
         "--calibration", metavar="PATH", help="text file, folder of text, or .jsonl (default: random tokens)"
     )
@@ -89,7 +91,7 @@ def _convert(args: argparse.Namespace) -> int:
     from ..optimizer.show import Progress, show_layers, show_plan, show_verification
     from ..optimizer.tables import print_json
 
-    recipe = _recipe(args)
+    recipe = read_recipe_of(args)
     if args.dry_run:
         plan = dry_run(args.model, args.out, recipe, resume=args.resume, overwrite=args.overwrite)
         print_json(plan.to_json()) if args.json else show_plan(plan)

@@ -69,10 +69,14 @@ def _add_generate(commands: Any) -> None:
     command = command_parser(
         commands, "generate", _generate, "continue a prompt; the text alone goes to stdout", example
     )
-    command.add_argument("model", metavar="MODEL", help="DSA checkpoint (folder or hub id), or an exported folder")
+    command.add_argument(
+        "model", metavar="MODEL", help="DSA checkpoint (folder or hub id), exported folder, or engine folder"
+    )
     command.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads stdin")
     command.add_argument(
-        "--runtime", choices=("torch", "onnxruntime"), help="default: onnxruntime for an ONNX export, else torch"
+        "--runtime",
+        choices=("torch", "onnxruntime", "tensorrt"),
+        help="default: onnxruntime for an ONNX export, tensorrt for an engine, else torch",
     )
     command.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="most tokens to write (default 128)"

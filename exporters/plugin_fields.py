@@ -82,6 +82,17 @@ def attach(
     return [_described(node, fields[program]) for node, program in zip(nodes, programs, strict=True)]
 
 
+def fields_of(model: onnx.ModelProto) -> dict[str, tuple[bytes, bytes]]:
+    """Program and kernels of each distinct plugin of a model with fields, by a name made of the op and a hash of both."""
+    found: dict[str, tuple[bytes, bytes]] = {}
+    for node in model.graph.node:
+        fields = {attribute.name: bytes(attribute.s) for attribute in node.attribute}
+        if node.domain == DOMAIN and PROGRAM in fields:
+            both = fields[PROGRAM], fields[KERNELS]
+            found[f"{node.op_type}-{hashlib.sha256(b''.join(both)).hexdigest()[:12]}"] = both
+    return found
+
+
 def _ours() -> set[tuple[str, str]]:
     return {(DOMAIN, name) for name in PLUGINS}
 

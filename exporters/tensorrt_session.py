@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from .caches import FIRST_CAPACITY, Caches, outputs_of, widths_of
+from .engine_manifest import check_engine, read_engine
+from .tensorrt_backend import Backend, load_plugins, open_backend, plugin_error
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Range = tuple[int, int, int]
@@ -145,6 +148,32 @@ class TensorRtSession:
             raise UserError(
                 f"batch {self.batch} is over the {most} this engine was built for; build it with --max batch=N"
             )
+
+
+def open_engine_session(folder: Path, batch: int, capacity: int | None = None) -> TensorRtSession:
+    """A session on an engine folder, on the current GPU. Raises UserError, one line with what does not fit."""
+    manifest = read_engine(folder)
+    if not torch.cuda.is_available():
+        raise UserError(f"{folder}: an engine runs on an NVIDIA GPU, and torch sees none here")
+    major, minor = torch.cuda.get_device_capability()
+    backend = open_backend(manifest["backend"]["name"])
+    check_engine(folder, manifest, backend.version, 10 * major + minor)
+    return TensorRtSession(deserialised(backend, folder, manifest), manifest, batch, capacity)
+
+
+def deserialised(backend: Backend, folder: Path, manifest: Mapping[str, Any]) -> Any:
+    """The ICudaEngine of a folder that `check_engine` has looked at. Raises UserError with TensorRT's or the plugin's reason."""
+    log, plugin = backend.logger(), folder / manifest["plugin"]["file"]
+    runtime = backend.trt.Runtime(log)
+    if manifest["plugin"]["embedded"]:
+        runtime.engine_host_code_allowed = True
+    else:
+        load_plugins(backend, plugin)
+    engine = runtime.deserialize_cuda_engine((folder / manifest["engine"]["file"]).read_bytes())
+    if engine is None:
+        reason = plugin_error(plugin) or " ".join((log.errors or ["it gives no reason"])[0].split())
+        raise UserError(f"{folder}: {backend.name} {backend.version} cannot load the engine: {reason}")
+    return engine
 
 
 def _context(engine: Any) -> Any:

@@ -1,4 +1,5 @@
-"""Generate text from a DSA checkpoint (its own converted graph, in torch) or from an exported folder (onnxruntime, or torch for a .pt2)."""
+"""Generate text from a DSA checkpoint (its own converted graph, in torch), an exported folder (onnxruntime, or torch for a .pt2),
+or an engine folder (TensorRT)."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, UserError
+from ..exporters.engine_manifest import engine_folder
 from ..exporters.export_manifest import EXPORT_MANIFEST, is_export
 from ..exporters.generation import Sampling, Session, generate
 from ..exporters.ort_session import OrtSession
@@ -15,24 +17,39 @@ from .checkpoint import Checkpoint
 from .text import load_tokenizer
 from .torch_session import open_pt2_session, open_torch_session
 
-RUNTIMES = ("torch", "onnxruntime")
+RUNTIMES = ("torch", "onnxruntime", "tensorrt")
 
 
 def generate_text(
     model: str, prompt: str, runtime: str | None, max_new_tokens: int, sampling: Sampling, device: str = "cpu"
 ) -> Iterator[str]:
-    """Yield the continuation of `prompt` piece by piece. runtime None: onnxruntime for an ONNX export, else torch.
+    """Yield the continuation of `prompt` piece by piece. runtime None: onnxruntime for an ONNX export, tensorrt for an engine,
+    else torch.
 
     Raises UserError / UsageError before the first piece.
     """
     if max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens {max_new_tokens}, expected at least 1")
-    exported = is_export(model)
-    folder = Path(model) if exported else Checkpoint.open(model).path
-    session = _session(folder, runtime or _natural_runtime(folder, exported), exported, device)
+    engine = engine_folder(model)
+    if engine is None and runtime == "tensorrt":
+        raise UserError(f"{model}: no engine folder; run `mla2dsa build` first, or pass another --runtime")
+    if engine is not None:
+        folder, session = engine, _engine_session(engine, runtime)
+    else:
+        exported = is_export(model)
+        folder = Path(model) if exported else Checkpoint.open(model).path
+        session = _session(folder, runtime or _natural_runtime(folder, exported), exported, device)
     tokenizer = load_tokenizer(folder)
     ids = tokenizer(prompt)["input_ids"]
     return _pieces(tokenizer, generate(session, [ids], max_new_tokens, sampling, _stop(tokenizer)))
+
+
+def _engine_session(folder: Path, runtime: str | None) -> Session:
+    from ..exporters.tensorrt_session import open_engine_session
+
+    if runtime not in (None, "tensorrt"):
+        raise UserError(f"{folder}: an engine folder, which {runtime} cannot run; pass --runtime tensorrt, or nothing")
+    return open_engine_session(folder, batch=1)
 
 
 def _natural_runtime(folder: Path, exported: bool) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..exporters.dsa_checkpoint import MANIFEST as DSA_MANIFEST
+from ..exporters.engine_manifest import engine_folder, read_engine
 from ..exporters.export_manifest import EXPORT_MANIFEST, is_export
 from ..exporters.safetensors_index import read_json
 from .checkpoint import Checkpoint
@@ -21,10 +22,13 @@ _CONFIG = (
 
 
 def inspect(target: str) -> dict[str, Any]:
-    """A description of `target`: {"kind": "checkpoint" | "export" | "onnx", ...}. Raises UserError when it is none."""
+    """A description of `target`: {"kind": "checkpoint" | "export" | "engine" | "onnx", ...}. Raises UserError when it is none."""
     path = Path(target)
     if path.is_file() and path.suffix == ".onnx":
         return {"kind": "onnx", "file": str(path), **_onnx(path)}
+    engine = engine_folder(path)
+    if engine is not None:
+        return {"kind": "engine", "folder": str(engine), **read_engine(engine)}
     if is_export(path):
         return _export(path)
     if path.is_file():

@@ -1,0 +1,149 @@
+"""build, deploy, bench: TensorRT engines."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from .common import MODEL_HELP, command_parser
+from .conversion import add_recipe, read_recipe_of
+
+
+def add_engines(commands: Any) -> None:
+    """build, deploy, bench."""
+    _add_build(commands)
+    _add_deploy(commands)
+    _add_bench(commands)
+
+
+def _add_build(commands: Any) -> None:
+    about = "a TensorRT engine with our plugins from a DSA checkpoint or an ONNX export"
+    command = command_parser(
+        commands, "build", _build, about, "mla2dsa build ./model-dsa ./engine --max batch=4,cache_length=65536"
+    )
+    command.add_argument(
+        "source", metavar="CKPT_OR_ONNX", help="DSA checkpoint (folder or hub id), or a folder of mla2dsa export"
+    )
+    command.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    _add_engine_options(command)
+
+
+def _add_engine_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("engine")
+    group.add_argument("--backend", choices=("tensorrt", "tensorrt-rtx"), default="tensorrt", help="default tensorrt")
+    group.add_argument(
+        "--sm", metavar="LIST", help="GPU architectures, as 80,90 (default: this GPU; for RTX all it knows)"
+    )
+    for flag, what in (("--min", "least"), ("--opt", "usual"), ("--max", "greatest")):
+        group.add_argument(
+            flag, metavar="SIZES", help=f"{what} sizes, as batch=1,seq=512,cache_length=32768 or some of these"
+        )
+    group.add_argument(
+        "--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32, when a checkpoint is given"
+    )
+    group.add_argument("--embed-plugin", action="store_true", help="put the plugin library into the plan, too")
+    group.add_argument("--triton-repo", action="store_true", help="write a Triton Inference Server repository, too")
+    group.add_argument(
+        "--no-engine-cache", action="store_true", help="neither look for nor keep the engine in the cache"
+    )
+    group.add_argument("--jobs", type=int, metavar="N", help="processes to compile kernels in (default: one per CPU)")
+    command.add_argument("--overwrite", action="store_true", help="replace OUT")
+    command.add_argument("--dry-run", action="store_true", help="say what would be built, and stop")
+
+
+def _options(args: argparse.Namespace) -> Any:
+    from ..exporters.engine_profiles import read_sizes
+    from ..optimizer.build import BuildOptions
+
+    if args.jobs is not None and args.jobs < 1:
+        raise UsageError(f"--jobs {args.jobs}: expected 1 or more")
+    return BuildOptions(
+        backend=args.backend, sms=_sms(args.sm), least=read_sizes("--min", args.min), usual=read_sizes("--opt", args.opt),
+        most=read_sizes("--max", args.max), dtype=args.dtype, embed_plugin=args.embed_plugin, triton_repo=args.triton_repo,
+        keep=not args.no_engine_cache, overwrite=args.overwrite, jobs=args.jobs,
+    )  # fmt: skip
+
+
+def _sms(text: str | None) -> tuple[int, ...] | None:
+    try:
+        return None if text is None else tuple(int(part.strip().removeprefix("sm_")) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--sm {text}: expected numbers with commas between, as 80,90") from None
+
+
+def _build(args: argparse.Namespace) -> int:
+    from ..optimizer.build import build, plan_build
+    from ..optimizer.show import Progress
+    from ..optimizer.show_engine import show_build_plan, show_built
+    from ..optimizer.tables import print_json
+
+    options = _options(args)
+    if args.dry_run:
+        planned = plan_build(args.source, options)
+        print_json(planned) if args.json else show_build_plan(planned)
+        return 0
+    with Progress() as progress:
+        built = build(args.source, args.out, options, progress.advance)
+    print_json(dict(built.manifest)) if args.json else show_built(args.out, built)
+    return 0
+
+
+def _add_deploy(commands: Any) -> None:
+    about = "convert if the checkpoint is dense, then export and build, in one go"
+    command = command_parser(
+        commands, "deploy", _deploy, about, "mla2dsa deploy ./model ./engine --calibration ./texts"
+    )
+    command.add_argument("model", metavar="CKPT", help=MODEL_HELP)
+    command.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    add_recipe(command)
+    command.add_argument("--calibration", metavar="PATH", help="text for the conversion (default: random tokens)")
+    command.add_argument("--tokens", type=int, metavar="N", help="how much of it to use")
+    command.add_argument("--keep-checkpoint", metavar="DIR", type=Path, help="keep the DSA checkpoint there")
+    command.add_argument(
+        "--skip-transformers", action="store_true", help="verify on the streamed graph only (large models)"
+    )
+    command.add_argument("--device", default="cpu", help="where the model is streamed through (default cpu)")
+    _add_engine_options(command)
+
+
+def _deploy(args: argparse.Namespace) -> int:
+    from ..optimizer.deploy import deploy, plan_deploy
+    from ..optimizer.show import Progress
+    from ..optimizer.show_engine import show_build_plan, show_built
+    from ..optimizer.tables import print_json
+
+    options, recipe = _options(args), read_recipe_of(args)
+    if args.dry_run:
+        planned = plan_deploy(args.model, recipe, options)
+        print_json(planned) if args.json else show_build_plan(planned)
+        return 0
+    with Progress() as progress:
+        built = deploy(
+            args.model, args.out, recipe, options, keep_checkpoint=args.keep_checkpoint, device=args.device,
+            skip_transformers=args.skip_transformers, listener=progress.listener(), on_progress=progress.advance,
+        )  # fmt: skip
+    print_json(dict(built.manifest)) if args.json else show_built(args.out, built)
+    return 0
+
+
+def _add_bench(commands: Any) -> None:
+    about = "time prefill and decode of an engine on this GPU"
+    command = command_parser(commands, "bench", _bench, about, "mla2dsa bench ./engine --context 32768")
+    command.add_argument("engine", metavar="ENGINE", help="engine folder, or the .engine file in one")
+    command.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (default 1)")
+    command.add_argument(
+        "--context", type=int, metavar="N", help="tokens of prefill (default: half of what the engine takes)"
+    )
+    command.add_argument("--tokens", type=int, default=64, metavar="N", help="decode steps to time (default 64)")
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from ..optimizer.bench_engine import bench
+    from ..optimizer.show_engine import show_bench
+    from ..optimizer.tables import print_json
+
+    found = bench(args.engine, args.batch, args.context, args.tokens)
+    print_json(found) if args.json else show_bench(found)
+    return 0

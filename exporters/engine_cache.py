@@ -1,0 +1,73 @@
+"""Engines that have been built, by everything that they were made from: what is the same is not built again.
+
+A folder of the user cache per engine, named by a hash; it may be removed at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..kernels.user_cache import cache_folder
+from .staging import place_file
+
+ENGINE, LAYERS, DIGEST = "model.engine", "layers.json", "digest.json"
+
+
+def engine_key(model: bytes, weights: Iterable[Path], facts: Mapping[str, Any]) -> str:
+    """model: the ONNX bytes with the plugin's fields. weights: files that the model points into, which count by name, size and
+    time of change, so that no two can be taken for one another. facts: profiles, versions, architectures, hashes."""
+    digest = hashlib.sha256(model)
+    for file in sorted(weights):
+        status = file.stat()
+        digest.update(f"\0{file.name}\0{status.st_size}\0{status.st_mtime_ns}".encode())
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def file_sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def find_engine(key: str, folder: Path) -> bool:
+    """Put a kept engine and its layers into `folder`; False if there is none, or it is not what was kept."""
+    kept = _place(key)
+    if not (kept / DIGEST).is_file():
+        return False
+    try:
+        known = json.loads((kept / DIGEST).read_text())
+        whole = all(file_sha256(kept / name) == known[name] for name in (ENGINE, LAYERS))
+    except (OSError, ValueError, KeyError):
+        whole = False
+    if not whole:
+        shutil.rmtree(kept, ignore_errors=True)
+        return False
+    for name in (ENGINE, LAYERS):
+        place_file(kept / name, folder / name, link=True)
+    return True
+
+
+def keep_engine(key: str, folder: Path) -> None:
+    """Keep the engine and the layers that lie in `folder`."""
+    kept = _place(key)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=kept.parent, prefix=".partial-"))
+    try:
+        for name in (ENGINE, LAYERS):
+            place_file(folder / name, partial / name, link=True)
+        (partial / DIGEST).write_text(json.dumps({name: file_sha256(partial / name) for name in (ENGINE, LAYERS)}))
+        shutil.rmtree(kept, ignore_errors=True)
+        os.rename(partial, kept)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _place(key: str) -> Path:
+    return cache_folder() / "engines" / key

@@ -1,0 +1,270 @@
+"""build: a DSA checkpoint or an ONNX export becomes a folder with a TensorRT engine that needs no Python to run.
+
+    checkpoint --export--> model.onnx --attach--> program and kernels in each DSA node --build_engine--> OUT
+
+OUT holds model.engine, the plugin library, mla2dsa-engine.json (the manifest), layers.json (the engine's layers), plugins/
+(the fields of each distinct plugin, as files), and the tokenizer and config files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from .. import __version__
+from ..errors import UsageError, UserError
+from ..exporters.engine_cache import ENGINE, LAYERS, engine_key, file_sha256, find_engine, keep_engine
+from ..exporters.engine_manifest import ENGINE_MANIFEST, FORMAT
+from ..exporters.engine_profiles import engine_profiles
+from ..exporters.export_manifest import EXPORT_MANIFEST, check_weight_files, is_export, read_export
+from ..exporters.plugin_build import build_plugin
+from ..exporters.plugin_fields import PluginNode, attach, fields_of
+from ..exporters.staging import check_target, place_file, staged_folder
+from ..exporters.tensorrt_backend import RTX_SMS, Backend, check_sms, open_backend
+from ..exporters.to_tensorrt import Wish, build_engine
+from ..exporters.triton_repo import write_triton_repo
+from ..kernels.gpu.compile import ARCHITECTURES, check_architecture
+from .checkpoint import Checkpoint
+from .export import DTYPES, export
+
+_DROPPED = ("kind", "file", "runs_on", "weights", "format")
+PLUGINS_FOLDER, TRITON_FOLDER, ONNX_FILE = "plugins", "triton", "model.onnx"
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """sms: GPU architectures, None for those of `default_sms`. least, usual, most: sizes of batch, seq and cache_length.
+    dtype, max_batch, max_seq: of the export, when a checkpoint is given. keep: use and fill the cache of engines."""
+
+    backend: str = "tensorrt"
+    sms: Sequence[int] | None = None
+    least: Mapping[str, int] | None = None
+    usual: Mapping[str, int] | None = None
+    most: Mapping[str, int] | None = None
+    dtype: str = "bfloat16"
+    embed_plugin: bool = False
+    triton_repo: bool = False
+    keep: bool = True
+    overwrite: bool = False
+    jobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Built:
+    """manifest: of the engine folder. key: of the engine in the cache; cached: whether it came from there."""
+
+    manifest: Mapping[str, Any]
+    key: str
+    cached: bool
+
+
+def build(
+    target: str | Path, out: Path, options: BuildOptions, on_progress: OnProgress = lambda stage, done, total: None
+) -> Built:
+    """Write `out`, whole or not at all. target: a DSA checkpoint (folder or hub id), or an ONNX export.
+
+    Raises UsageError for values this does not take or an `out` in the way, UserError for what cannot be built.
+    """
+    sms = _architectures(options)
+    backend = open_backend(options.backend)
+    options = replace(options, sms=sms, jobs=options.jobs or os.cpu_count() or 1)
+    with _exported(target, out, options) as folder:
+        check_target(folder, out, overwrite=options.overwrite)
+        manifest = read_export(folder, "onnx")
+        check_weight_files(folder, manifest)
+        profiles = engine_profiles(manifest["limits"], options.least or {}, options.usual or {}, options.most or {})
+        model = onnx.load(str(folder / manifest["file"]), load_external_data=False)
+        nodes = attach(model, sms, options.jobs or 1, lambda done, total: on_progress("compiling kernels", done, total))
+        return _write(
+            _Work(backend, folder, manifest, profiles, model, nodes, build_plugin()), out, options, on_progress
+        )
+
+
+def plan_build(target: str | Path, options: BuildOptions, convert_first: bool = False) -> dict[str, Any]:
+    """What `build` would do, without doing it: backend, architectures, profiles. convert_first: `target` may be dense."""
+    found: dict[str, Any] = {"backend": options.backend, "sms": list(_architectures(options)), "dtype": options.dtype}
+    if is_export(target):
+        manifest = read_export(Path(target), "onnx")
+        found["dtype"] = manifest["dtype"]
+        limits = manifest["limits"]
+    else:
+        checkpoint = Checkpoint.open(target) if convert_first else _dsa_checkpoint(target)
+        context = int(checkpoint.config["max_position_embeddings"])
+        limits = _export_limits(options, context)
+    found["profiles"] = engine_profiles(limits, options.least or {}, options.usual or {}, options.most or {})
+    return found
+
+
+def default_sms(backend: str) -> tuple[int, ...]:
+    """The GPU's own for TensorRT, which builds for the GPU it runs on; for TensorRT-RTX all that it and the kernels know.
+    Raises UserError where there is no GPU to ask."""
+    if backend == "tensorrt-rtx":
+        return tuple(sm for sm in RTX_SMS if sm in ARCHITECTURES)
+    sm = gpu_sm()
+    if sm is None:
+        raise UserError(
+            "no GPU here: TensorRT builds on the GPU that the engine is for; use --backend tensorrt-rtx, or a GPU"
+        )
+    return (sm,)
+
+
+def gpu_sm() -> int | None:
+    """Architecture of the current GPU, as 90; None without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+@dataclass(frozen=True)
+class _Work:
+    backend: Backend
+    folder: Path  # of the export
+    export: Mapping[str, Any]
+    profiles: Sequence[Mapping[str, Any]]
+    model: onnx.ModelProto
+    nodes: Sequence[PluginNode]
+    plugin: Path
+
+
+def _architectures(options: BuildOptions) -> tuple[int, ...]:
+    if options.dtype not in DTYPES:
+        raise UsageError(f"dtype {options.dtype!r}: expected one of {', '.join(DTYPES)}")
+    sms = default_sms(options.backend) if options.sms is None else tuple(sorted(set(options.sms)))
+    if not sms:
+        raise UsageError("--sm: expected at least one architecture, as 90")
+    for sm in sms:
+        check_architecture(sm)
+    check_sms(options.backend, sms)
+    return sms
+
+
+def _dsa_checkpoint(target: str | Path) -> Checkpoint:
+    checkpoint = Checkpoint.open(target)
+    if not checkpoint.is_dsa():
+        raise UserError(
+            f"{target}: a dense checkpoint; run `mla2dsa convert` first, or `mla2dsa deploy`, which does all of it"
+        )
+    return checkpoint
+
+
+def _export_limits(options: BuildOptions, context: int) -> dict[str, int]:
+    most = options.most or {}
+    return {"max_batch": most.get("batch", 1), "max_seq": most.get("cache_length", context)}
+
+
+@contextmanager
+def _exported(target: str | Path, out: Path, options: BuildOptions) -> Iterator[Path]:
+    """The ONNX folder: `target` itself, or a temporary export beside `out` (hard links do not cross file systems)."""
+    if is_export(target):
+        yield Path(target)
+        return
+    checkpoint = _dsa_checkpoint(target)
+    check_target(checkpoint.path, out, overwrite=options.overwrite)
+    limits = _export_limits(options, int(checkpoint.config["max_position_embeddings"]))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.export-") as place:
+        yield export(target, Path(place, "onnx"), "onnx", options.dtype, **limits).folder
+
+
+def _write(work: _Work, out: Path, options: BuildOptions, on_progress: OnProgress) -> Built:
+    key = _key(work, options)
+    with staged_folder(work.folder, out, overwrite=options.overwrite) as folder:
+        cached = options.keep and find_engine(key, folder)
+        if not cached:
+            _build_into(folder, work, options, on_progress)
+            if options.keep:
+                keep_engine(key, folder)
+        place_file(work.plugin, folder / work.plugin.name, link=False)
+        _write_fields(work.model, folder / PLUGINS_FOLDER)
+        for file in work.folder.iterdir():
+            if (
+                file.is_file()
+                and file.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken")
+                and _is_small(work, file)
+            ):
+                place_file(file, folder / file.name, link=False)
+        manifest = _manifest(work, options, folder)
+        (folder / ENGINE_MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        if options.triton_repo:
+            write_triton_repo(folder, manifest, folder / TRITON_FOLDER, out.name)
+    return Built(manifest, key, cached)
+
+
+def _is_small(work: _Work, file: Path) -> bool:
+    """Whether it is a file about the model, rather than one of its weights, or of the ONNX export."""
+    return file.name not in (EXPORT_MANIFEST, work.export["file"], *work.export["weights"]["linked_files"])
+
+
+def _build_into(folder: Path, work: _Work, options: BuildOptions, on_progress: OnProgress) -> None:
+    wish = Wish(work.profiles, options.sms or (), options.embed_plugin)
+    plan = build_engine(
+        work.backend, work.model, work.folder, work.export["inputs"], work.nodes, work.plugin, wish, on_progress
+    )
+    with (folder / ENGINE).open("wb") as stream:
+        stream.write(memoryview(plan.data))
+    layers = [layer.to_json() for layer in plan.layers]
+    (folder / LAYERS).write_text(json.dumps(layers, indent=1) + "\n", encoding="utf-8")
+
+
+def _key(work: _Work, options: BuildOptions) -> str:
+    facts = {
+        "backend": [work.backend.name, work.backend.version],
+        "sms": list(options.sms or ()),
+        "profiles": list(work.profiles),
+        "plugin": file_sha256(work.plugin),
+        "embed": options.embed_plugin,
+        "source": work.export["source"]["fingerprint"],
+        "mla2dsa": __version__,
+    }
+    weights = [file for file in work.folder.iterdir() if file.name in work.export["weights"]["linked_files"]]
+    weights += work.folder.glob("*.data")
+    return engine_key(work.model.SerializeToString(deterministic=True), weights, facts)
+
+
+def _write_fields(model: onnx.ModelProto, folder: Path) -> None:
+    """What each distinct plugin is given, as two files, for a host that looks at plugins without TensorRT."""
+    folder.mkdir()
+    for name, (program, kernels) in fields_of(model).items():
+        (folder / f"{name}.program").write_bytes(program)
+        (folder / f"{name}.kernels").write_bytes(kernels)
+
+
+def _manifest(work: _Work, options: BuildOptions, folder: Path) -> dict[str, Any]:
+    layers = json.loads((folder / LAYERS).read_text())
+    plugin, engine = folder / work.plugin.name, folder / ENGINE
+    plugins = sum(set(layer["onnx"]) <= {node.name for node in work.nodes} for layer in layers)
+    return {
+        "format": FORMAT,
+        "backend": {"name": work.backend.name, "version": work.backend.version},
+        "sms": list(options.sms or ()),
+        "profiles": [dict(profile) for profile in work.profiles],
+        "ops": _ops(work.nodes),
+        "plugin": {"file": plugin.name, "sha256": file_sha256(plugin), "embedded": options.embed_plugin},
+        "engine": {"file": ENGINE, "bytes": engine.stat().st_size, "sha256": file_sha256(engine)},
+        "layers": {"total": len(layers), "plugin": plugins},
+        **{name: value for name, value in work.export.items() if name not in _DROPPED},
+    }
+
+
+def _ops(nodes: Sequence[PluginNode]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in sorted({node.op for node in nodes}):
+        mine = [node for node in nodes if node.op == name]
+        found[name] = {
+            "nodes": len(mine),
+            "programs": sorted({node.program_sha256 for node in mine}),
+            "kernels": sorted({node.kernels_sha256 for node in mine}),
+        }
+    return found
