@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ RTX_SMS = (75, 80, 86, 89, 120, 121)  # TensorRT-RTX 1.7's ComputeCapability
 _OLDEST = (10, 3)  # of TensorRT: IPluginV3OneBuildV2
 _MODULES = {"tensorrt": ("tensorrt", "tensorrt"), "tensorrt-rtx": ("tensorrt_rtx", "rtx")}
 OnProgress = Callable[[str, int, int], None]
+_LIBRARIES: dict[str, Any] = {}  # handles of what `load_plugins` has loaded, by backend
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,19 @@ def load_plugins(backend: Backend, library: Path) -> None:
     if not _missing(registry):
         return
     try:
-        registry.load_library(str(library))
+        _LIBRARIES[backend.name] = registry.load_library(str(library))
     except Exception as error:  # TensorRT's bindings raise kinds of their own
         raise UserError(f"{library}: {backend.name} {backend.version} cannot load it ({error})") from error
     missing = _missing(registry)
     if missing:
         raise UserError(f"{library}: {backend.name} {backend.version} finds no plugin {', '.join(missing)} in it")
+
+
+def unload_plugins(backend: Backend) -> None:
+    """Take back what `load_plugins` did. No network or engine with these plugins may be alive."""
+    handle = _LIBRARIES.pop(backend.name, None)
+    if handle is not None:
+        backend.trt.get_plugin_registry().deregister_library(handle)
 
 
 def plugin_error(library: Path) -> str:
@@ -131,6 +140,11 @@ def _missing(registry: Any) -> list[str]:
 def _preload_rtx() -> None:
     """RTX's ONNX parser opens "libtensorrt_rtx.so" when a node is a plugin, but the wheel only has the name with a version; the
     exception ends the process. A folder that has both names, loaded first, is where the parser then looks."""
+    if "tensorrt_rtx" in sys.modules:
+        raise UserError(
+            "tensorrt_rtx was imported before mla2dsa, and its parser then ends the process at the first plugin:"
+            " call mla2dsa.exporters.tensorrt_backend.open_backend first"
+        )
     spec = importlib.util.find_spec("tensorrt_rtx_libs")
     if spec is None or spec.origin is None:
         return

@@ -17,15 +17,24 @@ import torch
 from checkpoints import dense_checkpoint, random_indexers
 from command_line import small_conversion
 from onnx_session import node_model
+from rtx import tensorrt_rtx
 from safetensors import safe_open
 
 from mla2dsa.exporters.dsa_checkpoint import write_dsa_checkpoint
 from mla2dsa.exporters.export_manifest import EXPORT_MANIFEST
 from mla2dsa.exporters.onnx_ops import DOMAIN
+from mla2dsa.exporters.tensorrt_backend import open_backend, unload_plugins
 from mla2dsa.kernels.spec import IndexerConfig
 from mla2dsa.optimizer.export import export
 
-trt: Any = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is for x86-64 Linux")
+trt: Any = tensorrt_rtx()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_plugins() -> None:
+    """Other tests of this process may have loaded them."""
+    unload_plugins(open_backend("tensorrt-rtx"))
+
 
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 RANGES = {"batch": (1, 1, 2), "seq": (1, 4, 16), "cache_length": (16, 32, 128)}  # min, opt, max
