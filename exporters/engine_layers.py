@@ -73,5 +73,5 @@ def check_plugin_layers(nodes: Sequence[PluginNode], layers: Sequence[Layer], pr
 def _layer(name: str, kind: str, rest: str) -> Layer:
     profile = _PROFILE.search(name)
     plain = _FUSED.sub("", _PROFILE.sub("", name))
-    named = tuple(_PROFILE.sub("", it) for it in _ONNX.findall(rest))
+    named = tuple(_ONNX.findall(_PROFILE.sub("", rest)))
     return Layer(name, kind, named or (plain,), int(profile[1]) if profile else 0)

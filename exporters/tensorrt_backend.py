@@ -163,7 +163,7 @@ def _preload_rtx() -> None:
 
 @cache
 def _logger_class(trt: Any) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
@@ -180,7 +180,7 @@ def _logger_class(trt: Any) -> Any:
 
 @cache
 def _monitor_class(trt: Any) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self, on_progress: OnProgress) -> None:
             trt.IProgressMonitor.__init__(self)
             self._report = on_progress

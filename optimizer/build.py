@@ -175,7 +175,7 @@ def _exported(target: str | Path, out: Path, options: BuildOptions) -> Iterator[
     limits = _export_limits(options, int(checkpoint.config["max_position_embeddings"]))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.export-") as place:
-        yield export(target, Path(place, "onnx"), "onnx", options.dtype, **limits).folder
+        yield export(target, Path(place, "onnx"), "onnx", options.dtype, limits["max_batch"], limits["max_seq"]).folder
 
 
 def _write(work: _Work, out: Path, options: BuildOptions, on_progress: OnProgress) -> Built:
