@@ -39,9 +39,10 @@ class Layer:
 
 
 def layers_from_log(text: str) -> list[Layer]:
-    """From the description that the builder logs at verbose level with ProfilingVerbosity.DETAILED."""
+    """From the description that the builder logs at verbose level with ProfilingVerbosity.DETAILED; names of ONNX layers are
+    told apart by a character (0x1e) that Python takes for the end of a line."""
     return [
-        _layer(match["name"], match["type"], match["rest"]) for match in map(_LINE.match, text.splitlines()) if match
+        _layer(match["name"], match["type"], match["rest"]) for match in map(_LINE.match, text.split("\n")) if match
     ]
 
 

@@ -61,7 +61,7 @@ def test_shapes_of_a_profile() -> None:
     "text", ["batch", "batch=", "batch=0", "batch=-1", "rows=3", "batch=1,batch=2", "batch=1;seq=2"]
 )
 def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(UsageError, match="--max .*: expected batch=N,seq=N,cache_length=N"):
+    with pytest.raises(UsageError, match=r"--max .*: expected batch=N,seq=N,cache_length=N"):
         read_sizes("--max", text)
 
 
