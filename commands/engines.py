@@ -27,6 +27,11 @@ def _add_build(commands: Any) -> None:
         "source", metavar="CKPT_OR_ONNX", help="DSA checkpoint (folder or hub id), or a folder of mla2dsa export"
     )
     command.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    command.add_argument(
+        "--onnx-only",
+        action="store_true",
+        help="write the ONNX model with the plugin's fields for trtexec, build nothing",
+    )
     _add_engine_options(command)
 
 
@@ -74,15 +79,20 @@ def _sms(text: str | None) -> tuple[int, ...] | None:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from ..optimizer.build import build, plan_build
+    from ..optimizer.build import build, build_onnx, plan_build
     from ..optimizer.show import Progress
-    from ..optimizer.show_engine import show_build_plan, show_built
+    from ..optimizer.show_engine import show_build_plan, show_built, show_commands
     from ..optimizer.tables import print_json
 
     options = _options(args)
     if args.dry_run:
         planned = plan_build(args.source, options)
         print_json(planned) if args.json else show_build_plan(planned)
+        return 0
+    if args.onnx_only:
+        with Progress() as progress:
+            commands = build_onnx(args.source, args.out, options, progress.advance)
+        print_json({"out": str(args.out), "commands": commands}) if args.json else show_commands(args.out, commands)
         return 0
     with Progress() as progress:
         built = build(args.source, args.out, options, progress.advance)

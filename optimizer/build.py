@@ -31,6 +31,7 @@ from ..exporters.staging import check_target, place_file, staged_folder
 from ..exporters.tensorrt_backend import RTX_SMS, Backend, check_sms, open_backend
 from ..exporters.to_tensorrt import Wish, build_engine
 from ..exporters.triton_repo import write_triton_repo
+from ..exporters.trtexec import build_command, time_command
 from ..kernels.gpu.compile import ARCHITECTURES, check_architecture
 from .checkpoint import Checkpoint
 from .export import DTYPES, export
@@ -87,6 +88,32 @@ def build(
         return _write(
             _Work(backend, folder, manifest, profiles, model, nodes, build_plugin()), out, options, on_progress
         )
+
+
+def build_onnx(
+    target: str | Path, out: Path, options: BuildOptions, on_progress: OnProgress = lambda stage, done, total: None
+) -> list[list[str]]:
+    """Write `out` with model.onnx, whose nodes carry the plugin's fields, its weights and the plugin library: all that trtexec
+    needs on another machine, and no TensorRT here. Returns trtexec's command lines: build, then time each profile."""
+    sms = _architectures(options)
+    with _exported(target, out, options) as folder:
+        check_target(folder, out, overwrite=options.overwrite)
+        manifest = read_export(folder, "onnx")
+        check_weight_files(folder, manifest)
+        profiles = engine_profiles(manifest["limits"], options.least or {}, options.usual or {}, options.most or {})
+        model = onnx.load(str(folder / manifest["file"]), load_external_data=False)
+        jobs = options.jobs or os.cpu_count() or 1
+        attach(model, sms, jobs, lambda done, total: on_progress("compiling kernels", done, total))
+        plugin = build_plugin()
+        with staged_folder(folder, out, overwrite=options.overwrite) as staged:
+            for file in folder.iterdir():
+                if file.is_file() and file.name not in (EXPORT_MANIFEST, manifest["file"]):
+                    place_file(file, staged / file.name, link=True)
+            onnx.save(model, str(staged / ONNX_FILE))
+            place_file(plugin, staged / plugin.name, link=False)
+        inputs = manifest["inputs"]
+        timing = [time_command(out, plugin.name, inputs, profile, at) for at, profile in enumerate(profiles)]
+        return [build_command(out, plugin.name, inputs, profiles), *timing]
 
 
 def plan_build(target: str | Path, options: BuildOptions, convert_first: bool = False) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..exporters.trtexec import shown
 from .build import Built
 from .tables import print_table, table
 
@@ -23,6 +24,13 @@ def show_built(out: Path, built: Built) -> None:
     print(
         f"{out}: {engine['file']}, {engine['bytes'] / 1e6:.1f} MB, {layers['total']} layers, {layers['plugin']} of them plugins"
     )
+
+
+def show_commands(out: Path, commands: Sequence[Sequence[str]]) -> None:
+    """What to type on the machine with the GPU."""
+    print(f"{out}: model.onnx with the plugin's fields, its weights and the plugin library; on the GPU machine:")
+    for command in commands:
+        print(shown(command))
 
 
 def show_build_plan(planned: Mapping[str, Any]) -> None:

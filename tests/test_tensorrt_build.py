@@ -26,7 +26,7 @@ from mla2dsa.exporters.engine_layers import Layer, check_plugin_layers
 from mla2dsa.exporters.engine_manifest import ENGINE_MANIFEST
 from mla2dsa.exporters.plugin_build import build_plugin
 from mla2dsa.exporters.plugin_fields import PLUGINS, attach
-from mla2dsa.exporters.tensorrt_backend import open_backend
+from mla2dsa.exporters.tensorrt_backend import load_plugins, open_backend
 from mla2dsa.exporters.to_tensorrt import Wish, build_engine
 from mla2dsa.kernels.gpu.bundle import read_bundle
 from mla2dsa.kernels.spec import IndexerConfig
@@ -169,6 +169,27 @@ def test_a_stack_of_61_layers_of_real_width() -> None:
     assert time.monotonic() - started < 60
     plugins = [layer for layer in plan.layers if layer.is_plugin]
     assert len(plugins) == 2 * 61 * 4
+
+
+def test_a_model_for_trtexec(exported: Path, tmp_path: Path) -> None:
+    """Needs neither TensorRT nor a GPU; what it writes is all that a parser with the plugin needs."""
+    out = tmp_path / "onnx"
+    done = mla2dsa("build", exported, out, "--onnx-only", "--sm", "90", "--jobs", 1, *SIZES, "--json")
+    assert done.code == 0, done.err
+    build, prefill, decode = done.json()["commands"]
+    assert f"--dynamicPlugins={out / 'libmla2dsa_trt.so'}" in build
+    assert [option for option in build if option.startswith("--profile=")] == ["--profile=0", "--profile=1"]
+    inputs = json.loads((exported / "mla2dsa-export.json").read_text())["inputs"]
+    shapes = next(option for option in build if option.startswith("--maxShapes=")).removeprefix("--maxShapes=")
+    assert [shape.split(":")[0] for shape in shapes.split(",")] == [entry["name"] for entry in inputs]
+    assert "input_ids:2x64" in shapes.split(",")
+    assert "--useProfile=0" in prefill
+    assert any("input_ids:1x1," in option for option in decode)
+    backend = open_backend("tensorrt-rtx")
+    load_plugins(backend, out / "libmla2dsa_trt.so")
+    network = backend.network(backend.trt.Builder(backend.logger()))
+    parser = backend.trt.OnnxParser(network, backend.logger())
+    assert parser.parse((out / "model.onnx").read_bytes(), str(out / "model.onnx"))
 
 
 def test_without_its_fields_a_node_is_refused(exported: Path) -> None:
