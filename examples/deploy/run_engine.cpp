@@ -17,7 +17,9 @@
 #include <fstream>
 #include <iterator>
 #include <limits>
+#include <map>
 #include <memory>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -26,6 +28,7 @@ namespace {
 
 using namespace nvinfer1;
 using Text = std::string;
+constexpr auto kMin = OptProfileSelector::kMIN, kMax = OptProfileSelector::kMAX;
 
 [[noreturn]] void fail(Text const& text) { throw std::runtime_error(text); }
 
@@ -38,7 +41,7 @@ void check(bool good, Text const& what) {
 }
 
 class Logger : public ILogger {
-    void log(Severity severity, AsciiChar const* text) noexcept override {
+    void log(Severity severity, char const* text) noexcept override {
         if (severity <= Severity::kWARNING) std::fprintf(stderr, "tensorrt: %s\n", text);
     }
 };
@@ -57,58 +60,34 @@ Memory zeros(size_t bytes) {
 }
 
 size_t bytesOf(DataType type) {
-    switch (type) {
-    case DataType::kFLOAT:
-    case DataType::kINT32: return 4;
-    case DataType::kHALF:
-    case DataType::kBF16: return 2;
-    case DataType::kINT64: return 8;
-    case DataType::kINT8:
-    case DataType::kUINT8:
-    case DataType::kBOOL:
-    case DataType::kFP8: return 1;
-    default: fail("an input or output has element type " + std::to_string(static_cast<int>(type)));
-    }
+    if (type == DataType::kFLOAT) return 4;
+    if (type == DataType::kHALF || type == DataType::kBF16) return 2;
+    if (type == DataType::kINT8 || type == DataType::kUINT8 || type == DataType::kFP8) return 1;
+    fail("a cache or the logits have element type " + std::to_string(static_cast<int>(type)));
 }
 
 size_t countOf(Dims const& dims) {
     size_t count = 1;
-    for (int at = 0; at < dims.nbDims; ++at) {
-        if (dims.d[at] < 0) fail("a size is not known: not all inputs have their shape");
-        count *= static_cast<size_t>(dims.d[at]);
-    }
+    for (int at = 0; at < dims.nbDims; ++at) count *= static_cast<size_t>(dims.d[at]);
     return count;
 }
 
 Dims dimsOf(std::vector<int64_t> const& sizes) {
-    Dims dims{};
-    dims.nbDims = static_cast<int32_t>(sizes.size());
+    Dims dims{static_cast<int32_t>(sizes.size()), {}};
     std::copy(sizes.begin(), sizes.end(), dims.d);
     return dims;
 }
 
 float numberOf(void const* data, size_t at, DataType type) {
-    uint16_t half = 0;
+    if (type == DataType::kFLOAT) return static_cast<float const*>(data)[at];
+    uint32_t const half = static_cast<uint16_t const*>(data)[at];
+    uint32_t bits = half << 16;  // bfloat16: the upper half of a float
+    if (type == DataType::kHALF) bits = (half & 0x8000) << 16 | (half & 0x7fff) << 13;
     float number = 0;
-    if (type == DataType::kFLOAT) {
-        std::memcpy(&number, static_cast<float const*>(data) + at, sizeof number);
-        return number;
-    }
-    std::memcpy(&half, static_cast<uint16_t const*>(data) + at, sizeof half);
-    if (type == DataType::kBF16) {
-        uint32_t const bits = static_cast<uint32_t>(half) << 16;
-        std::memcpy(&number, &bits, sizeof number);
-        return number;
-    }
-    int const exponent = half >> 10 & 31;
-    int const fraction = half & 1023;
-    if (exponent == 31) {
-        number = fraction != 0 ? std::numeric_limits<float>::quiet_NaN() : std::numeric_limits<float>::infinity();
-    } else {
-        number = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
-                               : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
-    }
-    return (half & 0x8000) != 0 ? -number : number;
+    std::memcpy(&number, &bits, sizeof number);
+    if (type == DataType::kBF16) return number;
+    if ((half & 0x7c00) == 0x7c00) return std::numeric_limits<float>::quiet_NaN();  // infinite ones too: no logit is
+    return number * 0x1p112f;  // the exponent counts from 15 in one and from 127 in the other
 }
 
 struct Cache {
@@ -131,13 +110,8 @@ public:
             DataType const type = engine.getTensorDataType(cache.past.c_str());
             cache.memory = zeros(countOf(cacheDims(cache.past)) * bytesOf(type));
         }
-        int64_t longest = 0;
-        for (int profile : {0, mDecode}) {
-            longest = std::max(longest, limit("input_ids", 1, profile, OptProfileSelector::kMAX));
-        }
-        for (size_t at = 0; at < mInputs.size(); ++at) {
-            mInputMemory.push_back(zeros(static_cast<size_t>(longest) * sizeof(int64_t)));
-        }
+        int64_t const longest = std::max(limit("input_ids", 1, 0, kMax), limit("input_ids", 1, mDecode, kMax));
+        for (auto& [name, memory] : mInputs) memory = zeros(static_cast<size_t>(longest) * sizeof(int64_t));
     }
     ~Session() {
         cudaStreamSynchronize(mStream);
@@ -149,11 +123,11 @@ public:
     int64_t feed(std::vector<int64_t> const& ids) {
         int64_t next = 0;
         int const profile = ids.size() == 1 ? mDecode : 0;
-        int64_t const most = limit("input_ids", 1, profile, OptProfileSelector::kMAX);
-        for (size_t at = 0; at < ids.size();) {
-            size_t const count = std::min(ids.size() - at, static_cast<size_t>(most));
-            next = step({ids.begin() + static_cast<long>(at), ids.begin() + static_cast<long>(at + count)}, profile);
-            at += count;
+        int64_t const most = limit("input_ids", 1, profile, kMax);
+        for (auto at = ids.begin(); at != ids.end();) {
+            auto const end = at + std::min<int64_t>(ids.end() - at, most);
+            next = step({at, end}, profile);
+            at = end;
         }
         return next;
     }
@@ -169,18 +143,14 @@ private:
                 if (mEngine.getTensorIOMode(present.c_str()) != TensorIOMode::kOUTPUT) fail("no output " + present);
                 mCaches.push_back({name, present, nullptr});
             } else if (input) {
-                static char const* const known[] = {"input_ids", "position_ids", "slots", "key_begin", "last"};
-                if (std::find(std::begin(known), std::end(known), name) == std::end(known)) fail("unknown input " + name);
                 if (mEngine.getTensorDataType(name.c_str()) != DataType::kINT64) fail("input " + name + " is not int64");
-                mInputs.push_back(name);
+                mInputs[name] = nullptr;
             }
         }
         if (mEngine.getTensorIOMode("logits") != TensorIOMode::kOUTPUT) fail("the engine has no output logits");
         if (mCaches.empty()) fail("the engine has no caches (inputs past_...): build it from an export of mla2dsa");
         mLogitsType = mEngine.getTensorDataType("logits");
-        if (mLogitsType != DataType::kFLOAT && mLogitsType != DataType::kHALF && mLogitsType != DataType::kBF16) {
-            fail("logits are not float32, float16 or bfloat16");
-        }
+        if (bytesOf(mLogitsType) < 2) fail("the logits are not float32, float16 or bfloat16");
     }
 
     int64_t limit(Text const& name, int axis, int profile, OptProfileSelector which) const {
@@ -194,31 +164,21 @@ private:
         int64_t most = std::numeric_limits<int64_t>::max();
         int64_t slots = tokens;
         for (int profile : {0, mDecode}) {
-            if (limit(name, 0, profile, OptProfileSelector::kMIN) > 1) fail("the engine does not take a batch of 1");
-            slots = std::max(slots, limit(name, 1, profile, OptProfileSelector::kMIN));
-            most = std::min(most, limit(name, 1, profile, OptProfileSelector::kMAX));
+            if (limit(name, 0, profile, kMin) > 1) fail("the engine does not take a batch of 1");
+            slots = std::max(slots, limit(name, 1, profile, kMin));
+            most = std::min(most, limit(name, 1, profile, kMax));
         }
-        if (slots > most) {
-            fail(std::to_string(tokens) + " tokens, and the engine's caches hold " + std::to_string(most));
-        }
+        if (slots > most) fail(std::to_string(tokens) + " tokens, the engine's caches hold " + std::to_string(most));
         return slots;
     }
 
     Dims cacheDims(Text const& past) const { return dimsOf({1, mSlots, mEngine.getTensorShape(past.c_str()).d[2]}); }
 
-    void setProfile(int profile) {
-        if (profile == mProfile) return;
-        check(mContext->setOptimizationProfileAsync(profile, mStream), "choosing profile " + std::to_string(profile));
-        mProfile = profile;
-    }
-
     void set(Text const& name, std::vector<int64_t> const& values, bool perToken) {
-        auto const found = std::find(mInputs.begin(), mInputs.end(), name);
-        if (found == mInputs.end()) {
-            if (name == "last") return;  // exported with logits of all tokens
-            fail("the engine has no input " + name);
-        }
-        void* const to = mInputMemory[static_cast<size_t>(found - mInputs.begin())].get();
+        auto const found = mInputs.find(name);
+        if (found == mInputs.end() && name == "last") return;  // exported with the logits of all tokens
+        if (found == mInputs.end()) fail("the engine has no input " + name);
+        void* const to = found->second.get();
         size_t const bytes = values.size() * sizeof(int64_t);
         check(cudaMemcpyAsync(to, values.data(), bytes, cudaMemcpyHostToDevice, mStream), "copying an input");
         int64_t const count = static_cast<int64_t>(values.size());
@@ -227,12 +187,13 @@ private:
     }
 
     int64_t step(std::vector<int64_t> ids, int profile) {
-        setProfile(profile);
+        if (profile != mProfile) check(mContext->setOptimizationProfileAsync(profile, mStream), "choosing a profile");
+        mProfile = profile;
         int64_t const count = static_cast<int64_t>(ids.size());
         std::vector<int64_t> slots(ids.size());
-        for (size_t at = 0; at < slots.size(); ++at) slots[at] = mFed + static_cast<int64_t>(at);
+        std::iota(slots.begin(), slots.end(), mFed);
         // A chunk below the profile's minimum repeats its last token, in the same slot: that writes the same row again.
-        size_t const least = static_cast<size_t>(limit("input_ids", 1, profile, OptProfileSelector::kMIN));
+        size_t const least = static_cast<size_t>(limit("input_ids", 1, profile, kMin));
         ids.resize(std::max(ids.size(), least), ids.back());
         slots.resize(ids.size(), slots.back());
         set("input_ids", ids, true);
@@ -247,22 +208,19 @@ private:
         }
         Dims const shape = mContext->getTensorShape("logits");
         size_t const bytes = countOf(shape) * bytesOf(mLogitsType);
-        if (bytes > mLogitsBytes) {
-            mLogits = zeros(bytes);
-            mLogitsBytes = bytes;
-        }
+        if (bytes > mLogitsBytes) mLogits = zeros(bytes);
+        mLogitsBytes = std::max(mLogitsBytes, bytes);
         check(mContext->setTensorAddress("logits", mLogits.get()), "binding logits");
         check(mContext->enqueueV3(mStream), "running the engine");
         mFed += count;
-        return likeliest(shape, count - 1);
+        return likeliest(shape, static_cast<size_t>(count - 1));
     }
 
     // Of the row at `last`, or of the only one there is. The lowest id of equals.
-    int64_t likeliest(Dims const& shape, int64_t last) {
+    int64_t likeliest(Dims const& shape, size_t last) {
         size_t const vocab = static_cast<size_t>(shape.d[2]);
-        size_t const row = shape.d[1] == 1 ? 0 : static_cast<size_t>(last);
         std::vector<char> host(vocab * bytesOf(mLogitsType));
-        char const* const from = static_cast<char const*>(mLogits.get()) + row * host.size();
+        char const* const from = static_cast<char const*>(mLogits.get()) + (shape.d[1] == 1 ? 0 : last * host.size());
         check(cudaMemcpyAsync(host.data(), from, host.size(), cudaMemcpyDeviceToHost, mStream), "copying the logits");
         check(cudaStreamSynchronize(mStream), "running the engine");
         size_t best = 0;
@@ -280,8 +238,7 @@ private:
     cudaStream_t mStream = nullptr;
     int mProfile = 0;  // a new context's
     std::vector<Cache> mCaches;
-    std::vector<Text> mInputs;
-    std::vector<Memory> mInputMemory;  // one per input
+    std::map<Text, Memory> mInputs;
     Memory mLogits;
     size_t mLogitsBytes = 0;
     DataType mLogitsType{};
@@ -299,9 +256,8 @@ int64_t integer(char const* text, int64_t least) {
     char* end = nullptr;
     errno = 0;
     long long const number = std::strtoll(text, &end, 10);
-    if (end == text || *end != 0 || errno != 0 || number < least) {
-        fail(Text(text) + " is not a whole number of at least " + std::to_string(least));
-    }
+    bool const good = end != text && *end == 0 && errno == 0 && number >= least;
+    if (!good) fail(Text(text) + " is not a whole number of at least " + std::to_string(least));
     return number;
 }
 
@@ -314,8 +270,8 @@ void run(std::vector<char*> words) {
     std::vector<int64_t> ids;
     for (size_t at = 2; at < words.size(); ++at) ids.push_back(integer(words[at], 0));
 
-    Logger logger;
     std::vector<char> const plan = read(folder + "/model.engine");
+    Logger logger;
     std::unique_ptr<IRuntime> const runtime(createInferRuntime(logger));
     check(runtime != nullptr, "starting TensorRT");
     Text const library = folder + "/libmla2dsa_trt.so";
@@ -327,13 +283,12 @@ void run(std::vector<char*> words) {
     std::unique_ptr<ICudaEngine> const engine(runtime->deserializeCudaEngine(plan.data(), plan.size()));
     if (engine == nullptr) fail(folder + "/model.engine: TensorRT cannot use it on this machine");
 
-    Session session(*engine, static_cast<int64_t>(ids.size()) + wanted - 1);
+    Session session(*engine, static_cast<int64_t>(ids.size()) + wanted - 1);  // the last token made is not fed
     int64_t next = session.feed(ids);
-    for (int64_t made = 1;; ++made) {
+    for (int64_t made = 1; made <= wanted; ++made) {
+        if (made > 1) next = session.feed({next});
         std::printf("%lld%c", static_cast<long long>(next), made == wanted ? '\n' : ' ');
         std::fflush(stdout);
-        if (made == wanted) return;
-        next = session.feed({next});
     }
 }
 
