@@ -3,7 +3,7 @@
 //     check_folder ENGINE_FOLDER
 //
 // Loads ENGINE_FOLDER/libmla2dsa_trt.so as TensorRT does, makes a plugin of each pair NAME.program and NAME.kernels in
-// ENGINE_FOLDER/plugins, and has each one launch its kernels on zeros, for a decode and for a prefill shape. What the kernels
+// ENGINE_FOLDER/plugins, and has each one launch its kernels on zeros, for a decode and for a prefill shape. What they
 // compute is not looked at. The driver is libcuda.so.1, or what the environment's MLA2DSA_LIBCUDA names.
 #include <dlfcn.h>
 
@@ -220,7 +220,9 @@ int64_t evaluate(Text const& expression, Shapes const& shapes) {
 }
 
 constexpr int64_t kBatch = 1;
-constexpr int64_t kSlots = 192;  // of caches, and whatever else is free
+constexpr int64_t kDecodeTokens = 1;
+constexpr int64_t kPrefillTokens = 640;  // enough to leave the forms for few tokens, whatever the number of heads
+constexpr int64_t kSlots = 1024;         // of caches, and whatever else is free
 
 // Sizes of all tensors, the inputs first. Every `*` gets a small number: the first one is the batch. Queries have 4 dims and
 // their second is the tokens; an op that has none counts its tokens in the last `*` (the rows that go into a cache).
@@ -328,8 +330,8 @@ void checkPlugin(Library const& library, Driver const& driver, Path const& file)
     if (runtime == nullptr) fail("the plugin has no run-time interface");
     std::unique_ptr<IPluginV3> const attached(runtime->attachToContext(nullptr));
     if (attached == nullptr) fail(library.lastError());
-    runOnce(*attached, library, driver, program, 1);
-    runOnce(*attached, library, driver, program, 48);
+    runOnce(*attached, library, driver, program, kDecodeTokens);
+    runOnce(*attached, library, driver, program, kPrefillTokens);
     std::printf("%s: %s, decode ok, prefill ok\n", node.c_str(), program.op.c_str());
 }
 

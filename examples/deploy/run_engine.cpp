@@ -22,6 +22,7 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -91,8 +92,7 @@ float numberOf(void const* data, size_t at, DataType type) {
 }
 
 struct Cache {
-    Text past;
-    Text present;
+    Text past, present;
     Memory memory;
 };
 
@@ -161,8 +161,7 @@ private:
     // Work grows with the cache's slots, so no more of them than there will be tokens. Both profiles have to take them.
     int64_t slotsFor(int64_t tokens) const {
         Text const& name = mCaches.front().past;
-        int64_t most = std::numeric_limits<int64_t>::max();
-        int64_t slots = tokens;
+        int64_t slots = tokens, most = std::numeric_limits<int64_t>::max();
         for (int profile : {0, mDecode}) {
             if (limit(name, 0, profile, kMin) > 1) fail("the engine does not take a batch of 1");
             slots = std::max(slots, limit(name, 1, profile, kMin));
@@ -182,7 +181,7 @@ private:
         size_t const bytes = values.size() * sizeof(int64_t);
         check(cudaMemcpyAsync(to, values.data(), bytes, cudaMemcpyHostToDevice, mStream), "copying an input");
         int64_t const count = static_cast<int64_t>(values.size());
-        check(mContext->setInputShape(name.c_str(), perToken ? dimsOf({1, count}) : dimsOf({count})), "shape of " + name);
+        check(mContext->setInputShape(name.c_str(), perToken ? dimsOf({1, count}) : dimsOf({count})), "shaping " + name);
         check(mContext->setTensorAddress(name.c_str(), to), "binding " + name);
     }
 
@@ -202,14 +201,13 @@ private:
         set("key_begin", {0}, false);
         set("last", {count - 1}, false);
         for (Cache const& cache : mCaches) {
-            check(mContext->setInputShape(cache.past.c_str(), cacheDims(cache.past)), "shape of " + cache.past);
+            check(mContext->setInputShape(cache.past.c_str(), cacheDims(cache.past)), "shaping " + cache.past);
             check(mContext->setTensorAddress(cache.past.c_str(), cache.memory.get()), "binding " + cache.past);
             check(mContext->setTensorAddress(cache.present.c_str(), cache.memory.get()), "binding " + cache.present);
         }
         Dims const shape = mContext->getTensorShape("logits");
         size_t const bytes = countOf(shape) * bytesOf(mLogitsType);
-        if (bytes > mLogitsBytes) mLogits = zeros(bytes);
-        mLogitsBytes = std::max(mLogitsBytes, bytes);
+        if (bytes > std::exchange(mLogitsBytes, std::max(mLogitsBytes, bytes))) mLogits = zeros(bytes);
         check(mContext->setTensorAddress("logits", mLogits.get()), "binding logits");
         check(mContext->enqueueV3(mStream), "running the engine");
         mFed += count;
@@ -233,7 +231,7 @@ private:
     }
 
     ICudaEngine& mEngine;
-    int const mDecode;
+    int const mDecode;  // the profile
     std::unique_ptr<IExecutionContext> mContext;
     cudaStream_t mStream = nullptr;
     int mProfile = 0;  // a new context's
@@ -243,7 +241,7 @@ private:
     size_t mLogitsBytes = 0;
     DataType mLogitsType{};
     int64_t mSlots = 0;
-    int64_t mFed = 0;
+    int64_t mFed = 0;  // tokens
 };
 
 std::vector<char> read(Text const& path) {
@@ -275,19 +273,17 @@ void run(std::vector<char*> words) {
     std::unique_ptr<IRuntime> const runtime(createInferRuntime(logger));
     check(runtime != nullptr, "starting TensorRT");
     Text const library = folder + "/libmla2dsa_trt.so";
-    if (hostCode) {
-        runtime->setEngineHostCodeAllowed(true);  // the plan has the plugin library inside
-    } else if (runtime->getPluginRegistry().loadLibrary(library.c_str()) == nullptr) {
+    if (hostCode) runtime->setEngineHostCodeAllowed(true);  // the plan has the plugin library inside
+    if (!hostCode && runtime->getPluginRegistry().loadLibrary(library.c_str()) == nullptr) {
         fail(library + ": TensorRT cannot load it");
     }
     std::unique_ptr<ICudaEngine> const engine(runtime->deserializeCudaEngine(plan.data(), plan.size()));
     if (engine == nullptr) fail(folder + "/model.engine: TensorRT cannot use it on this machine");
 
     Session session(*engine, static_cast<int64_t>(ids.size()) + wanted - 1);  // the last token made is not fed
-    int64_t next = session.feed(ids);
     for (int64_t made = 1; made <= wanted; ++made) {
-        if (made > 1) next = session.feed({next});
-        std::printf("%lld%c", static_cast<long long>(next), made == wanted ? '\n' : ' ');
+        ids = {session.feed(ids)};
+        std::printf("%lld%c", static_cast<long long>(ids[0]), made == wanted ? '\n' : ' ');
         std::fflush(stdout);
     }
 }
