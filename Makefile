@@ -72,7 +72,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@rm -rf $(TYPED) && mkdir -p $(TYPED)/mla2dsa
-	@for part in *.py py.typed */__init__.py; do ln -s "$(CURDIR)/$${part%/__init__.py}" $(TYPED)/mla2dsa/; done
+	@for part in $(filter-out setup.py,$(wildcard *.py)) py.typed */__init__.py; do ln -s "$(CURDIR)/$${part%/__init__.py}" $(TYPED)/mla2dsa/; done
 	MYPYPATH=$(TYPED) $(BIN)/mypy -p mla2dsa
 
 clean:

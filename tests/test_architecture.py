@@ -29,13 +29,16 @@ MAX_LINES = 400
 
 
 def package_files() -> list[Path]:
-    files = [*ROOT.glob("*.py"), *(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))]
+    files = [
+        *(file for file in ROOT.glob("*.py") if file.name != "setup.py"),
+        *(file for room in ROOMS for file in (ROOT / room).rglob("*.py")),
+    ]
     return sorted(file.relative_to(ROOT) for file in files)
 
 
 def python_files() -> list[Path]:
     extra = (file for folder in ("tests", "benchmarks", "examples") for file in (ROOT / folder).rglob("*.py"))
-    return [*package_files(), *sorted(file.relative_to(ROOT) for file in extra)]
+    return [Path("setup.py"), *package_files(), *sorted(file.relative_to(ROOT) for file in extra)]
 
 
 def part_of(file: Path) -> str:

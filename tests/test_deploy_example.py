@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mla2dsa.exporters.plugin_build import build_plugin
 from mla2dsa.kernels.gpu.bundle import bundled, write_bundle
 from mla2dsa.kernels.gpu.compile import Compiled
 from mla2dsa.kernels.gpu.manifest import kernel_name
@@ -18,7 +19,7 @@ from mla2dsa.kernels.gpu.op_program import OpProgram, op_program
 from mla2dsa.kernels.gpu.pack import compile_all
 from mla2dsa.kernels.gpu.plugin_text import write_op
 from mla2dsa.kernels.gpu.program import Variant
-from mla2dsa.kernels.native_build import BuildError, build_library, compiler
+from mla2dsa.kernels.native_build import BuildError, compiler
 from mla2dsa.kernels.op_spec import CACHE_WRITE, LIGHTNING_INDEXER, SPARSE_MLA
 
 pytest.importorskip("triton")
@@ -68,10 +69,7 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Tools:
     source = ROOT / "examples" / "deploy" / "check_folder.cpp"
     _compile(*flags, str(source), "-I", str(PLUGIN), "-o", str(checker), "-ldl")
     _compile(*flags, "-shared", "-fPIC", str(ROOT / "tests/tensorrt/mock_driver_minimal.cpp"), "-o", str(driver))
-    sources = sorted(file for file in PLUGIN.iterdir() if file.suffix in (".cpp", ".h"))
-    shared = ("-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden")
-    exports = f"-Wl,--version-script={PLUGIN / 'exports.map'}"
-    return Tools(checker, driver, build_library("mla2dsa_trt", sources, (*shared, exports, "-ldl")))
+    return Tools(checker, driver, build_plugin())
 
 
 def _compile(*command: str) -> None:

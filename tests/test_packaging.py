@@ -1,5 +1,6 @@
 """What a user installs: a wheel with the package and nothing beside it. Also: our folders shadow no other package."""
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -10,6 +11,9 @@ from email.parser import Parser
 from pathlib import Path, PurePosixPath
 
 import pytest
+
+from mla2dsa.errors import UserError
+from mla2dsa.exporters import plugin_build, plugin_sources
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_SOURCES = (".*", "__pycache__", "*.egg-info", "build", "dist", "demo-out", "*.safetensors")
@@ -56,7 +60,9 @@ def test_wheel_packages_are_those_in_the_tree(wheel: zipfile.ZipFile) -> None:
 
 def test_wheel_modules_are_those_in_the_tree(wheel: zipfile.ZipFile) -> None:
     folders = [ROOT.joinpath(*package.split(".")[1:]) for package in packages_in_tree()]
-    expected = {"mla2dsa" / file.relative_to(ROOT) for folder in folders for file in folder.glob("*.py")}
+    expected = {"mla2dsa" / file.relative_to(ROOT) for folder in folders for file in folder.glob("*.py")} - {
+        Path("mla2dsa/setup.py")
+    }
     assert {Path(path) for path in python_members(wheel)} == expected
 
 
@@ -90,6 +96,48 @@ def test_wheel_runs_without_the_repository(wheel: zipfile.ZipFile, tmp_path: Pat
         "print(mla2dsa.cli.__file__)"
     )
     assert run(sys.executable, "-c", code, cwd=tmp_path).strip() == str(tmp_path / "site" / "mla2dsa" / "cli.py")
+
+
+PLUGIN = "mla2dsa/exporters/tensorrt_plugin/"
+
+
+def test_wheel_has_the_plugin_compiled_and_its_sources(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """Compiled, the wheel is for one platform and any Python; what it brings is used, and no compiler is asked for."""
+    names = set(wheel.namelist())
+    assert {f"{PLUGIN}{file.name}" for file in plugin_sources.sources()} <= names
+    assert wheel.filename is not None
+    assert "-py3-none-linux_" in wheel.filename
+    assert {PLUGIN + plugin_sources.LIBRARY, PLUGIN + plugin_sources.DIGEST} <= names
+    wheel.extractall(tmp_path / "site")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
+        "sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]\n"
+        "from mla2dsa.exporters.plugin_build import build_plugin\n"
+        "print(build_plugin())"
+    )
+    used = run(sys.executable, "-c", code, cwd=tmp_path).strip()
+    assert used == str(tmp_path / "site" / PLUGIN / plugin_sources.LIBRARY)
+    assert hasattr(ctypes.CDLL(used), "getCreators")
+
+
+def test_a_library_of_other_sources_is_not_used(tmp_path: Path) -> None:
+    folder = tmp_path / "plugin"
+    shutil.copytree(plugin_sources.FOLDER, folder)
+    (folder / plugin_sources.LIBRARY).write_bytes(b"library")
+    (folder / plugin_sources.DIGEST).write_text(plugin_sources.digest(folder))
+    assert plugin_sources.shipped(folder) == folder / plugin_sources.LIBRARY
+    (folder / "plugin.cpp").write_text("// changed")
+    assert plugin_sources.shipped(folder) is None
+
+
+def test_without_a_compiler_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert plugin_sources.compile_into(tmp_path) == "no C++ compiler"
+    monkeypatch.setattr(plugin_build, "shipped", lambda: None)
+    with pytest.raises(
+        UserError, match=r"the TensorRT plugin cannot be compiled: no C\+\+ compiler .*install one, or set CXX"
+    ):
+        plugin_build.build_plugin()
 
 
 # What stands before the guard's work is checked too: without the trap, the guard would have nothing to prove.
