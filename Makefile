@@ -12,7 +12,7 @@ TYPED := .mypy_cache/package
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test test-triton lint clean distclean
+.PHONY: install demo lean test test-triton lint clean distclean
 
 install: $(INSTALLED)
 
@@ -32,7 +32,23 @@ demo: install
 	$(BIN)/mla2dsa verify $(MODEL) $(OUT)/tiny-dsa --text $(MODEL)/held_out
 	$(BIN)/python examples/generate.py $(OUT)/tiny-dsa --prompt-file $(MODEL)/held_out/py_compile.py.txt
 
-test: install
+# TensorRT's lean runtimes have its real plugin registries, for the tests of our plugin library. Two versions cannot be
+# installed at once, so each gets a folder of its own; --no-deps, or pip would look for CUDA libraries that they do without.
+LEAN_RUNTIMES := 10.16.1.11 11.4.0.106
+
+lean: install
+ifeq ($(shell uname -sm),Linux x86_64)
+	@set -e; for version in $(LEAN_RUNTIMES); do \
+	  folder="$(abspath $(VENV))/lean-$$version"; \
+	  test -e "$$folder/.installed" || { \
+	    $(BIN)/pip install --quiet --upgrade --no-deps --target "$$folder" \
+	      "tensorrt-lean-cu13-libs==$$version" "tensorrt-lean-cu13-bindings==$$version"; \
+	    touch "$$folder/.installed"; \
+	  }; \
+	done
+endif
+
+test: install lean
 	$(BIN)/pytest -n 2 $(PYTEST_ARGS)
 
 # The interpreter and the compiler lean on parts of Triton that it promises to nobody, and a user's torch brings its own

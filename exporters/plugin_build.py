@@ -16,6 +16,6 @@ def build_plugin() -> Path:
     script = _FOLDER / "exports.map"
     sources = sorted([*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h"), script])
     try:
-        return build_library("mla2dsa_trt", sources, (*_FLAGS, f"-Wl,--version-script={script}"))
+        return build_library("mla2dsa_trt", sources, (*_FLAGS, f"-Wl,--version-script={script}"), ("-ldl",))
     except BuildError as error:
         raise UserError(f"the TensorRT plugin cannot be compiled: {error}") from error

@@ -29,12 +29,13 @@ def compiler() -> str:
     return found
 
 
-def build_library(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
+def build_library(name: str, sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str] = ()) -> Path:
     """lib`name`.so of the .cpp files of `sources`, from the cache if it has been built before. Headers among `sources` are
-    part of what it is made from. Raises BuildError; nothing half-written is ever left under the final name."""
+    part of what it is made from. libraries: flags that come last, as -ldl. Raises BuildError; nothing half-written is ever
+    left under the final name."""
     program = compiler()
-    command = [program, *flags, *(str(file) for file in sources if file.suffix == ".cpp")]
-    made_from = [_version(program), *flags, *(file.name for file in sources)]
+    command = [program, *flags, *(str(file) for file in sources if file.suffix == ".cpp"), *libraries]
+    made_from = [_version(program), *flags, *libraries, *(file.name for file in sources)]
     digest = hashlib.sha256("\0".join(made_from).encode())
     for file in sources:
         digest.update(file.read_bytes())

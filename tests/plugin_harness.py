@@ -114,9 +114,9 @@ class Harness:
     def supports(self, position: int, inputs: int, outputs: int, types: Sequence[int]) -> bool:
         return bool(self._library.h_supports(self._plugin, position, inputs, outputs, _ints(types)))
 
-    def output_types(self, count: int) -> list[int]:
-        types = (ctypes.c_int * 16)()
-        assert self._library.h_output_types(self._plugin, types) == 0
+    def output_types(self, inputs: Sequence[str], count: int) -> list[int]:
+        types = (ctypes.c_int * 16)(*(TYPES[kind] for kind in inputs))
+        self._check(self._library.h_output_types(self._plugin, len(inputs), types))
         return list(types)[:count]
 
     def outputs(self, shapes: Shapes) -> str:
@@ -193,7 +193,7 @@ def case(op: str, program: bytes, kernels: bytes, types: Sequence[str], inputs: 
 def replay(cases: Sequence[bytes], folder: Path) -> list[str]:
     """Run cases in a process of its own, with AddressSanitizer and UndefinedBehaviorSanitizer; one line each. Raises
     AssertionError with their report when they find something."""
-    program, file = _sanitized(folder), folder / "cases"
+    program, file = _sanitized(), folder / "cases"
     file.write_bytes(b"".join(cases))
     environment = {"MLA2DSA_LIBCUDA": str(_built("mock_driver")), "ASAN_OPTIONS": "abort_on_error=1:detect_leaks=0"}
     done = subprocess.run([program, file], capture_output=True, text=True, env=environment, timeout=300)
@@ -203,14 +203,13 @@ def replay(cases: Sequence[bytes], folder: Path) -> list[str]:
     return lines
 
 
-def _sanitized(folder: Path) -> Path:
+@functools.cache
+def _sanitized() -> Path:
     """The harness and the plugin in one program: linked, not loaded, so that the sanitizers see all of it."""
-    program = folder / "replay"
-    if not program.is_file():
-        sources = [SOURCES / "harness.cpp", *sorted(PLUGIN.glob("*.cpp"))]
-        flags = ["-std=c++17", "-O1", "-DREPLAY", f"-I{PLUGIN}", *SANITIZERS]
-        subprocess.run([compiler(), *flags, *map(str, sources), "-o", str(program), "-ldl"], check=True)
-    return program
+    sources = [SOURCES / "harness.cpp", *sorted(PLUGIN.glob("*.cpp")), *sorted(PLUGIN.glob("*.h"))]
+    return build_library(
+        "mla2dsa_test_replay", sources, ("-std=c++17", "-O1", "-DREPLAY", f"-I{PLUGIN}", *SANITIZERS), ("-ldl",)
+    )
 
 
 def has_sanitizers() -> bool:
@@ -242,7 +241,7 @@ def _opened() -> ctypes.CDLL:
     library.h_field.argtypes = [pointer, ctypes.c_char_p, pointer]
     library.h_supports.argtypes = [pointer, number, number, number, pointer]
     library.h_outputs.argtypes = [pointer, number, pointer, pointer, ctypes.c_char_p, number]
-    library.h_output_types.argtypes = [pointer, pointer]
+    library.h_output_types.argtypes = [pointer, number, pointer]
     library.h_alias.argtypes = [pointer, number]
     library.h_workspace.argtypes = library.h_shapes.argtypes = tensors
     library.h_enqueue.argtypes = [*tensors, pointer, pointer, pointer]

@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "errors.h"
-#include "limits.h"
+#include "format_limits.h"
 #include "text.h"
 
 namespace mla2dsa {

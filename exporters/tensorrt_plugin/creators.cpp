@@ -3,7 +3,7 @@
 #include <string_view>
 
 #include "errors.h"
-#include "limits.h"
+#include "format_limits.h"
 #include "plugin.h"
 
 namespace mla2dsa {

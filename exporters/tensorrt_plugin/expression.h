@@ -7,7 +7,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "limits.h"
+#include "format_limits.h"
 #include "tensorrt_abi.h"
 
 namespace mla2dsa {

@@ -171,10 +171,12 @@ int h_outputs(void* plugin, int inputs, int const* ranks, int64_t const* dims, c
     return result;
 }
 
-int h_output_types(void* plugin, int* types) {
+int h_output_types(void* plugin, int inputs, int* types) {
     DataType out[kMost] = {};
+    DataType in[kMost] = {};
+    for (int at = 0; at < inputs; ++at) in[at] = static_cast<DataType>(types[at]);
     int const count = build(plugin)->getNbOutputs();
-    int const result = build(plugin)->getOutputDataTypes(out, count, nullptr, 0);
+    int const result = build(plugin)->getOutputDataTypes(out, count, in, inputs);
     for (int at = 0; at < count; ++at) types[at] = static_cast<int>(out[at]);
     return result;
 }
