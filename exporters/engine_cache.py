@@ -18,6 +18,7 @@ from ..kernels.user_cache import cache_folder
 from .staging import place_file
 
 ENGINE, LAYERS, DIGEST = "model.engine", "layers.json", "digest.json"
+HIT, MISS, DAMAGED = "hit", "miss", "damaged"
 
 
 def engine_key(model: bytes, weights: Iterable[Path], facts: Mapping[str, Any]) -> str:
@@ -36,11 +37,11 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def find_engine(key: str, folder: Path) -> bool:
-    """Put a kept engine and its layers into `folder`; False if there is none, or it is not what was kept."""
+def find_engine(key: str, folder: Path) -> str:
+    """Put a kept engine and its layers into `folder`: HIT. MISS if there is none, DAMAGED (and removed) if it is not what was kept."""
     kept = _place(key)
     if not (kept / DIGEST).is_file():
-        return False
+        return MISS
     try:
         known = json.loads((kept / DIGEST).read_text())
         whole = all(file_sha256(kept / name) == known[name] for name in (ENGINE, LAYERS))
@@ -48,10 +49,10 @@ def find_engine(key: str, folder: Path) -> bool:
         whole = False
     if not whole:
         shutil.rmtree(kept, ignore_errors=True)
-        return False
+        return DAMAGED
     for name in (ENGINE, LAYERS):
         place_file(kept / name, folder / name, link=True)
-    return True
+    return HIT
 
 
 def keep_engine(key: str, folder: Path) -> None:

@@ -137,9 +137,10 @@ def _missing(registry: Any) -> list[str]:
     return [name for name in PLUGINS if name not in known]
 
 
+@cache
 def _preload_rtx() -> None:
     """RTX's ONNX parser opens "libtensorrt_rtx.so" when a node is a plugin, but the wheel only has the name with a version; the
-    exception ends the process. A folder that has both names, loaded first, is where the parser then looks."""
+    exception ends the process. A folder that has both names, loaded first, is where the parser then looks. Once a process."""
     if "tensorrt_rtx" in sys.modules:
         raise UserError(
             "tensorrt_rtx was imported before mla2dsa, and its parser then ends the process at the first plugin:"

@@ -100,6 +100,8 @@ class TensorRtSession:
     def _run(self, ids: Tensor, positions: Tensor, slots: Tensor, key_begin: Tensor, last: Tensor) -> Tensor:
         inputs = {"input_ids": ids, "position_ids": positions, "slots": slots, "key_begin": key_begin, "last": last}
         shape = (self.batch, 1, int(self._manifest["model"]["vocab_size"]))
+        if self._stream is not None:  # the caches were made, or enlarged, on the stream of whoever calls
+            self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             moved = {name: tensor.to(self._device).contiguous() for name, tensor in inputs.items()}
             logits = torch.empty(shape, dtype=self._dtype, device=self._device)

@@ -66,7 +66,7 @@ def build_engine(
     if data is None:
         raise UserError(f"{backend.name} cannot build the engine: {_reason(log, plugin)}")
     timings.save()
-    layers = layers_from_log(log.layers) or _inspected(backend, log, data)
+    layers = layers_from_log(log.layers) or _inspected(backend, log, data, wish.embed_plugin)
     check_plugin_layers(nodes, layers, len(wish.profiles))
     return Plan(data, tuple(layers))
 
@@ -107,9 +107,12 @@ def _config(
     return config
 
 
-def _inspected(backend: Backend, log: Any, data: Any) -> list[Layer]:
-    """Where the builder's log does not list them: by loading the engine, which needs a GPU."""
-    engine = backend.trt.Runtime(log).deserialize_cuda_engine(data)
+def _inspected(backend: Backend, log: Any, data: Any, embedded: bool) -> list[Layer]:
+    """Where the builder's log does not list them: by loading the engine, which needs a GPU. embedded: the plan has our library."""
+    runtime = backend.trt.Runtime(log)
+    if embedded:
+        runtime.engine_host_code_allowed = True
+    engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         return []
     inspector = engine.create_engine_inspector()

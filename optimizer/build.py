@@ -21,7 +21,17 @@ import onnx
 
 from .. import __version__
 from ..errors import UsageError, UserError
-from ..exporters.engine_cache import ENGINE, LAYERS, engine_key, file_sha256, find_engine, keep_engine
+from ..exporters.engine_cache import (
+    DAMAGED,
+    ENGINE,
+    HIT,
+    LAYERS,
+    MISS,
+    engine_key,
+    file_sha256,
+    find_engine,
+    keep_engine,
+)
 from ..exporters.engine_manifest import ENGINE_MANIFEST, FORMAT
 from ..exporters.engine_profiles import engine_profiles
 from ..exporters.export_manifest import EXPORT_MANIFEST, check_weight_files, is_export, read_export
@@ -61,11 +71,13 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Built:
-    """manifest: of the engine folder. key: of the engine in the cache; cached: whether it came from there."""
+    """manifest: of the engine folder. key: of the engine in the cache; cached: whether it came from there; damaged: whether
+    what was kept there was no longer whole."""
 
     manifest: Mapping[str, Any]
     key: str
     cached: bool
+    damaged: bool = False
 
 
 def build(
@@ -139,7 +151,8 @@ def default_sms(backend: str) -> tuple[int, ...]:
     sm = gpu_sm()
     if sm is None:
         raise UserError(
-            "no GPU here: TensorRT builds on the GPU that the engine is for; use --backend tensorrt-rtx, or a GPU"
+            "no GPU here to build for: name the one that is meant with --sm and --onnx-only, build on a machine that has it, or"
+            " use --backend tensorrt-rtx"
         )
     return (sm,)
 
@@ -208,8 +221,8 @@ def _exported(target: str | Path, out: Path, options: BuildOptions) -> Iterator[
 def _write(work: _Work, out: Path, options: BuildOptions, on_progress: OnProgress) -> Built:
     key = _key(work, options)
     with staged_folder(work.folder, out, overwrite=options.overwrite) as folder:
-        cached = options.keep and find_engine(key, folder)
-        if not cached:
+        found = find_engine(key, folder) if options.keep else MISS
+        if found != HIT:
             _build_into(folder, work, options, on_progress)
             if options.keep:
                 keep_engine(key, folder)
@@ -226,7 +239,7 @@ def _write(work: _Work, out: Path, options: BuildOptions, on_progress: OnProgres
         (folder / ENGINE_MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         if options.triton_repo:
             write_triton_repo(folder, manifest, folder / TRITON_FOLDER, out.name)
-    return Built(manifest, key, cached)
+    return Built(manifest, key, found == HIT, found == DAMAGED)
 
 
 def _is_small(work: _Work, file: Path) -> bool:

@@ -15,7 +15,8 @@ def show_built(out: Path, built: Built) -> None:
     """The engine: where it came from, what is in it."""
     manifest = built.manifest
     backend, engine, layers = manifest["backend"], manifest["engine"], manifest["layers"]
-    print(f"engine cache: {'hit' if built.cached else 'miss'} {built.key[:12]}")
+    found = "hit" if built.cached else "damaged, built again:" if built.damaged else "miss"
+    print(f"engine cache: {found} {built.key[:12]}")
     show_profiles(manifest["profiles"])
     architectures = ", ".join(f"sm_{sm}" for sm in manifest["sms"])
     print(f"{backend['name']} {backend['version']}, {manifest['dtype']}, {architectures}")

@@ -14,7 +14,7 @@ from fake_tensorrt import FakeEngine
 from rtx import tensorrt_rtx
 
 from mla2dsa.errors import UsageError, UserError
-from mla2dsa.exporters import tensorrt_backend
+from mla2dsa.exporters import tensorrt_backend, to_tensorrt
 from mla2dsa.exporters.engine_cache import file_sha256
 from mla2dsa.exporters.engine_layers import Layer, layers_from_inspector, layers_from_log
 from mla2dsa.exporters.engine_manifest import ENGINE_MANIFEST, check_engine, engine_folder, read_engine
@@ -222,6 +222,32 @@ def test_opening_an_engine(engine: Path, embedded: bool, monkeypatch: pytest.Mon
         UserError, match=r"tensorrt 10.16.1 cannot load the engine: the version of the plan does not match"
     ):
         deserialised(backend, engine, manifest)
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+def test_a_finished_engine_is_asked_for_its_layers(embedded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the builder's log does not list them. A plan with the plugin inside is only loaded with host code allowed."""
+    layer = {"Name": "a", "LayerType": "PluginV3", "Metadata": "[ONNX Layer: a]"}
+    inspector = SimpleNamespace(get_engine_information=lambda form: json.dumps({"Layers": [layer]}))
+    monkeypatch.setattr(_Runtime, "engine", SimpleNamespace(create_engine_inspector=lambda: inspector))
+    trt = SimpleNamespace(Runtime=_Runtime, LayerInformationFormat=SimpleNamespace(JSON=1))
+    log = SimpleNamespace(errors=[])
+    (found,) = to_tensorrt._inspected(Backend("tensorrt", trt, "10.16.1"), log, b"plan", embedded)
+    assert found.is_plugin
+    assert _Runtime.made[-1].engine_host_code_allowed is embedded
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_no_gpu_to_build_for(tmp_path: Path) -> None:
+    done = mla2dsa("build", tmp_path, tmp_path / "out", "--onnx-only")
+    assert_refused(done, 1, "no GPU here to build for", "--sm", "--backend tensorrt-rtx")
+
+
+def test_tensorrt_rtx_opens_again() -> None:
+    """Its libraries are put in place once a process; asking for the backend anew is no second import."""
+    first = tensorrt_rtx()
+    open_backend.cache_clear()
+    assert tensorrt_rtx() is first
 
 
 def test_without_a_gpu_nothing_is_opened(engine: Path) -> None:
