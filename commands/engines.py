@@ -24,7 +24,9 @@ def _add_build(commands: Any) -> None:
         commands, "build", _build, about, "mla2dsa build ./model-dsa ./engine --max batch=4,cache_length=65536"
     )
     command.add_argument(
-        "source", metavar="CKPT_OR_ONNX", help="DSA checkpoint (folder or hub id), or a folder of mla2dsa export"
+        "source",
+        metavar="CKPT_OR_ONNX",
+        help="DSA checkpoint (folder or hub id), or what mla2dsa export wrote (folder or .onnx file)",
     )
     command.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     command.add_argument(

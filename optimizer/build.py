@@ -131,8 +131,9 @@ def build_onnx(
 def plan_build(target: str | Path, options: BuildOptions, convert_first: bool = False) -> dict[str, Any]:
     """What `build` would do, without doing it: backend, architectures, profiles. convert_first: `target` may be dense."""
     found: dict[str, Any] = {"backend": options.backend, "sms": list(_architectures(options)), "dtype": options.dtype}
-    if is_export(target):
-        manifest = read_export(Path(target), "onnx")
+    folder = _onnx_folder(target)
+    if folder is not None:
+        manifest = read_export(folder, "onnx")
         found["dtype"] = manifest["dtype"]
         limits = manifest["limits"]
     else:
@@ -204,11 +205,24 @@ def _export_limits(options: BuildOptions, context: int) -> dict[str, int]:
     return {"max_batch": most.get("batch", 1), "max_seq": most.get("cache_length", context)}
 
 
+def _onnx_folder(target: str | Path) -> Path | None:
+    """The export that `target` (its folder, or the .onnx file in it) names. Raises UserError for an .onnx file of another origin."""
+    path = Path(target)
+    if path.suffix == ".onnx":
+        if not is_export(path.parent):
+            raise UserError(
+                f"{path}: no {EXPORT_MANIFEST} beside it, so it is no export of mla2dsa; run `mla2dsa export`"
+            )
+        return path.parent
+    return path if is_export(path) else None
+
+
 @contextmanager
 def _exported(target: str | Path, out: Path, options: BuildOptions) -> Iterator[Path]:
     """The ONNX folder: `target` itself, or a temporary export beside `out` (hard links do not cross file systems)."""
-    if is_export(target):
-        yield Path(target)
+    folder = _onnx_folder(target)
+    if folder is not None:
+        yield folder
         return
     checkpoint = _dsa_checkpoint(target)
     check_target(checkpoint.path, out, overwrite=options.overwrite)

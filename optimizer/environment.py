@@ -40,9 +40,28 @@ def environment() -> dict[str, Any]:
             "plan, convert, verify, strip (CPU)": _needs(versions, "torch", "transformers"),
             "kernels build (no GPU)": _needs(versions, "triton"),
             "bfloat16 on AMX tiles (CPU)": amx.status(),
+            "build engines with TensorRT-RTX (no GPU)": _needs(versions, "tensorrt-rtx", "triton"),
+            "build and run engines with TensorRT": _engines(versions, devices),
+            "TensorRT plugin library": _plugin(),
             "convert and verify with --device cuda": "usable" if devices else "no CUDA device that this torch can use",
         },
     }
+
+
+def _engines(versions: dict[str, str | None], devices: list[str]) -> str:
+    missing = _needs(versions, "tensorrt", "triton")
+    return missing if missing != "usable" or devices else "no CUDA device that this torch can use"
+
+
+def _plugin() -> str:
+    from ..exporters.plugin_sources import shipped, usable_compiler
+
+    if shipped() is not None:
+        return "usable, shipped with the package"
+    compiler = usable_compiler()
+    return (
+        f"compiled on first use, with {compiler}" if compiler else "no C++ compiler on the PATH to compile it; set CXX"
+    )
 
 
 def usable_device(name: str) -> str:

@@ -211,6 +211,23 @@ def test_other_texts_are_refused(old: str, new: str, message: str) -> None:
         read_op(GOOD.replace(old, new, 1), COPY)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD + "#" * 2**20, "the program has .* bytes, the most is 1048576"),
+        (GOOD.replace("alias", "in i64\n" * 14 + "alias"), "more than 16 inputs and outputs"),
+        (GOOD + "form f 90 1\nworkspace 0\nend\n" * 64, "more than 64 forms"),
+        (GOOD.replace("workspace 0", "workspace 1" + ",1,+" * 128), "line 9: over a limit of the format"),
+        (GOOD.replace("workspace 0\n", "workspace 0\n" + "launch copy 1 1 1\n" * 65), "line 74: over a limit"),
+        (GOOD.replace(" n n", " n" * 65), "line 10: over a limit"),
+    ],
+    ids=["bytes", "tensors", "forms", "parts", "launches", "parameters"],
+)
+def test_limits_are_those_of_the_plugin(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_op(text, COPY)
+
+
 def test_a_text_without_a_form_is_refused() -> None:
     with pytest.raises(UserError, match="the program has no form"):
         read_op(GOOD.split("form")[0], COPY)

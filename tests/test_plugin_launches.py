@@ -45,8 +45,8 @@ def attention(heads: int, rank: int, rope: int, kind: str = "bf16") -> OpProgram
     return op_program(spec_of("SparseMLA"), (kind, kind, "i32"), shapes, attributes, (80, 90))
 
 
-def cache_write(width: int, kind: str = "bf16", slots: str = "i64") -> OpProgram:
-    return op_program(spec_of("CacheWrite"), (kind, kind, slots), ((*OPEN, width), (*OPEN, width), OPEN), {}, (80, 90))
+def cache_write_of(width: int, sms: Sequence[int], kind: str = "bf16", slots: str = "i64") -> OpProgram:
+    return op_program(spec_of("CacheWrite"), (kind, kind, slots), ((*OPEN, width), (*OPEN, width), OPEN), {}, sms)
 
 
 OPS = {
@@ -55,8 +55,8 @@ OPS = {
     "indexer-h16-d32-k8-fp32": indexer(16, 32, 8, "fp32"),
     "attention-h128-r512": attention(128, 512, 64),
     "attention-h16-r64-fp16": attention(16, 64, 16, "fp16"),
-    "cache-d576": cache_write(576),
-    "cache-d80-fp32": cache_write(80, "fp32", "i32"),
+    "cache-d576": cache_write_of(576, (80, 90)),
+    "cache-d80-fp32": cache_write_of(80, (80, 90), "fp32", "i32"),
 }
 # (batch, queries, slots)
 SIZES = [

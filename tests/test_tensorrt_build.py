@@ -252,6 +252,15 @@ def test_a_dense_checkpoint_is_sent_to_deploy(tmp_path: Path, tmp_path_factory: 
     assert_refused(done, 1, dense, "a dense checkpoint", "mla2dsa deploy")
 
 
+def test_an_onnx_file_is_its_folder(exported: Path, tmp_path: Path) -> None:
+    options = ("--backend", "tensorrt-rtx", "--dry-run", "--json")
+    planned = mla2dsa("build", exported / "model.onnx", tmp_path / "out", *options).json()
+    assert planned == mla2dsa("build", exported, tmp_path / "out", *options).json()
+    (tmp_path / "other.onnx").write_bytes(b"")
+    done = mla2dsa("build", tmp_path / "other.onnx", tmp_path / "out", *options)
+    assert_refused(done, 1, tmp_path / "other.onnx", "no export of mla2dsa")
+
+
 def test_a_folder_in_use_is_left_alone(exported: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     done = mla2dsa("build", exported, tmp_path, "--backend", "tensorrt-rtx", "--sm", "80")

@@ -13,6 +13,16 @@ from .program_text import ProgramReader, write_body
 
 VERSION = 1
 _ANY = "*"
+# What the plugin takes (docs/tensorrt.md), so that what it would refuse is not written.
+MOST_BYTES, MOST_TENSORS, MOST_FORMS, MOST_LAUNCHES, MOST_PARAMETERS, MOST_PARTS, MOST_NAMES = (
+    2**20,
+    16,
+    64,
+    64,
+    64,
+    256,
+    4096,
+)
 
 
 def write_op(op: OpProgram, names: Callable[[Variant], str]) -> str:
@@ -25,11 +35,14 @@ def write_op(op: OpProgram, names: Callable[[Variant], str]) -> str:
         sms = ",".join(map(str, form.sms))
         lines.append(f"form {form.name} {sms} {write_expression(form.guard)}")
         lines += [*write_body(form.program, names), "end"]
-    return "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n"
+    _check(text)
+    return text
 
 
 def read_op(text: str, kernels: Mapping[str, Variant]) -> OpProgram:
     """Inverse of `write_op`; kernels: variant by the name in the text. Raises UserError with the line's number."""
+    _check(text)
     reader = _Reader(kernels)
     rows = enumerate(text.removesuffix("\n").split("\n"), 1)
     number, line = next(rows)
@@ -41,6 +54,26 @@ def read_op(text: str, kernels: Mapping[str, Variant]) -> OpProgram:
         except UserError as error:
             raise UserError(f"line {number}: {error}") from None
     return reader.op()
+
+
+def _check(text: str) -> None:
+    """Raises UserError where the text is over a limit of the format."""
+    if len(text) > MOST_BYTES:
+        raise UserError(f"the program has {len(text)} bytes, the most is {MOST_BYTES}")
+    lines = [line.split(" ") for line in text.split("\n")]
+    if sum(line[0] in ("in", "out") for line in lines) > MOST_TENSORS:
+        raise UserError(f"the program has more than {MOST_TENSORS} inputs and outputs")
+    if sum(line[0] == "form" for line in lines) > MOST_FORMS:
+        raise UserError(f"the program has more than {MOST_FORMS} forms")
+    counts: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        counts = {} if line[0] == "form" else counts
+        counts[line[0]] = counts.get(line[0], 0) + 1
+        over = counts.get("launch", 0) > MOST_LAUNCHES or counts.get("let", 0) > MOST_NAMES
+        over |= line[0] == "launch" and len(line) - 5 > MOST_PARAMETERS
+        over |= any(word.count(",") >= MOST_PARTS for word in line)
+        if over:
+            raise UserError(f"line {number}: over a limit of the format ({' '.join(line)[:60]})")
 
 
 class _Reader:
