@@ -6,12 +6,11 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from deploy_tools import Tools, check, compiled_tools
 
-from mla2dsa.exporters.plugin_build import build_plugin
 from mla2dsa.kernels.gpu.bundle import bundled, write_bundle
 from mla2dsa.kernels.gpu.compile import Compiled
 from mla2dsa.kernels.gpu.manifest import kernel_name
@@ -19,12 +18,9 @@ from mla2dsa.kernels.gpu.op_program import OpProgram, op_program
 from mla2dsa.kernels.gpu.pack import compile_all
 from mla2dsa.kernels.gpu.plugin_text import write_op
 from mla2dsa.kernels.gpu.program import Variant
-from mla2dsa.kernels.native_build import BuildError, compiler
 from mla2dsa.kernels.op_spec import CACHE_WRITE, LIGHTNING_INDEXER, SPARSE_MLA
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).resolve().parents[1]
-PLUGIN = ROOT / "exporters" / "tensorrt_plugin"
 LIBRARY = "libmla2dsa_trt.so"
 SM = 90
 OPEN = (None, None)
@@ -48,33 +44,9 @@ EXPECTED = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Tools:
-    """What was compiled: the checker, the driver without a GPU, the plugin library."""
-
-    checker: Path
-    driver: Path
-    plugin: Path
-
-
 @pytest.fixture(scope="module")
 def tools(tmp_path_factory: pytest.TempPathFactory) -> Tools:
-    try:
-        program = compiler()
-    except BuildError as error:
-        pytest.skip(str(error))
-    place = tmp_path_factory.mktemp("tools")
-    flags = (program, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror")
-    checker, driver = place / "check_folder", place / "libcuda_mock.so"
-    source = ROOT / "examples" / "deploy" / "check_folder.cpp"
-    _compile(*flags, str(source), "-I", str(PLUGIN), "-o", str(checker), "-ldl")
-    _compile(*flags, "-shared", "-fPIC", str(ROOT / "tests/tensorrt/mock_driver_minimal.cpp"), "-o", str(driver))
-    return Tools(checker, driver, build_plugin())
-
-
-def _compile(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    return compiled_tools(tmp_path_factory.mktemp("tools"))
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +72,6 @@ def folder(tools: Tools, fields: dict[str, tuple[str, bytes]], tmp_path: Path) -
         (made / "plugins" / f"{name}.program").write_text(program)
         (made / "plugins" / f"{name}.kernels").write_bytes(kernels)
     return made
-
-
-def check(tools: Tools, *words: str | Path, **settings: str) -> subprocess.CompletedProcess[str]:
-    """Nothing of this process' environment: no Python on any path."""
-    environment = {"MLA2DSA_LIBCUDA": str(tools.driver), "PATH": "/nowhere", **settings}
-    command = [str(tools.checker), *map(str, words)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=environment, cwd=tools.checker.parent
-    )
 
 
 def test_a_folder_is_usable(tools: Tools, folder: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import onnx
 import pytest
 from checkpoints import dense_checkpoint, random_indexers
 from command_line import assert_refused, mla2dsa, small_conversion
+from deploy_tools import check, compiled_tools
 from rtx import tensorrt_rtx
 from stacks import attention_stack
 
@@ -116,6 +117,18 @@ def test_the_folder_is_all_it_takes(exported: Path, built: Path) -> None:
     names = {file.name for file in built.iterdir()}
     assert {"config.json", "model.engine", "layers.json", "plugins", ENGINE_MANIFEST} <= names
     assert not any(name.endswith(".safetensors") for name in names)
+
+
+def test_a_process_without_python_uses_the_folder(built: Path, tmp_path: Path) -> None:
+    """examples/deploy/check_folder, in C++: every plugin is made from the folder's files and launches its kernels."""
+    tools = compiled_tools(tmp_path)
+    done = check(tools, built, MOCK_SM="80", MOCK_LAUNCHES=str(tmp_path / "launches"))
+    assert (done.returncode, done.stderr) == (0, "")
+    count = len(list((built / "plugins").glob("*.program")))
+    assert done.stdout.splitlines()[-1] == f"{count} plugins ok on sm_80"
+    launched = (tmp_path / "launches").read_text()
+    for kernel in ("indexer_decode", "indexer_prefill", "topk_row", "sparse_mla", "combine", "cache_write"):
+        assert kernel in launched
 
 
 def test_the_layer_list_is_the_same_again(exported: Path, built: Path, tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
-// A CUDA driver without a GPU, for the plugin library: it runs nothing, and writes down all that it is asked to launch.
+// A CUDA driver without a GPU: it runs nothing, and writes down all that it is asked to launch. A test in the same process asks
+// for that with mock_launches; for another process, the file that MOCK_LAUNCHES names gets the kernels' entries, one a line.
+// MOCK_SM: the architecture to be (default 90). Memory is the host's.
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <string>
@@ -12,7 +15,7 @@ struct Function {
     int shared;  // opted in to
 };
 
-int gSm = 90;
+int gSm = std::getenv("MOCK_SM") != nullptr ? std::atoi(std::getenv("MOCK_SM")) : 90;
 int gUnits = 132;
 int gModules = 0;
 std::string gFailing;
@@ -37,6 +40,30 @@ void mock_fail(char const* name) { gFailing = name; }
 int mock_modules() { return gModules; }
 char const* mock_launches() { return gLaunches.c_str(); }
 void mock_clear() { gLaunches.clear(); }
+
+// Called by a host of the plugin.
+int cuDeviceGet(int* device, int) {
+    *device = 0;
+    return 0;
+}
+int cuDevicePrimaryCtxRetain(void** context, int) {
+    *context = &gContext;
+    return 0;
+}
+int cuCtxSetCurrent(void*) { return 0; }
+int cuCtxSynchronize() { return 0; }
+int cuMemAlloc_v2(unsigned long long* made, size_t bytes) {
+    *made = reinterpret_cast<unsigned long long>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
+    return *made != 0 ? 0 : 2;
+}
+int cuMemFree_v2(unsigned long long memory) {
+    std::free(reinterpret_cast<void*>(memory));
+    return 0;
+}
+int cuMemsetD8_v2(unsigned long long memory, unsigned char byte, size_t count) {
+    std::memset(reinterpret_cast<void*>(memory), byte, count);
+    return 0;
+}
 
 // Called by the plugin.
 int cuInit(unsigned) { return result("cuInit"); }
@@ -85,6 +112,12 @@ int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned 
         gLaunches += " " + std::to_string(word);
     }
     gLaunches += "\n";
+    if (char const* const path = std::getenv("MOCK_LAUNCHES")) {
+        if (std::FILE* const file = std::fopen(path, "a")) {
+            std::fprintf(file, "%s\n", known.entry.c_str());
+            std::fclose(file);
+        }
+    }
     return result("cuLaunchKernel");
 }
 int cuMemcpyDtoDAsync_v2(unsigned long long to, unsigned long long from, size_t bytes, void*) {
