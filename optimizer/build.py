@@ -89,17 +89,9 @@ def build(
     """
     sms = _architectures(options)
     backend = open_backend(options.backend)
-    options = replace(options, sms=sms, jobs=options.jobs or os.cpu_count() or 1)
-    with _exported(target, out, options) as folder:
-        check_target(folder, out, overwrite=options.overwrite)
-        manifest = read_export(folder, "onnx")
-        check_weight_files(folder, manifest)
-        profiles = engine_profiles(manifest["limits"], options.least or {}, options.usual or {}, options.most or {})
-        model = onnx.load(str(folder / manifest["file"]), load_external_data=False)
-        nodes = attach(model, sms, options.jobs or 1, lambda done, total: on_progress("compiling kernels", done, total))
-        return _write(
-            _Work(backend, folder, manifest, profiles, model, nodes, build_plugin()), out, options, on_progress
-        )
+    options = replace(options, sms=sms)
+    with _prepared(target, out, options, on_progress) as work:
+        return _write(work, backend, out, options, on_progress)
 
 
 def build_onnx(
@@ -107,25 +99,16 @@ def build_onnx(
 ) -> list[list[str]]:
     """Write `out` with model.onnx, whose nodes carry the plugin's fields, its weights and the plugin library: all that trtexec
     needs on another machine, and no TensorRT here. Returns trtexec's command lines: build, then time each profile."""
-    sms = _architectures(options)
-    with _exported(target, out, options) as folder:
-        check_target(folder, out, overwrite=options.overwrite)
-        manifest = read_export(folder, "onnx")
-        check_weight_files(folder, manifest)
-        profiles = engine_profiles(manifest["limits"], options.least or {}, options.usual or {}, options.most or {})
-        model = onnx.load(str(folder / manifest["file"]), load_external_data=False)
-        jobs = options.jobs or os.cpu_count() or 1
-        attach(model, sms, jobs, lambda done, total: on_progress("compiling kernels", done, total))
-        plugin = build_plugin()
-        with staged_folder(folder, out, overwrite=options.overwrite) as staged:
-            for file in folder.iterdir():
-                if file.is_file() and file.name not in (EXPORT_MANIFEST, manifest["file"]):
+    with _prepared(target, out, replace(options, sms=_architectures(options)), on_progress) as work:
+        with staged_folder(work.folder, out, overwrite=options.overwrite) as staged:
+            for file in work.folder.iterdir():
+                if file.is_file() and file.name not in (EXPORT_MANIFEST, work.export["file"]):
                     place_file(file, staged / file.name, link=True)
-            onnx.save(model, str(staged / ONNX_FILE))
-            place_file(plugin, staged / plugin.name, link=False)
-        inputs = manifest["inputs"]
-        timing = [time_command(out, plugin.name, inputs, profile, at) for at, profile in enumerate(profiles)]
-        return [build_command(out, plugin.name, inputs, profiles), *timing]
+            onnx.save(work.model, str(staged / ONNX_FILE))
+            place_file(work.plugin, staged / work.plugin.name, link=False)
+        library, inputs = work.plugin.name, work.export["inputs"]
+        timing = [time_command(out, library, inputs, profile, at) for at, profile in enumerate(work.profiles)]
+        return [build_command(out, library, inputs, work.profiles), *timing]
 
 
 def plan_build(target: str | Path, options: BuildOptions, convert_first: bool = False) -> dict[str, Any]:
@@ -170,7 +153,8 @@ def gpu_sm() -> int | None:
 
 @dataclass(frozen=True)
 class _Work:
-    backend: Backend
+    """What an engine is built from: an export, its model with the plugin's fields, the sizes it is to take, the library."""
+
     folder: Path  # of the export
     export: Mapping[str, Any]
     profiles: Sequence[Mapping[str, Any]]
@@ -218,6 +202,22 @@ def _onnx_folder(target: str | Path) -> Path | None:
 
 
 @contextmanager
+def _prepared(target: str | Path, out: Path, options: BuildOptions, on_progress: OnProgress) -> Iterator[_Work]:
+    """options: with the architectures named."""
+    with _exported(target, out, options) as folder:
+        check_target(folder, out, overwrite=options.overwrite)
+        manifest = read_export(folder, "onnx")
+        check_weight_files(folder, manifest)
+        profiles = engine_profiles(manifest["limits"], options.least or {}, options.usual or {}, options.most or {})
+        model = onnx.load(str(folder / manifest["file"]), load_external_data=False)
+        jobs = options.jobs or os.cpu_count() or 1
+        nodes = attach(
+            model, options.sms or (), jobs, lambda done, total: on_progress("compiling kernels", done, total)
+        )
+        yield _Work(folder, manifest, profiles, model, nodes, build_plugin())
+
+
+@contextmanager
 def _exported(target: str | Path, out: Path, options: BuildOptions) -> Iterator[Path]:
     """The ONNX folder: `target` itself, or a temporary export beside `out` (hard links do not cross file systems)."""
     folder = _onnx_folder(target)
@@ -232,12 +232,12 @@ def _exported(target: str | Path, out: Path, options: BuildOptions) -> Iterator[
         yield export(target, Path(place, "onnx"), "onnx", options.dtype, limits["max_batch"], limits["max_seq"]).folder
 
 
-def _write(work: _Work, out: Path, options: BuildOptions, on_progress: OnProgress) -> Built:
-    key = _key(work, options)
+def _write(work: _Work, backend: Backend, out: Path, options: BuildOptions, on_progress: OnProgress) -> Built:
+    key = _key(work, backend, options)
     with staged_folder(work.folder, out, overwrite=options.overwrite) as folder:
         found = find_engine(key, folder) if options.keep else MISS
         if found != HIT:
-            _build_into(folder, work, options, on_progress)
+            _build_into(folder, work, backend, options, on_progress)
             if options.keep:
                 keep_engine(key, folder)
         place_file(work.plugin, folder / work.plugin.name, link=False)
@@ -249,7 +249,7 @@ def _write(work: _Work, out: Path, options: BuildOptions, on_progress: OnProgres
                 and _is_small(work, file)
             ):
                 place_file(file, folder / file.name, link=False)
-        manifest = _manifest(work, options, folder)
+        manifest = _manifest(work, backend, options, folder)
         (folder / ENGINE_MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         if options.triton_repo:
             write_triton_repo(folder, manifest, folder / TRITON_FOLDER, out.name)
@@ -261,10 +261,10 @@ def _is_small(work: _Work, file: Path) -> bool:
     return file.name not in (EXPORT_MANIFEST, work.export["file"], *work.export["weights"]["linked_files"])
 
 
-def _build_into(folder: Path, work: _Work, options: BuildOptions, on_progress: OnProgress) -> None:
+def _build_into(folder: Path, work: _Work, backend: Backend, options: BuildOptions, on_progress: OnProgress) -> None:
     wish = Wish(work.profiles, options.sms or (), options.embed_plugin)
     plan = build_engine(
-        work.backend, work.model, work.folder, work.export["inputs"], work.nodes, work.plugin, wish, on_progress
+        backend, work.model, work.folder, work.export["inputs"], work.nodes, work.plugin, wish, on_progress
     )
     with (folder / ENGINE).open("wb") as stream:
         stream.write(memoryview(plan.data))
@@ -272,9 +272,9 @@ def _build_into(folder: Path, work: _Work, options: BuildOptions, on_progress: O
     (folder / LAYERS).write_text(json.dumps(layers, indent=1) + "\n", encoding="utf-8")
 
 
-def _key(work: _Work, options: BuildOptions) -> str:
+def _key(work: _Work, backend: Backend, options: BuildOptions) -> str:
     facts = {
-        "backend": [work.backend.name, work.backend.version],
+        "backend": [backend.name, backend.version],
         "sms": list(options.sms or ()),
         "profiles": list(work.profiles),
         "plugin": file_sha256(work.plugin),
@@ -295,13 +295,13 @@ def _write_fields(model: onnx.ModelProto, folder: Path) -> None:
         (folder / f"{name}.kernels").write_bytes(kernels)
 
 
-def _manifest(work: _Work, options: BuildOptions, folder: Path) -> dict[str, Any]:
+def _manifest(work: _Work, backend: Backend, options: BuildOptions, folder: Path) -> dict[str, Any]:
     layers = json.loads((folder / LAYERS).read_text())
     plugin, engine = folder / work.plugin.name, folder / ENGINE
     plugins = sum(set(layer["onnx"]) <= {node.name for node in work.nodes} for layer in layers)
     return {
         "format": FORMAT,
-        "backend": {"name": work.backend.name, "version": work.backend.version},
+        "backend": {"name": backend.name, "version": backend.version},
         "sms": list(options.sms or ()),
         "profiles": [dict(profile) for profile in work.profiles],
         "ops": _ops(work.nodes),

@@ -6,12 +6,14 @@ same library and the same calls, with the data_ptr of torch's CUDA tensors as po
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import os
 import shutil
 import struct
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -247,7 +249,11 @@ def _opened() -> ctypes.CDLL:
     library.h_enqueue.argtypes = [*tensors, pointer, pointer, pointer]
     for name in ("h_attach", "h_clone", "h_free"):
         getattr(library, name).argtypes = [pointer]
-    assert library.h_open(str(build_plugin()).encode()) == 0
+    # A copy, for the plugin looks for a driver once: what other tests of this process have loaded may have found none.
+    folder = tempfile.mkdtemp(prefix="mla2dsa-plugin-")
+    atexit.register(shutil.rmtree, folder, True)
+    own = shutil.copy(build_plugin(), folder)
+    assert library.h_open(str(own).encode()) == 0
     return library
 
 

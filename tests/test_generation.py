@@ -5,31 +5,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import dense_checkpoint, random_indexers
 from command_line import TINY, mla2dsa, small_conversion
+from dsa_checkpoints import NAMES, dsa_checkpoint
 from op_samples import relative_rms
 from torch import Tensor
 
 from mla2dsa.errors import UserError
 from mla2dsa.exporters import generation
-from mla2dsa.exporters.dsa_checkpoint import write_dsa_checkpoint
 from mla2dsa.exporters.generation import Sampling, Session, generate
-from mla2dsa.kernels.spec import IndexerConfig
 from mla2dsa.optimizer.torch_session import open_torch_session
 from mla2dsa.optimizer.transformers_check import LowestSlotTies
 
 NEW = 128
 
 
-@pytest.fixture(scope="module", params=["tiny-mla", "moe"])
+@pytest.fixture(scope="module", params=NAMES)
 def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DSA checkpoint whose selection bites: the example, and a random mixture of experts with 16 index heads."""
-    if request.param == "tiny-mla":
-        return small_conversion(tmp_path_factory)
-    source = dense_checkpoint("moe", tmp_path_factory)
-    config = IndexerConfig(index_topk=8, index_n_heads=16, index_head_dim=32)
-    out = tmp_path_factory.mktemp("moe") / "dsa"
-    return write_dsa_checkpoint(source, out, random_indexers(source, config), config, manifest={})
+    return dsa_checkpoint(request.param, tmp_path_factory)
 
 
 @functools.cache

@@ -7,30 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import dense_checkpoint, random_indexers
 from command_line import mla2dsa, small_conversion
+from dsa_checkpoints import NAMES, dsa_checkpoint
 
 from mla2dsa.errors import UserError
 from mla2dsa.exporters import caches, generation
-from mla2dsa.exporters.dsa_checkpoint import write_dsa_checkpoint
 from mla2dsa.exporters.export_manifest import EXPORT_MANIFEST
 from mla2dsa.exporters.generation import Sampling, Session, generate
 from mla2dsa.exporters.ort_session import OrtSession
-from mla2dsa.kernels.spec import IndexerConfig
 from mla2dsa.optimizer.export import export
 from mla2dsa.optimizer.torch_session import open_pt2_session, open_torch_session
 
 
-@pytest.fixture(scope="module", params=["tiny-mla", "moe"])
+@pytest.fixture(scope="module", params=NAMES)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(DSA checkpoint, its float32 export for batches of up to 3): the example, and a mixture of experts."""
-    if request.param == "tiny-mla":
-        checkpoint = small_conversion(tmp_path_factory)
-    else:
-        source = dense_checkpoint("moe", tmp_path_factory)
-        config = IndexerConfig(index_topk=8, index_n_heads=16, index_head_dim=32)
-        checkpoint = tmp_path_factory.mktemp("moe") / "dsa"
-        write_dsa_checkpoint(source, checkpoint, random_indexers(source, config), config, manifest={})
+    checkpoint = dsa_checkpoint(request.param, tmp_path_factory)
     folder = tmp_path_factory.mktemp("onnx") / request.param
     return checkpoint, export(checkpoint, folder, max_batch=3, max_seq=256).folder
 

@@ -7,30 +7,20 @@ from pathlib import Path
 
 import onnx
 import pytest
-from checkpoints import dense_checkpoint, random_indexers
-from command_line import small_conversion
+from dsa_checkpoints import NAMES, dsa_checkpoint
 
 from mla2dsa.errors import UserError
-from mla2dsa.exporters.dsa_checkpoint import write_dsa_checkpoint
 from mla2dsa.exporters.onnx_ops import DOMAIN
 from mla2dsa.exporters.plugin_fields import KERNELS, PLUGINS, PROGRAM, attach
 from mla2dsa.kernels.gpu.bundle import read_bundle
-from mla2dsa.kernels.spec import IndexerConfig
 from mla2dsa.optimizer.export import export
 
 pytest.importorskip("triton")
-MODELS = ("tiny-mla", "moe")
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=NAMES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
-    if request.param == "tiny-mla":
-        checkpoint = small_conversion(tmp_path_factory)
-    else:
-        source = dense_checkpoint("moe", tmp_path_factory)
-        config = IndexerConfig(index_topk=8, index_n_heads=16, index_head_dim=32)
-        checkpoint = tmp_path_factory.mktemp("moe") / "dsa"
-        write_dsa_checkpoint(source, checkpoint, random_indexers(source, config), config, manifest={})
+    checkpoint = dsa_checkpoint(request.param, tmp_path_factory)
     out = tmp_path_factory.mktemp("fields") / request.param
     return graph_of(export(checkpoint, out, dtype="bfloat16").folder)
 

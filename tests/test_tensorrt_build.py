@@ -15,14 +15,14 @@ from typing import Any
 
 import onnx
 import pytest
-from checkpoints import dense_checkpoint, random_indexers
-from command_line import assert_refused, mla2dsa, small_conversion
+from checkpoints import dense_checkpoint
+from command_line import assert_refused, mla2dsa
 from deploy_tools import check, compiled_tools
+from dsa_checkpoints import NAMES, dsa_checkpoint
 from rtx import tensorrt_rtx
 from stacks import attention_stack
 
 from mla2dsa.errors import UserError
-from mla2dsa.exporters.dsa_checkpoint import write_dsa_checkpoint
 from mla2dsa.exporters.engine_layers import Layer, check_plugin_layers
 from mla2dsa.exporters.engine_manifest import ENGINE_MANIFEST
 from mla2dsa.exporters.plugin_build import build_plugin
@@ -30,7 +30,6 @@ from mla2dsa.exporters.plugin_fields import PLUGINS, attach
 from mla2dsa.exporters.tensorrt_backend import load_plugins, open_backend
 from mla2dsa.exporters.to_tensorrt import Wish, build_engine
 from mla2dsa.kernels.gpu.bundle import read_bundle
-from mla2dsa.kernels.spec import IndexerConfig
 from mla2dsa.optimizer.export import export
 
 tensorrt_rtx()
@@ -39,16 +38,11 @@ SMS = "80,89"
 SIZES = ("--max", "batch=2,seq=64,cache_length=128", "--min", "cache_length=16")
 
 
-@pytest.fixture(scope="module", params=["tiny-mla", "moe"])
+@pytest.fixture(scope="module", params=NAMES)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export for TensorRT: the example in bfloat16, and a mixture of experts in float32."""
-    if request.param == "tiny-mla":
-        checkpoint, dtype = small_conversion(tmp_path_factory), "bfloat16"
-    else:
-        source, dtype = dense_checkpoint("moe", tmp_path_factory), "float32"
-        config = IndexerConfig(index_topk=8, index_n_heads=16, index_head_dim=32)
-        checkpoint = tmp_path_factory.mktemp("moe") / "dsa"
-        write_dsa_checkpoint(source, checkpoint, random_indexers(source, config), config, manifest={})
+    checkpoint = dsa_checkpoint(request.param, tmp_path_factory)
+    dtype = "bfloat16" if request.param == "tiny-mla" else "float32"
     out = tmp_path_factory.mktemp("trt") / request.param
     return export(checkpoint, out, dtype=dtype, max_batch=2, max_seq=128).folder
 

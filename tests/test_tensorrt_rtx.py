@@ -14,17 +14,14 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from checkpoints import dense_checkpoint, random_indexers
-from command_line import small_conversion
+from dsa_checkpoints import NAMES, dsa_checkpoint
 from onnx_session import node_model
 from rtx import tensorrt_rtx
 from safetensors import safe_open
 
-from mla2dsa.exporters.dsa_checkpoint import write_dsa_checkpoint
 from mla2dsa.exporters.export_manifest import EXPORT_MANIFEST
 from mla2dsa.exporters.onnx_ops import DOMAIN
 from mla2dsa.exporters.tensorrt_backend import open_backend, unload_plugins
-from mla2dsa.kernels.spec import IndexerConfig
 from mla2dsa.optimizer.export import export
 
 trt: Any = tensorrt_rtx()
@@ -92,16 +89,10 @@ def graph_of(folder: Path) -> onnx.ModelProto:
     return onnx.load(str(folder / "model.onnx"), load_external_data=False)
 
 
-@pytest.fixture(scope="module", params=["tiny-mla", "moe"])
+@pytest.fixture(scope="module", params=NAMES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float32 export whose weights stay in the checkpoint's files: the example, and a mixture of experts."""
-    if request.param == "tiny-mla":
-        checkpoint = small_conversion(tmp_path_factory)
-    else:
-        source = dense_checkpoint("moe", tmp_path_factory)
-        config = IndexerConfig(index_topk=8, index_n_heads=16, index_head_dim=32)
-        checkpoint = tmp_path_factory.mktemp("moe") / "dsa"
-        write_dsa_checkpoint(source, checkpoint, random_indexers(source, config), config, manifest={})
+    checkpoint = dsa_checkpoint(request.param, tmp_path_factory)
     out = tmp_path_factory.mktemp("rtx") / request.param
     return export(checkpoint, out, max_batch=RANGES["batch"][2], max_seq=RANGES["cache_length"][2]).folder
 
