@@ -18,6 +18,14 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
+def architectures(text: str) -> tuple[int, ...]:
+    """The value of --sm: 80,90 or sm_80,sm_90. Raises UsageError."""
+    try:
+        return tuple(int(part.strip().removeprefix("sm_")) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--sm {text}: expected numbers with commas between, as 80,90") from None
+
+
 def command_parser(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int], about: str, example: str
 ) -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from .common import MODEL_HELP, command_parser
+from .common import MODEL_HELP, architectures, command_parser
 from .conversion import add_recipe, read_recipe_of
 
 
@@ -41,7 +41,10 @@ def _add_engine_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("engine")
     group.add_argument("--backend", choices=("tensorrt", "tensorrt-rtx"), default="tensorrt", help="default tensorrt")
     group.add_argument(
-        "--sm", metavar="LIST", help="GPU architectures, as 80,90 (default: this GPU; for RTX all it knows)"
+        "--sm",
+        metavar="LIST",
+        type=architectures,
+        help="GPU architectures, as 80,90 (default: this GPU; for RTX all it knows)",
     )
     for flag, what in (("--min", "least"), ("--opt", "usual"), ("--max", "greatest")):
         group.add_argument(
@@ -51,7 +54,11 @@ def _add_engine_options(command: argparse.ArgumentParser) -> None:
         "--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32, when a checkpoint is given"
     )
     group.add_argument("--embed-plugin", action="store_true", help="put the plugin library into the plan, too")
-    group.add_argument("--triton-repo", action="store_true", help="write a Triton Inference Server repository, too")
+    group.add_argument(
+        "--triton-repo",
+        action="store_true",
+        help="write a Triton Inference Server repository, too; implies --embed-plugin",
+    )
     group.add_argument(
         "--no-engine-cache", action="store_true", help="neither look for nor keep the engine in the cache"
     )
@@ -67,17 +74,10 @@ def _options(args: argparse.Namespace) -> Any:
     if args.jobs is not None and args.jobs < 1:
         raise UsageError(f"--jobs {args.jobs}: expected 1 or more")
     return BuildOptions(
-        backend=args.backend, sms=_sms(args.sm), least=read_sizes("--min", args.min), usual=read_sizes("--opt", args.opt),
+        backend=args.backend, sms=args.sm, least=read_sizes("--min", args.min), usual=read_sizes("--opt", args.opt),
         most=read_sizes("--max", args.max), dtype=args.dtype, embed_plugin=args.embed_plugin, triton_repo=args.triton_repo,
         keep=not args.no_engine_cache, overwrite=args.overwrite, jobs=args.jobs,
     )  # fmt: skip
-
-
-def _sms(text: str | None) -> tuple[int, ...] | None:
-    try:
-        return None if text is None else tuple(int(part.strip().removeprefix("sm_")) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"--sm {text}: expected numbers with commas between, as 80,90") from None
 
 
 def _build(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from .common import command_parser
+from .common import architectures, command_parser
 
 
 def add_kernels(commands: Any) -> None:
@@ -27,18 +27,11 @@ def _add_build(commands: Any) -> None:
     command.add_argument(
         "--sm",
         metavar="LIST",
-        type=_architectures,
+        type=architectures,
         help="architectures, as 80,90 (default: every one that is supported)",
     )
     command.add_argument("--jobs", metavar="N", type=int, help="processes to compile in (default: one per CPU)")
     command.add_argument("--overwrite", action="store_true", help="replace the pack in DIR")
-
-
-def _architectures(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part.strip().removeprefix("sm_")) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"--sm {text}: expected numbers with commas between, as 80,90") from None
 
 
 def _build(args: argparse.Namespace) -> int:

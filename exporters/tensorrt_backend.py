@@ -24,6 +24,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import UsageError, UserError
 from .plugin_fields import PLUGINS
 
@@ -59,8 +61,8 @@ class Backend:
     def network(self, builder: Any) -> Any:
         """A new network with types as the ONNX model has them."""
         flags = self.trt.NetworkDefinitionCreationFlag
-        typed = int(getattr(flags, "STRONGLY_TYPED", 0)) if not self.is_rtx and self.version.startswith("10.") else None
-        return builder.create_network(0 if typed is None else 1 << typed)
+        typed = not self.is_rtx and self.version.startswith("10.")  # always so in 11 and in RTX
+        return builder.create_network(1 << int(flags.STRONGLY_TYPED) if typed else 0)
 
 
 @cache
@@ -103,6 +105,14 @@ def unload_plugins(backend: Backend) -> None:
     handle = _LIBRARIES.pop(backend.name, None)
     if handle is not None:
         backend.trt.get_plugin_registry().deregister_library(handle)
+
+
+def gpu_sm() -> int | None:
+    """Architecture of the current GPU, as 90; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 def plugin_error(library: Path) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import UserError
 from .caches import FIRST_CAPACITY, Caches, outputs_of, widths_of
 from .engine_manifest import check_engine, read_engine
-from .tensorrt_backend import Backend, load_plugins, open_backend, plugin_error
+from .tensorrt_backend import Backend, gpu_sm, load_plugins, open_backend, plugin_error
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Range = tuple[int, int, int]
@@ -155,11 +155,11 @@ class TensorRtSession:
 def open_engine_session(folder: Path, batch: int, capacity: int | None = None) -> TensorRtSession:
     """A session on an engine folder, on the current GPU. Raises UserError, one line with what does not fit."""
     manifest = read_engine(folder)
-    if not torch.cuda.is_available():
+    sm = gpu_sm()
+    if sm is None:
         raise UserError(f"{folder}: an engine runs on an NVIDIA GPU, and torch sees none here")
-    major, minor = torch.cuda.get_device_capability()
     backend = open_backend(manifest["backend"]["name"])
-    check_engine(folder, manifest, backend.version, 10 * major + minor)
+    check_engine(folder, manifest, backend.version, sm)
     return TensorRtSession(deserialised(backend, folder, manifest), manifest, batch, capacity)
 
 

@@ -2,10 +2,10 @@
 
     REPO/NAME/config.pbtxt        inputs and outputs, with batch, seq and cache_length open
     REPO/NAME/1/model.plan        the engine (a hard link where the file system has them)
-    REPO/plugins/libmla2dsa_trt.so
     REPO/README.md                how to start the server
 
-The caches are ordinary inputs and outputs: a client, or a backend in front, feeds each output back as the next input.
+The server opens plugin libraries without registering plugins of our kind, so the plan has to contain the library. The caches
+are ordinary inputs and outputs: a client, or a backend in front, feeds each output back as the next input.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from .staging import place_file
 
 _TYPES = {"int64": "TYPE_INT64", "float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16"}
 
 
 def write_triton_repo(engine_folder: Path, manifest: Mapping[str, Any], repo: Path, name: str) -> None:
-    """Write `repo` (new) for the engine of `engine_folder`, whose manifest this is; name: of the model."""
+    """Write `repo` (new) for the engine of `engine_folder`, whose manifest this is and whose plan contains the plugin library;
+    name: of the model. Raises UserError where it does not."""
+    if not manifest["plugin"]["embedded"]:
+        raise UserError(f"{engine_folder}: the plan does not contain the plugin library; build it with --embed-plugin")
     place_file(engine_folder / manifest["engine"]["file"], repo / name / "1" / "model.plan", link=True)
     (repo / name / "config.pbtxt").write_text(config_text(manifest, name), encoding="utf-8")
-    plugin = manifest["plugin"]["file"]
-    place_file(engine_folder / plugin, repo / "plugins" / plugin, link=True)
-    (repo / "README.md").write_text(_readme(name, plugin, bool(manifest["plugin"]["embedded"])), encoding="utf-8")
+    (repo / "README.md").write_text(_readme(name, manifest["backend"]), encoding="utf-8")
 
 
 def config_text(manifest: Mapping[str, Any], name: str) -> str:
@@ -52,18 +54,13 @@ def _tensors(role: str, entries: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _readme(name: str, plugin: str, embedded: bool) -> str:
-    served = f"""# {name}
+def _readme(name: str, backend: Mapping[str, str]) -> str:
+    return f"""# {name}
 
-A model repository for Triton Inference Server, with the TensorRT version that the engine was built with. The caches
-(past_*, present_*) are inputs and outputs: feed each output back as the next call's input.
-
-"""
-    if embedded:
-        return f"""{served}The plugin is inside the plan, and host code has to be allowed:
+A model repository for Triton Inference Server, for {backend["name"]} {backend["version"]}, the version that the engine was
+built with. The plugin library is inside of the plan, so host code has to be allowed:
 
     tritonserver --model-repository=REPO --backend-config=tensorrt,version-compatible=true
-"""
-    return f"""{served}The server opens plugin libraries but does not register them by TensorRT's newer way, which {plugin} uses. Build the
-engine with `--embed-plugin`, which puts the library into the plan, and write the repository again.
+
+The caches (past_*, present_*) are inputs and outputs: feed each output back as the next call's input.
 """

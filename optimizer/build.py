@@ -38,7 +38,7 @@ from ..exporters.export_manifest import EXPORT_MANIFEST, check_weight_files, is_
 from ..exporters.plugin_build import build_plugin
 from ..exporters.plugin_fields import PluginNode, attach, fields_of
 from ..exporters.staging import check_target, place_file, staged_folder
-from ..exporters.tensorrt_backend import RTX_SMS, Backend, check_sms, open_backend
+from ..exporters.tensorrt_backend import RTX_SMS, Backend, check_sms, gpu_sm, open_backend
 from ..exporters.to_tensorrt import Wish, build_engine
 from ..exporters.triton_repo import write_triton_repo
 from ..exporters.trtexec import build_command, time_command
@@ -54,7 +54,8 @@ OnProgress = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class BuildOptions:
     """sms: GPU architectures, None for those of `default_sms`. least, usual, most: sizes of batch, seq and cache_length.
-    dtype, max_batch, max_seq: of the export, when a checkpoint is given. keep: use and fill the cache of engines."""
+    dtype: of the export, when a checkpoint is given. keep: use and fill the cache of engines. triton_repo: the server takes
+    our plugin only from inside of the plan, so it implies embed_plugin."""
 
     backend: str = "tensorrt"
     sms: Sequence[int] | None = None
@@ -87,9 +88,9 @@ def build(
 
     Raises UsageError for values this does not take or an `out` in the way, UserError for what cannot be built.
     """
-    sms = _architectures(options)
+    sms = check_build(target, options)
     backend = open_backend(options.backend)
-    options = replace(options, sms=sms)
+    options = replace(options, sms=sms, embed_plugin=options.embed_plugin or options.triton_repo)
     with _prepared(target, out, options, on_progress) as work:
         return _write(work, backend, out, options, on_progress)
 
@@ -109,6 +110,15 @@ def build_onnx(
         library, inputs = work.plugin.name, work.export["inputs"]
         timing = [time_command(out, library, inputs, profile, at) for at, profile in enumerate(work.profiles)]
         return [build_command(out, library, inputs, work.profiles), *timing]
+
+
+def check_build(target: str | Path, options: BuildOptions, convert_first: bool = False) -> tuple[int, ...]:
+    """Raises what would fail only after an hour of converting and exporting: no TensorRT, no GPU to build for, no compiler,
+    sizes that the model does not take. Returns the architectures. convert_first: `target` may be dense."""
+    planned = plan_build(target, options, convert_first)
+    open_backend(options.backend)
+    build_plugin()
+    return tuple(planned["sms"])
 
 
 def plan_build(target: str | Path, options: BuildOptions, convert_first: bool = False) -> dict[str, Any]:
@@ -139,16 +149,6 @@ def default_sms(backend: str) -> tuple[int, ...]:
             " use --backend tensorrt-rtx"
         )
     return (sm,)
-
-
-def gpu_sm() -> int | None:
-    """Architecture of the current GPU, as 90; None without one."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
 
 
 @dataclass(frozen=True)

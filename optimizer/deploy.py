@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..exporters.staging import check_target
-from .build import BuildOptions, Built, OnProgress, build, plan_build
+from .build import BuildOptions, Built, OnProgress, build, check_build, plan_build
 from .checkpoint import Checkpoint
 from .convert import convert
 from .plan import prepare
@@ -29,11 +29,12 @@ def deploy(
     on_progress: OnProgress = lambda stage, done, total: None,
 ) -> Built:
     """Write `out`. A dense checkpoint is converted first (and verified, as `convert` does), to `keep_checkpoint` or to a
-    temporary folder beside `out`. Raises UserError as `convert` and `build` do."""
+    temporary folder beside `out`. Raises UserError as `convert` and `build` do; what can be known to fail, before converting."""
     checkpoint = Checkpoint.open(model)
     check_target(checkpoint.path, out, overwrite=options.overwrite)
     if checkpoint.is_dsa():
         return build(model, out, options, on_progress)
+    check_build(model, options, convert_first=True)
     with _place(out, keep_checkpoint) as converted:
         facts = {} if listener is None else {"listener": listener}
         convert(model, converted, recipe, device=device, skip_transformers=skip_transformers, **facts)

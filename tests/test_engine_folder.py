@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from mla2dsa.exporters.engine_profiles import engine_profiles, read_sizes, shape
 from mla2dsa.exporters.export_manifest import EXPORT_MANIFEST
 from mla2dsa.exporters.tensorrt_backend import Backend, open_backend
 from mla2dsa.exporters.tensorrt_session import TensorRtSession, deserialised, open_engine_session
-from mla2dsa.optimizer import bench_engine
+from mla2dsa.optimizer import bench_engine, deploy
 from mla2dsa.optimizer.export import export
 
 LIMITS = {"max_batch": 4, "max_seq": 8192}
@@ -285,6 +286,22 @@ def test_bench_on_the_stand_in(checkpoint: Path, tmp_path: Path) -> None:
 )
 def test_refusals(engine: Path, arguments: tuple[str, ...], code: int, parts: list[str]) -> None:
     assert_refused(mla2dsa(*(it.format(engine) for it in arguments)), code, *parts)
+
+
+def test_deploy_says_what_will_fail_before_it_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversion may take hours."""
+    dense = Path(__file__).resolve().parents[1] / "examples" / "tiny-mla"
+    monkeypatch.setattr(deploy, "convert", lambda *_, **__: pytest.fail("it was converted"))
+    rtx = ("--backend", "tensorrt-rtx", "--sm")
+    for options, code, part in (
+        ((*rtx, "90"), 2, "TensorRT-RTX has no engines for sm_90"),
+        ((*rtx, "80", "--max", "seq=4,cache_length=2"), 2, "--max seq=4 is over the 2"),
+        (("--sm", "80"), 1, "tensorrt is not installed"),
+    ):
+        if code == 1 and importlib.util.find_spec("tensorrt") is not None:
+            continue
+        assert_refused(mla2dsa("deploy", dense, tmp_path / "out", *options), code, part)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_deploy_does_all_of_it(checkpoint: Path, tmp_path: Path) -> None:

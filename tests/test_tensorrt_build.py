@@ -147,8 +147,8 @@ def test_the_plugin_may_be_inside_of_the_plan(exported: Path, tmp_path: Path, mo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("MLA2DSA_CACHE", raising=False)
     library = build_plugin().read_bytes()
-    options = ("--backend", "tensorrt-rtx", "--sm", "80", *SIZES, "--jobs", 1, "--embed-plugin")
-    first = mla2dsa("build", exported, tmp_path / "one", *options)
+    options = ("--backend", "tensorrt-rtx", "--sm", "80", *SIZES, "--jobs", 1)
+    first = mla2dsa("build", exported, tmp_path / "one", *options, "--embed-plugin")
     assert "engine cache: miss" in first.out, first.err
     assert library in (tmp_path / "one" / "model.engine").read_bytes()
     assert manifest(tmp_path / "one")["plugin"]["embedded"]
@@ -160,7 +160,7 @@ def test_the_plugin_may_be_inside_of_the_plan(exported: Path, tmp_path: Path, mo
     damaged = (kept / "model.engine").read_bytes()[:-1]
     (kept / "model.engine").unlink()
     (kept / "model.engine").write_bytes(damaged)
-    third = mla2dsa("build", exported, tmp_path / "three", *options)
+    third = mla2dsa("build", exported, tmp_path / "three", *options, "--embed-plugin")
     assert "engine cache: damaged, built again: " in third.out, third.err
     assert (tmp_path / "three" / "model.engine").stat().st_size > len(damaged)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
+from mla2dsa.errors import UserError
 from mla2dsa.exporters.triton_repo import config_text, write_triton_repo
 
 TENSORS = [
@@ -22,7 +23,8 @@ MANIFEST: dict[str, Any] = {
     ],
     "profiles": [{"name": "prefill"}, {"name": "decode"}],
     "engine": {"file": "model.engine"},
-    "plugin": {"file": "libmla2dsa_trt.so", "embedded": False},
+    "plugin": {"file": "libmla2dsa_trt.so", "embedded": True},
+    "backend": {"name": "tensorrt", "version": "10.16.1"},
 }
 Field = descriptor_pb2.FieldDescriptorProto
 
@@ -81,16 +83,18 @@ def test_the_configuration_is_that_of_the_engine(model_config: Any) -> None:
     assert [(group.count, group.kind, list(group.profile)) for group in config.instance_group] == [(1, 1, ["0", "1"])]
 
 
-@pytest.mark.parametrize("embedded", [False, True])
-def test_the_repository_has_all_that_the_server_reads(tmp_path: Path, embedded: bool) -> None:
-    engine = tmp_path / "engine"
-    engine.mkdir()
-    (engine / "model.engine").write_bytes(b"plan")
-    (engine / "libmla2dsa_trt.so").write_bytes(b"library")
-    known = {**MANIFEST, "plugin": {"file": "libmla2dsa_trt.so", "embedded": embedded}}
-    write_triton_repo(engine, known, tmp_path / "repo", "tiny")
+def test_the_repository_has_all_that_the_server_reads(tmp_path: Path) -> None:
+    (tmp_path / "model.engine").write_bytes(b"plan")
+    write_triton_repo(tmp_path, MANIFEST, tmp_path / "repo", "tiny")
     assert (tmp_path / "repo" / "tiny" / "1" / "model.plan").read_bytes() == b"plan"
-    assert (tmp_path / "repo" / "plugins" / "libmla2dsa_trt.so").read_bytes() == b"library"
+    assert (tmp_path / "repo" / "tiny" / "config.pbtxt").read_text() == config_text(MANIFEST, "tiny")
     readme = (tmp_path / "repo" / "README.md").read_text()
-    assert ("version-compatible=true" in readme) == embedded
-    assert ("--embed-plugin" in readme) != embedded
+    assert "version-compatible=true" in readme
+    assert "tensorrt 10.16.1" in readme
+
+
+def test_a_plan_without_the_plugin_is_refused(tmp_path: Path) -> None:
+    bare = {**MANIFEST, "plugin": {"file": "libmla2dsa_trt.so", "embedded": False}}
+    with pytest.raises(UserError, match="the plan does not contain the plugin library; build it with --embed-plugin"):
+        write_triton_repo(tmp_path, bare, tmp_path / "repo", "tiny")
+    assert not (tmp_path / "repo").exists()

@@ -42,6 +42,8 @@ public:
     size_t getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const* inputs, int32_t nbInputs,
         nvinfer1::DynamicPluginTensorDesc const* outputs, int32_t nbOutputs) const noexcept override;
     int32_t getAliasedInput(int32_t output) noexcept override;
+    // getMetadataString stays TensorRT's own, without text: with a program in it, the builder of TensorRT-RTX 1.7 was seen to
+    // hang on aliased outputs at detailed verbosity.
 
     int32_t onShapeChange(nvinfer1::PluginTensorDesc const* in, int32_t nbInputs,
         nvinfer1::PluginTensorDesc const* out, int32_t nbOutputs) noexcept override;
