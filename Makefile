@@ -57,7 +57,7 @@ test: install lean
 # cannot be installed at once; --no-deps, or pip would look for a torch to go with it. The catalogue's kernels are compiled
 # with the pinned version only.
 TRITONS := triton==3.6.0 triton
-TRITON_TESTS := tests/test_interpreter.py tests/test_compile.py tests/test_gpu_*.py
+TRITON_TESTS := tests/kernels/gpu/emulator tests/kernels/gpu/binaries/test_compile.py tests/kernels/gpu/test_gpu_*.py
 
 test-triton: install
 	@set -e; for triton in $(TRITONS); do \

@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent
 
 
 def plugin_sources() -> Any:
-    """exporters/plugin_sources.py, which needs nothing but the standard library."""
-    spec = importlib.util.spec_from_file_location("plugin_sources", ROOT / "exporters" / "plugin_sources.py")
+    """exporters/engine/plugin_sources.py, which needs nothing but the standard library."""
+    spec = importlib.util.spec_from_file_location("plugin_sources", ROOT / "exporters" / "engine" / "plugin_sources.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

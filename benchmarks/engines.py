@@ -3,7 +3,7 @@
     python benchmarks/engines.py                         4, 16 and 61 layers, kernels for sm_90, TensorRT-RTX
     python benchmarks/engines.py --layers 61 --sm 80,90
 
-The layers are the DSA ops alone with cheap ops between (tests/stacks.py): what the plugins cost, without the weights. Kernels are
+The layers are the DSA ops alone with cheap ops between (tests/helpers/stacks.py): what the plugins cost, without the weights. Kernels are
 compiled before the clock runs.
 """
 
@@ -16,15 +16,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 
 from stacks import attention_stack
 
-from mla2dsa.exporters.engine_profiles import engine_profiles
-from mla2dsa.exporters.plugin_build import build_plugin
-from mla2dsa.exporters.plugin_fields import attach, fields_of
-from mla2dsa.exporters.tensorrt_backend import open_backend
-from mla2dsa.exporters.to_tensorrt import Wish, build_engine
+from mla2dsa.compat.tensorrt_backend import open_backend
+from mla2dsa.exporters.engine.plugin_build import build_plugin
+from mla2dsa.exporters.engine.plugin_fields import attach, fields_of
+from mla2dsa.exporters.engine.profiles import engine_profiles
+from mla2dsa.exporters.engine.to_tensorrt import Wish, build_engine
 
 LIMITS = {"max_batch": 4, "max_seq": 131072}
 

@@ -77,7 +77,7 @@ def mlp(prefix: str, hidden: int, inner: int) -> dict[str, list[int]]:
 
 def sparse_checkpoint(folder: Path, sizes: dict[str, Any], layers: int) -> int:
     """Write one; returns the bytes its weights would take."""
-    from mla2dsa.exporters.safetensors_index import header_bytes
+    from mla2dsa.files.safetensors_index import header_bytes
 
     folder.mkdir()
     made = config(sizes, layers)

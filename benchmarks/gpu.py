@@ -31,9 +31,9 @@ from gpu_bench import FP8, INDEX_DIM, NOPE, RANK, ROPE, SCALE, TOPK, VALUE, Benc
 from gpu_checks import check_attention, check_graph, check_indexer
 from torch import Tensor
 
-from mla2dsa.kernels.gpu.indexer_program import scores_program
-from mla2dsa.kernels.gpu.launch import TRITON_NAMES, Runner
-from mla2dsa.kernels.gpu.topk_program import topk_program
+from mla2dsa.kernels.gpu.launch import TRITON_NAMES, Launcher
+from mla2dsa.kernels.gpu.programs.indexer_program import scores_program
+from mla2dsa.kernels.gpu.programs.topk_program import topk_program
 
 SECTIONS = ("indexer", "topk", "sparse", "layer")
 
@@ -54,7 +54,7 @@ def time_indexer(bench: Bench) -> None:
             if dtype == FP8:
                 (q8, _), (k8, k_scale) = (torch.ops.mla2dsa.quantize_fp8_rows(x, False) for x in (q, k))
                 inputs = (q8, k8, k_scale)
-            run = Runner(
+            run = Launcher(
                 scores_program(TRITON_NAMES[dtype], heads, dim, bench.sm, form, dtype == FP8, "fp32", "i32"), bench.tiny
             )
             timer = bench.graph if form == "decode" else bench.time
@@ -81,7 +81,7 @@ def time_topk(bench: Bench) -> None:
     for form, batch, queries, slots in cases if not bench.tiny else [("prefill", 1, 3, 128), ("decode", 1, 1, 128)]:
         scores = bench.randn(batch, queries, slots, dtype=torch.float32)
         begin, end = causal(batch, queries, slots, bench.device)
-        run = Runner(topk_program(topk, bench.sm, form, "i32"), bench.tiny)
+        run = Launcher(topk_program(topk, bench.sm, form, "i32"), bench.tiny)
         timer = bench.graph if form == "decode" else bench.time
         ms = timer(partial(run, scores, begin, end))
         torch_ms = timer(partial(torch.topk, scores, topk))

@@ -7,9 +7,9 @@ from gpu_bench import FP8, INDEX_DIM, RANK, ROPE, SCALE, TOPK, Bench, causal, re
 from torch import Tensor
 
 from mla2dsa.kernels import reference, reference_fp8
-from mla2dsa.kernels.gpu.indexer_program import scores_program
-from mla2dsa.kernels.gpu.launch import TRITON_NAMES, Runner
-from mla2dsa.kernels.gpu.topk_program import topk_program
+from mla2dsa.kernels.gpu.launch import TRITON_NAMES, Launcher
+from mla2dsa.kernels.gpu.programs.indexer_program import scores_program
+from mla2dsa.kernels.gpu.programs.topk_program import topk_program
 
 
 def check_indexer(bench: Bench) -> None:
@@ -34,7 +34,7 @@ def check_indexer(bench: Bench) -> None:
                 q, k = q.to(dtype), k.to(dtype)
             begin, end = causal(2, queries, slots, bench.device)
             facts = (TRITON_NAMES[dtype], heads, dim, bench.sm, form, dtype == FP8, "fp32", "i32")
-            got = Runner(scores_program(*facts), bench.tiny)(q, k, *scale, weights, begin, end)[0]
+            got = Launcher(scores_program(*facts), bench.tiny)(q, k, *scale, weights, begin, end)[0]
             want = torch.einsum("bthd,bsd->bths", q.double().cpu(), k.double().cpu()).relu()
             want = torch.einsum("bths,bth->bts", want, weights.double().cpu()) * (
                 scale[0].double().cpu()[:, None] if scale else 1
@@ -42,7 +42,7 @@ def check_indexer(bench: Bench) -> None:
             seen = reference.in_range(begin, end, slots).cpu()
             bench.check(f"scores, {form}, {dtype}", relative_rms(got[..., :slots].cpu()[seen], want[seen]), limit)
             for about, values in (("as they are", got), ("rounded, many ties", got.round())):
-                select = Runner(topk_program(topk, bench.sm, form, "i32"), bench.tiny)
+                select = Launcher(topk_program(topk, bench.sm, form, "i32"), bench.tiny)
                 chosen, again = select(values, begin, end)[0], select(values, begin, end)[0]
                 ranked = (
                     values[..., :slots].cpu().masked_fill(~seen, -torch.inf).sort(dim=-1, descending=True, stable=True)

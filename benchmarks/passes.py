@@ -58,7 +58,7 @@ def measure(model: str, layers: int, attention: str, profile: str | None) -> Row
     import transformers
 
     from mla2dsa.kernels.spec import IndexerConfig
-    from mla2dsa.optimizer.capture import capture
+    from mla2dsa.optimizer.model.capture import capture
     from mla2dsa.passes.mla_to_dsa import mla_to_dsa, prepare
 
     torch.set_num_threads(1)

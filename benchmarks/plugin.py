@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 
 SHAPES = ((1, 1, 8192), (1, 1, 131072), (8, 1, 32768), (1, 512, 32768))
 
@@ -42,7 +42,7 @@ def measure(name: str, shape: tuple[int, int, int], repeat: int) -> dict[str, An
     from test_plugin_gpu import Running, sm
     from test_plugin_launches import cache_write_of, tensors
 
-    from mla2dsa.kernels.gpu.launch import Runner
+    from mla2dsa.kernels.gpu.launch import Launcher
 
     op = {
         "LightningIndexer": indexer(sms=(sm(),)),
@@ -55,7 +55,7 @@ def measure(name: str, shape: tuple[int, int, int], repeat: int) -> dict[str, An
     units = torch.cuda.get_device_properties(0).multi_processor_count
     shapes = [tuple(tensor.shape) for tensor in inputs]
     form = next(it for it in op.forms if it.guard.value(shapes, {"units": units}) > 0)
-    triton, plugin = Runner(form.program), Running(op, inputs)
+    triton, plugin = Launcher(form.program), Running(op, inputs)
     for _ in range(3):
         triton(*inputs)
         plugin.once()

@@ -30,18 +30,24 @@ from torch import Tensor
 
 from mla2dsa.errors import UserError
 from mla2dsa.kernels.spec import IndexerConfig, IndexerWeights
-from mla2dsa.optimizer import baselines
-from mla2dsa.optimizer.calibrate import Calibration, calibrate, layer_samples
 from mla2dsa.optimizer.convert import MOST_HELD_OUT
-from mla2dsa.optimizer.distil import DistilSchedule
-from mla2dsa.optimizer.evaluate import SPARSE_MLA, Quality, TextResult, on_text
-from mla2dsa.optimizer.indexer_math import index_scores, mean_recall, oracle_scores, random_indexer, window_scores
+from mla2dsa.optimizer.indexer.calibrate import Calibration, calibrate, layer_samples
+from mla2dsa.optimizer.indexer.distil import DistilSchedule
+from mla2dsa.optimizer.indexer.indexer_math import (
+    index_scores,
+    mean_recall,
+    oracle_scores,
+    random_indexer,
+    window_scores,
+)
+from mla2dsa.optimizer.indexer.samples import SiteSample
+from mla2dsa.optimizer.model.text import Tokens, load_tokenizer, read_tokens
+from mla2dsa.optimizer.model.weights import WeightSource
 from mla2dsa.optimizer.plan import Prepared, prepare
+from mla2dsa.optimizer.proof import baselines
+from mla2dsa.optimizer.proof.evaluate import SPARSE_MLA, Quality, TextResult, on_text
 from mla2dsa.optimizer.recipe import CLOSED_FORM_SEQUENCES, DISTIL_SEQUENCES, Recipe, read_recipe
-from mla2dsa.optimizer.samples import SiteSample
-from mla2dsa.optimizer.text import Tokens, load_tokenizer, read_tokens
-from mla2dsa.optimizer.weights import WeightSource
-from mla2dsa.passes.execute import Runner
+from mla2dsa.runtime.execute import PieceRunner
 
 TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny-mla"
 ORDER = ("oracle", "closed-form", "distil", "window", "random", "chance")
@@ -100,9 +106,9 @@ def text_quality(prepared: Prepared, indexers: Mapping[str, Indexers], held_out:
     for name in ORDER:
         source = WeightSource(checkpoint, capture, indexers=indexers.get(name, indexers["random"]))
         overrides = {SPARSE_MLA: BASELINES[name]} if name in BASELINES else None
-        runners[name] = Runner(converted.program, source.loader(converted.program), cores, overrides)
+        runners[name] = PieceRunner(converted.program, source.loader(converted.program), cores, overrides)
     load = WeightSource(checkpoint, capture).loader(capture.program)
-    dense = Runner(capture.program, load, [change.before for change in converted.changes])
+    dense = PieceRunner(capture.program, load, [change.before for change in converted.changes])
     return on_text(dense, runners, held_out, prepared.plan.indexer.index_topk)
 
 

@@ -45,7 +45,7 @@ def make_model(folder: Path, layers: int, index_heads: int, context: int) -> Non
     """folder/dense and folder/dsa, the second with random indexers."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    from mla2dsa.exporters.dsa_checkpoint import write_dsa_checkpoint
+    from mla2dsa.exporters.dsa.checkpoint import write_dsa_checkpoint
     from mla2dsa.kernels.spec import IndexerConfig, IndexerWeights
 
     torch.manual_seed(0)
@@ -121,9 +121,9 @@ def exported_runner(folder: Path, length: int, threads: int) -> tuple[Step, Step
 
 
 def our_runner(folder: Path, name: str, capacity: int, threads: int) -> tuple[Step, Step]:
-    from mla2dsa.exporters.generation import prefill
-    from mla2dsa.exporters.ort_session import OrtSession
-    from mla2dsa.optimizer.torch_session import open_torch_session
+    from mla2dsa.optimizer.model.cached_model import open_torch_session
+    from mla2dsa.runtime.generation import prefill
+    from mla2dsa.runtime.ort_session import OrtSession
 
     session: Any = (
         OrtSession(folder / "ours", 1, capacity, threads=threads)

@@ -53,8 +53,8 @@ def _add_plan(commands: Any) -> None:
 
 def _plan(args: argparse.Namespace) -> int:
     from ..optimizer.plan import prepare
-    from ..optimizer.show import show_plan
-    from ..optimizer.tables import print_json
+    from .show.conversion import show_plan
+    from .show.tables import print_json
 
     plan = prepare(args.model, read_recipe_of(args), args.allow_partial).plan
     print_json(plan.to_json()) if args.json else show_plan(plan)
@@ -88,8 +88,8 @@ def _add_convert(commands: Any) -> None:
 
 def _convert(args: argparse.Namespace) -> int:
     from ..optimizer.convert import convert, dry_run
-    from ..optimizer.show import Progress, show_layers, show_plan, show_verification
-    from ..optimizer.tables import print_json
+    from .show.conversion import Progress, show_layers, show_plan, show_verification
+    from .show.tables import print_json
 
     recipe = read_recipe_of(args)
     if args.dry_run:
@@ -138,9 +138,9 @@ def _add_verify(commands: Any) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from ..optimizer.show import Progress, show_verification
-    from ..optimizer.tables import print_json
     from ..optimizer.verify import verify_folders
+    from .show.conversion import Progress, show_verification
+    from .show.tables import print_json
 
     with Progress() as progress:
         result = verify_folders(
@@ -164,8 +164,8 @@ def _add_strip(commands: Any) -> None:
 
 
 def _strip(args: argparse.Namespace) -> int:
-    from ..exporters.dsa_checkpoint import strip
-    from ..optimizer.tables import print_json
+    from ..exporters.dsa.checkpoint import strip
+    from .show.tables import print_json
 
     if not args.dsa.is_dir():
         raise UserError(f"{args.dsa}: no such folder")

@@ -68,7 +68,7 @@ def _add_engine_options(command: argparse.ArgumentParser) -> None:
 
 
 def _options(args: argparse.Namespace) -> Any:
-    from ..exporters.engine_profiles import read_sizes
+    from ..exporters.engine.profiles import read_sizes
     from ..optimizer.build import BuildOptions
 
     if args.jobs is not None and args.jobs < 1:
@@ -82,9 +82,9 @@ def _options(args: argparse.Namespace) -> Any:
 
 def _build(args: argparse.Namespace) -> int:
     from ..optimizer.build import build, build_onnx, plan_build
-    from ..optimizer.show import Progress
-    from ..optimizer.show_engine import show_build_plan, show_built, show_commands
-    from ..optimizer.tables import print_json
+    from .show.conversion import Progress
+    from .show.engines import show_build_plan, show_built, show_commands
+    from .show.tables import print_json
 
     options = _options(args)
     if args.dry_run:
@@ -122,9 +122,9 @@ def _add_deploy(commands: Any) -> None:
 
 def _deploy(args: argparse.Namespace) -> int:
     from ..optimizer.deploy import deploy, plan_deploy
-    from ..optimizer.show import Progress
-    from ..optimizer.show_engine import show_build_plan, show_built
-    from ..optimizer.tables import print_json
+    from .show.conversion import Progress
+    from .show.engines import show_build_plan, show_built
+    from .show.tables import print_json
 
     options, recipe = _options(args), read_recipe_of(args)
     if args.dry_run:
@@ -152,9 +152,9 @@ def _add_bench(commands: Any) -> None:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from ..optimizer.bench_engine import bench
-    from ..optimizer.show_engine import show_bench
-    from ..optimizer.tables import print_json
+    from ..optimizer.bench import bench
+    from .show.engines import show_bench
+    from .show.tables import print_json
 
     found = bench(args.engine, args.batch, args.context, args.tokens)
     print_json(found) if args.json else show_bench(found)

@@ -36,9 +36,9 @@ def _add_build(commands: Any) -> None:
 
 def _build(args: argparse.Namespace) -> int:
     from ..optimizer.kernel_packs import build
-    from ..optimizer.show import Progress
-    from ..optimizer.show_kernels import show_build
-    from ..optimizer.tables import print_json
+    from .show.conversion import Progress
+    from .show.kernels import show_build
+    from .show.tables import print_json
 
     if args.jobs is not None and args.jobs < 1:
         raise UsageError(f"--jobs {args.jobs}: expected 1 or more")
@@ -56,8 +56,8 @@ def _add_list(commands: Any) -> None:
 
 def _list(args: argparse.Namespace) -> int:
     from ..optimizer.kernel_packs import list_catalogue, list_pack
-    from ..optimizer.show_kernels import show_kernels
-    from ..optimizer.tables import print_json
+    from .show.kernels import show_kernels
+    from .show.tables import print_json
 
     kernels = list_catalogue() if args.pack is None else list_pack(args.pack)
     print_json({"kernels": kernels}) if args.json else show_kernels(kernels)

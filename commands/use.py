@@ -41,7 +41,7 @@ def _add_export(commands: Any) -> None:
 
 def _export(args: argparse.Namespace) -> int:
     from ..optimizer.export import export
-    from ..optimizer.tables import print_json
+    from .show.tables import print_json
 
     exported = export(
         args.model,
@@ -92,9 +92,9 @@ def _add_generate(commands: Any) -> None:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from ..exporters.generation import Sampling
     from ..optimizer.generate import generate_text
-    from ..optimizer.tables import print_json
+    from ..runtime.generation import Sampling
+    from .show.tables import print_json
 
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     sampling = Sampling(args.temperature, args.top_p, args.seed)
@@ -118,8 +118,8 @@ def _add_inspect(commands: Any) -> None:
 
 def _inspect(args: argparse.Namespace) -> int:
     from ..optimizer.inspect import inspect
-    from ..optimizer.show import show_description
-    from ..optimizer.tables import print_json
+    from .show.conversion import show_description
+    from .show.tables import print_json
 
     found = inspect(args.target)
     print_json(found) if args.json else show_description(found)
@@ -132,8 +132,8 @@ def _add_env(commands: Any) -> None:
 
 def _env(args: argparse.Namespace) -> int:
     from ..optimizer.environment import environment
-    from ..optimizer.show import show_environment
-    from ..optimizer.tables import print_json
+    from .show.conversion import show_environment
+    from .show.tables import print_json
 
     found = environment()
     print_json(found) if args.json else show_environment(found)

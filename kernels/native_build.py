@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from .user_cache import cache_folder
+from ..files.user_cache import cache_folder
 
 _COMPILERS = ("g++", "c++", "clang++")
 

@@ -113,3 +113,4 @@ CACHE_WRITE = OpSpec(
     updates="cache",
 )
 OP_SPECS = (LIGHTNING_INDEXER, SPARSE_MLA, CACHE_WRITE)
+NODES = tuple(spec.node for spec in OP_SPECS)  # their names in ONNX and as plugins

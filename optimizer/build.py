@@ -20,31 +20,22 @@ from typing import Any
 import onnx
 
 from .. import __version__
+from ..compat.tensorrt_backend import RTX_SMS, Backend, check_sms, gpu_sm, open_backend
 from ..errors import UsageError, UserError
-from ..exporters.engine_cache import (
-    DAMAGED,
-    ENGINE,
-    HIT,
-    LAYERS,
-    MISS,
-    engine_key,
-    file_sha256,
-    find_engine,
-    keep_engine,
-)
-from ..exporters.engine_manifest import ENGINE_MANIFEST, FORMAT
-from ..exporters.engine_profiles import engine_profiles
-from ..exporters.export_manifest import EXPORT_MANIFEST, check_weight_files, is_export, read_export
-from ..exporters.plugin_build import build_plugin
-from ..exporters.plugin_fields import PluginNode, attach, fields_of
-from ..exporters.staging import check_target, place_file, staged_folder
-from ..exporters.tensorrt_backend import RTX_SMS, Backend, check_sms, gpu_sm, open_backend
-from ..exporters.to_tensorrt import Wish, build_engine
-from ..exporters.triton_repo import write_triton_repo
-from ..exporters.trtexec import build_command, time_command
-from ..kernels.gpu.compile import ARCHITECTURES, check_architecture
-from .checkpoint import Checkpoint
+from ..exporters.engine.cache import DAMAGED, ENGINE, HIT, LAYERS, MISS, engine_key, find_engine, keep_engine
+from ..exporters.engine.plugin_build import build_plugin
+from ..exporters.engine.plugin_fields import PluginNode, attach, fields_of
+from ..exporters.engine.profiles import engine_profiles
+from ..exporters.engine.to_tensorrt import Wish, build_engine
+from ..exporters.engine.triton_repo import write_triton_repo
+from ..exporters.engine.trtexec import build_command, time_command
+from ..files.digests import file_sha256
+from ..files.engine_manifest import ENGINE_MANIFEST, FORMAT
+from ..files.export_manifest import EXPORT_MANIFEST, check_weight_files, is_export, read_export
+from ..files.staging import check_target, place_file, staged_folder
+from ..kernels.gpu.binaries.compile import ARCHITECTURES, check_architecture
 from .export import DTYPES, export
+from .model.checkpoint import Checkpoint
 
 _DROPPED = ("kind", "file", "runs_on", "weights", "format")
 PLUGINS_FOLDER, TRITON_FOLDER, ONNX_FILE = "plugins", "triton", "model.onnx"

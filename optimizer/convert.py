@@ -15,22 +15,22 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import UsageError, UserError
-from ..exporters.dsa_checkpoint import UNPROVEN_CONFIG, write_dsa_checkpoint
-from ..exporters.dsa_config import can_write
-from ..exporters.staging import check_target
+from ..exporters.dsa.checkpoint import UNPROVEN_CONFIG, write_dsa_checkpoint
+from ..exporters.dsa.config import can_write
+from ..files.finite import finite
+from ..files.staging import check_target
 from ..kernels.spec import IndexerWeights
-from .calibrate import Calibration, LayerResult, calibrate
-from .checkpoint import Checkpoint
-from .distil import DistilSchedule
 from .environment import usable_device
-from .finite import finite
+from .indexer.calibrate import Calibration, LayerResult, calibrate
+from .indexer.distil import DistilSchedule
+from .indexer.progress_store import ProgressStore
+from .model.checkpoint import Checkpoint
+from .model.text import model_tokens
+from .model.weights import WeightSource
 from .plan import Plan, Prepared, prepare
-from .progress_store import ProgressStore
+from .proof.transformers_check import refuse_if_too_large
 from .recipe import CLOSED_FORM_SEQUENCES, DISTIL_SEQUENCES, Recipe
-from .text import model_tokens
-from .transformers_check import refuse_if_too_large
 from .verify import Verification, open_pair, verify
-from .weights import WeightSource
 
 HELD_OUT = 8  # one sequence in so many is kept for choosing the snapshot, as many for the verification
 MOST_HELD_OUT = 4

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..exporters.staging import check_target
+from ..files.staging import check_target
 from .build import BuildOptions, Built, OnProgress, build, check_build, plan_build
-from .checkpoint import Checkpoint
 from .convert import convert
+from .model.checkpoint import Checkpoint
 from .plan import prepare
 from .recipe import Recipe
 

@@ -54,7 +54,7 @@ def _engines(versions: dict[str, str | None], devices: list[str]) -> str:
 
 
 def _plugin() -> str:
-    from ..exporters.plugin_sources import shipped, usable_compiler
+    from ..exporters.engine.plugin_sources import shipped, usable_compiler
 
     if shipped() is not None:
         return "usable, shipped with the package"

@@ -45,12 +45,12 @@ import torch.utils._pytree as pytree
 
 from .. import __version__
 from ..errors import UsageError
-from ..exporters.export_manifest import EXPORT_MANIFEST
-from ..exporters.staging import check_target, place_file, staged_folder
+from ..files.export_manifest import EXPORT_MANIFEST
+from ..files.staging import check_target, place_file, staged_folder
 from ..passes.add_cache import Cached
-from ..passes.program import ProgramEditor
-from .cached_model import CachedModel, open_cached
-from .checkpoint import Checkpoint
+from ..passes.graph.editor import ProgramEditor
+from .model.cached_model import CachedModel, open_cached
+from .model.checkpoint import Checkpoint
 
 MANIFEST_FORMAT = 1
 FORMATS = ("onnx", "pt2")
@@ -120,8 +120,8 @@ def _check_usage(format: str, dtype: str, max_batch: int, max_seq: int | None) -
 
 
 def _write_onnx(ready: CachedModel, folder: Path, copy_weights: bool) -> Mapping[str, Any]:
-    from ..exporters.to_onnx import export_onnx
-    from .stored import stored_weights
+    from ..exporters.onnx_model.to_onnx import export_onnx
+    from .model.stored import stored_weights
 
     cached = ready.cached
     layers = [cache.layer for cache in cached.caches]

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, UserError
-from ..exporters.engine_manifest import engine_folder
-from ..exporters.export_manifest import EXPORT_MANIFEST, is_export
-from ..exporters.generation import Sampling, Session, generate
-from ..exporters.ort_session import OrtSession
-from ..exporters.safetensors_index import read_json
-from .checkpoint import Checkpoint
-from .text import load_tokenizer
-from .torch_session import open_pt2_session, open_torch_session
+from ..files.engine_manifest import engine_folder
+from ..files.export_manifest import EXPORT_MANIFEST, is_export
+from ..files.json_files import read_json
+from ..runtime.generation import Sampling, Session, generate
+from ..runtime.ort_session import OrtSession
+from ..runtime.torch_session import open_pt2_session
+from .model.cached_model import open_torch_session
+from .model.checkpoint import Checkpoint
+from .model.text import load_tokenizer
 
 RUNTIMES = ("torch", "onnxruntime", "tensorrt")
 
@@ -45,7 +46,7 @@ def generate_text(
 
 
 def _engine_session(folder: Path, runtime: str | None) -> Session:
-    from ..exporters.tensorrt_session import open_engine_session
+    from ..runtime.tensorrt_session import open_engine_session
 
     if runtime not in (None, "tensorrt"):
         raise UserError(f"{folder}: an engine folder, which {runtime} cannot run; pass --runtime tensorrt, or nothing")

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..exporters.dsa_checkpoint import MANIFEST as DSA_MANIFEST
-from ..exporters.engine_manifest import engine_folder, read_engine
-from ..exporters.export_manifest import EXPORT_MANIFEST, is_export
-from ..exporters.safetensors_index import read_json
-from .checkpoint import Checkpoint
+from ..exporters.dsa.checkpoint import MANIFEST as DSA_MANIFEST
+from ..files.engine_manifest import engine_folder, read_engine
+from ..files.export_manifest import EXPORT_MANIFEST, is_export
+from ..files.json_files import read_json
+from .model.checkpoint import Checkpoint
 
 _CONFIG = (
     "model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "q_lora_rank", "kv_lora_rank",

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..kernels.gpu.manifest import Pack, kernel_name, read_pack, variant_fields
-from ..kernels.gpu.pack import pack, variants_of
-from ..kernels.gpu.program import Variant
-from ..kernels.gpu.programs import FAMILIES, catalogue
+from ..kernels.gpu.binaries.manifest import Pack, kernel_name, read_pack, variant_fields
+from ..kernels.gpu.binaries.pack import pack, variants_of
+from ..kernels.gpu.programs.catalogue import FAMILIES, catalogue
+from ..kernels.gpu.programs.program import Variant
 
 
 def build(

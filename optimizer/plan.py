@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import UsageError, UserError
-from ..exporters.dsa_config import can_write
+from ..exporters.dsa.config import can_write
 from ..kernels.spec import IndexerConfig, IndexerWeights
+from ..passes.matching.sites import Miss, MlaDims
 from ..passes.mla_to_dsa import Converted, mla_to_dsa
-from ..passes.sites import Miss, MlaDims
-from .capture import Capture, capture
-from .checkpoint import Checkpoint
-from .donor import Donor
+from .model.capture import Capture, capture
+from .model.checkpoint import Checkpoint
+from .model.donor import Donor
+from .model.weights import WeightSource
 from .recipe import DEFAULT_TOPK, Recipe
-from .weights import WeightSource
 
 MAX_HEADS = 64
 HEAD_DIM = 128

@@ -15,17 +15,17 @@ from torch import Tensor
 
 from ..errors import UsageError, UserError
 from ..kernels.spec import IndexerConfig, IndexerWeights
-from ..passes.check import compare
-from ..passes.execute import Runner
 from ..passes.mla_to_dsa import Converted, mla_to_dsa
-from . import transformers_check as hf
-from .capture import Capture, capture
-from .checkpoint import Checkpoint
+from ..runtime.execute import PieceRunner
 from .environment import usable_device
-from .evaluate import LayerRecall, TextResult, layer_recalls, on_text, program_inputs, selection_runners
+from .model.capture import Capture, capture
+from .model.checkpoint import Checkpoint
+from .model.text import model_tokens
+from .model.weights import WeightSource
+from .proof import transformers_check as hf
+from .proof.check import compare
+from .proof.evaluate import LayerRecall, TextResult, layer_recalls, on_text, program_inputs, selection_runners
 from .recipe import Verify
-from .text import model_tokens
-from .weights import WeightSource
 
 GRAPH_TOLERANCE = 1e-5  # relative, float32, dense graph against converted graph
 TRANSFORMERS_TOLERANCE = 1e-4  # relative, float32, converted graph against DeepseekV32ForCausalLM
@@ -84,9 +84,9 @@ class Pair:
     def layers(self) -> list[tuple[str, str, str]]:
         return [(change.name, change.before, change.after) for change in self.converted.changes]
 
-    def runners(self) -> tuple[Runner, dict[str, Runner]]:
+    def runners(self) -> tuple[PieceRunner, dict[str, PieceRunner]]:
         dense_program, sparse_program = self.dense.capture.program, self.converted.program
-        dense = Runner(dense_program, self.dense.loader(dense_program), [old for _, old, _ in self.layers])
+        dense = PieceRunner(dense_program, self.dense.loader(dense_program), [old for _, old, _ in self.layers])
         load = self.sparse.loader(sparse_program)
         return dense, selection_runners(sparse_program, load, [new for _, _, new in self.layers])
 

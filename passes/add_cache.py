@@ -20,8 +20,8 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from .graph_eval import linear_parts, shape, value
-from .program import ProgramEditor
+from .graph.editor import ProgramEditor
+from .graph.graph_eval import linear_parts, shape, value
 
 aten = torch.ops.aten
 dsa = torch.ops.mla2dsa

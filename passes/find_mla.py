@@ -21,8 +21,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
 from torch.fx import Graph, Node
 
-from .cores import find_cores
-from .graph_eval import (
+from .graph.graph_eval import (
     BLANK,
     CASTS,
     END,
@@ -38,10 +37,11 @@ from .graph_eval import (
     shape,
     symbols,
 )
-from .mask import LONGEST_PROBE, MaskProver
-from .mutation import WriteGuard
-from .rope import read_k_pe
-from .sites import Core, Found, Miss, MlaDims, MlaSite, NoMatch
+from .matching.cores import find_cores
+from .matching.mask import LONGEST_PROBE, MaskProver
+from .matching.rope import read_k_pe
+from .matching.sites import Core, Found, Miss, MlaDims, MlaSite, NoMatch
+from .matching.writes import WriteGuard
 
 aten = torch.ops.aten
 

@@ -20,12 +20,12 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from ..errors import UserError
 from ..kernels.spec import IndexerConfig, IndexerWeights
-from .absorb import key_range, key_rows, query_rows, value_heads
+from .building.absorb import key_range, key_rows, query_rows, value_heads
+from .building.lightning_indexer import select
 from .find_mla import find_mla_in
-from .lightning_indexer import select
+from .graph.editor import ProgramEditor
+from .matching.sites import Found, MlaSite
 from .normalize import Normalize
-from .program import ProgramEditor
-from .sites import Found, MlaSite
 
 
 @dataclass(frozen=True)

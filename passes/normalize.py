@@ -14,7 +14,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from .graph_eval import BLANK
+from .graph.graph_eval import BLANK
 
 aten = torch.ops.aten
 

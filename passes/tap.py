@@ -16,11 +16,11 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from ..errors import UserError
-from .absorb import key_range, key_rows, query_rows
-from .lightning_indexer import rotary_table
+from .building.absorb import key_range, key_rows, query_rows
+from .building.lightning_indexer import rotary_table
+from .graph.editor import GraphBuilder, ProgramEditor
+from .matching.sites import Found, MlaSite
 from .mla_to_dsa import prepare, require_sites
-from .program import GraphBuilder, ProgramEditor
-from .sites import Found, MlaSite
 
 aten = torch.ops.aten
 

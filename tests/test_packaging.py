@@ -11,11 +11,11 @@ from email.parser import Parser
 from pathlib import Path, PurePosixPath
 
 import pytest
+from places import ROOT
 
 from mla2dsa.errors import UserError
-from mla2dsa.exporters import plugin_build, plugin_sources
+from mla2dsa.exporters.engine import plugin_build, plugin_sources
 
-ROOT = Path(__file__).resolve().parents[1]
 NOT_SOURCES = (".*", "__pycache__", "*.egg-info", "build", "dist", "demo-out", "*.safetensors")
 
 
@@ -112,7 +112,7 @@ def test_wheel_has_the_plugin_compiled_and_its_sources(wheel: zipfile.ZipFile, t
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
         "sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]\n"
-        "from mla2dsa.exporters.plugin_build import build_plugin\n"
+        "from mla2dsa.exporters.engine.plugin_build import build_plugin\n"
         "print(build_plugin())"
     )
     used = run(sys.executable, "-c", code, cwd=tmp_path).strip()

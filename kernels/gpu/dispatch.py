@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from .. import reference, reference_fp8
-from .cache_program import cache_write_program
-from .indexer_program import BUDGET_MB, indexer_guards, lightning_indexer_program
-from .launch import TRITON_NAMES, Runner
-from .program import Expr
-from .quantise_program import pack_latent_program, quantise_rows_program
-from .sparse_program import attention_guards, sparse_mla_fp8_program, sparse_mla_program
-from .tuning import NoBlocks
+from .launch import TRITON_NAMES, Launcher
+from .programs.cache_program import cache_write_program
+from .programs.indexer_program import BUDGET_MB, indexer_guards, lightning_indexer_program
+from .programs.program import Expr
+from .programs.quantise_program import pack_latent_program, quantise_rows_program
+from .programs.sparse_program import attention_guards, sparse_mla_fp8_program, sparse_mla_program
+from .programs.tuning import NoBlocks
 
 _FIRST_SM, _FIRST_FP8_SM = 80, 89
 _INTERPRETER_UNITS = 4  # as if the interpreter had so many multiprocessors
@@ -125,11 +125,11 @@ def _form(guards: Mapping[str, Expr], q: Tensor) -> str:
 
 @lru_cache(maxsize=1024)
 def _runner(builder, facts, interpret):  # type: ignore[no-untyped-def]
-    return Runner(builder(*facts), interpret)
+    return Launcher(builder(*facts), interpret)
 
 
 def _run(builder: object, facts: tuple[object, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
-    runner: Runner = _runner(builder, facts, inputs[0].device.type == "cpu")
+    runner: Launcher = _runner(builder, facts, inputs[0].device.type == "cpu")
     return runner(*(tensor.contiguous() for tensor in inputs))
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from .program import Env, Expr, Launch, Program, Repeat, Workspace
-from .program import Tensor as TensorArgument
-from .registry import jit_function
+from .programs.program import Env, Expr, Launch, LaunchProgram, Repeat, Workspace
+from .programs.program import Tensor as TensorArgument
+from .triton_code.registry import jit_function
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -57,14 +57,14 @@ class _Plan:
     calls: tuple[_Call, ...]
 
 
-class Runner:
-    """A program, ready to run: Runner(program)(*inputs) gives its outputs.
+class Launcher:
+    """A program, ready to run: Launcher(program)(*inputs) gives its outputs.
 
     interpret: for CPU tensors. Inputs must be contiguous and of the program's types and ranks; what they must be to each
     other is the op's contract, which is checked before.
     """
 
-    def __init__(self, program: Program, interpret: bool = False) -> None:
+    def __init__(self, program: LaunchProgram, interpret: bool = False) -> None:
         self._program = program
         self._interpret = interpret
         self._plans: dict[Shapes, _Plan] = {}
@@ -136,7 +136,7 @@ class Runner:
         options = dict(variant.constants)
         function = jit_function(variant.kernel)
         if self._interpret:
-            from .interpreter import interpreted
+            from .emulator.interpreter import interpreted
 
             function = interpreted(function, dict(variant.arguments))
         else:

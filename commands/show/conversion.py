@@ -1,0 +1,167 @@
+"""What the command line prints: tables on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from ...optimizer.convert import Listener
+from ...optimizer.indexer.calibrate import LayerResult
+from ...optimizer.model.text import RANDOM
+from ...optimizer.plan import Plan
+from ...optimizer.verify import Verification
+from .tables import print_table, table
+
+
+def show_plan(plan: Plan) -> None:
+    """The model, its layers (equal ones together), what will be added and what it changes."""
+    config = plan.indexer
+    print(f"{plan.model}: {plan.model_type}, {len(plan.layers)} MLA layers, context {plan.context}")
+    sizes = f"top-k {config.index_topk}, {config.index_n_heads} heads of {config.index_head_dim}"
+    print(f"indexer: {plan.source}, {sizes}, {plan.new_parameters / 1e6:.2f} M new parameters")
+    rows = table("layers", "heads", "q latent", "kv latent", "nope/rope/v")
+    for names, dims in _grouped(plan):
+        widths = f"{dims.qk_nope_head_dim}/{dims.qk_rope_head_dim}/{dims.v_head_dim}"
+        rows.add_row(names, str(dims.num_heads), str(dims.q_lora_rank or "-"), str(dims.kv_lora_rank), widths)
+    print_table(rows)
+    counted = [(length, *plan.attention_flops(length)) for length in plan.lengths]
+    ratios = ", ".join(f"{dense / sparse:.1f}x at {_length(length)}" for length, dense, sparse in counted)
+    print(f"attention FLOPs of a decoded token, dense / DSA, counted: {ratios}")
+    for miss in plan.misses:
+        print(f"not dense MLA: {miss}")
+    for note in plan.notes:
+        print(f"note: {note}")
+    if plan.refusal is not None:
+        print(f"no checkpoint can be written: {plan.refusal}")
+
+
+def _length(tokens: int) -> str:
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
+
+
+def _grouped(plan: Plan) -> list[tuple[str, Any]]:
+    groups: list[tuple[list[str], Any]] = []
+    for name, dims in plan.layers:
+        if groups and groups[-1][1] == dims:
+            groups[-1][0].append(name)
+        else:
+            groups.append(([name], dims))
+    return [(names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}", dims) for names, dims in groups]
+
+
+def show_layers(layers: Sequence[LayerResult], report: Mapping[str, Any]) -> None:
+    """Recall per layer on the sequences kept for choosing the snapshot."""
+    if not layers:
+        return
+    used = report["calibration"]
+    print(
+        f"calibrated on {used['tokens']} tokens of {used['text']} ({used['sequences']} sequences of {used['sequence_length']})"
+    )
+    if used["text"] == RANDOM:
+        print(
+            "no calibration text was given: second moments of random tokens were used, and the figures below are on random tokens"
+        )
+    rows = table("attention mass captured, held out", "indexer", "closed form", "oracle", "window", "steps")
+    for layer in layers:
+        numbers = (layer.recall, layer.closed_form_recall, layer.oracle, layer.window)
+        rows.add_row(layer.name, *(f"{number:.3f}" for number in numbers), str(layer.steps))
+    print_table(rows)
+
+
+def show_verification(result: Verification, layers: bool = True) -> None:
+    """Checks with their limits, then dense against DSA, oracle and window on text."""
+    rows = table("check", "value", "limit", "")
+    for check in result.checks:
+        rows.add_row(check.name, f"{check.value:.3g}", f"{check.limit:.3g}", "ok" if check.passed else "FAILED")
+    print_table(rows)
+    for name in result.skipped:
+        print(f"not checked: {name}")
+    text = result.text
+    print(
+        f"{result.origin}: dense loss {text.dense_loss:.4f} nats/token, {text.positions} positions, length {text.length}"
+    )
+    rows = table("selection", "loss increase", "s.e.", "KL", "same top token")
+    for name, quality in text.by_selection.items():
+        figures = (
+            f"{quality.loss_delta:+.4f}",
+            f"{quality.standard_error:.4f}",
+            f"{quality.kl:.4f}",
+            f"{quality.same_top:.1%}",
+        )
+        rows.add_row({"dsa": "DSA", "oracle": "oracle top-k", "window": "window + 4 sinks"}[name], *figures)
+    print_table(rows)
+    if layers:
+        rows = table("attention mass captured", "DSA", "oracle", "window")
+        for layer in result.layers:
+            rows.add_row(layer.name, f"{layer.dsa:.3f}", f"{layer.oracle:.3f}", f"{layer.window:.3f}")
+        print_table(rows)
+
+
+def show_environment(found: Mapping[str, Any]) -> None:
+    """Versions and what is usable."""
+    print(f"mla2dsa {found['mla2dsa']}, Python {found['python']}, {found['machine']}")
+    for name, installed in found["packages"].items():
+        print(f"  {name:16} {installed or 'not installed'}")
+    print("devices: " + ("; ".join(found["devices"]) or "no CUDA device"))
+    for name, state in found["usable"].items():
+        print(f"  {name}: {state}")
+
+
+def show_description(found: Mapping[str, Any], indent: str = "") -> None:
+    """`inspect`'s findings, one field a line."""
+    for name, content in found.items():
+        if isinstance(content, Mapping) and content:
+            print(f"{indent}{name}:")
+            show_description(content, indent + "  ")
+        elif content not in (None, [], {}):
+            print(f"{indent}{name}: {', '.join(map(str, content)) if isinstance(content, list) else content}")
+
+
+_STAGES = {
+    "calibrate": "calibrating",
+    "exactness": "checking exactness",
+    "transformers": "comparing with transformers",
+    "text": "measuring on text",
+}
+
+
+class Progress:
+    """Bars on a terminal, one line a layer otherwise; always on stderr."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        console = Console(stderr=True, highlight=False)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bars = Bars(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self._console = console
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Progress:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def advance(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(_STAGES.get(stage, stage), total=total)
+        self._bars.update(self._tasks[stage], completed=done, total=total)
+
+    def listener(self) -> Listener:
+        return Listener(on_progress=self.advance, on_step=self._step, on_layer=self._layer)
+
+    def _step(self, layer: str, step: int, loss: float) -> None:
+        if "distil" not in self._tasks:
+            self._tasks["distil"] = self._bars.add_task("distilling", total=None)
+        self._bars.update(self._tasks["distil"], description=f"distilling {layer}: step {step}, KL {loss:.3f}")
+
+    def _layer(self, result: LayerResult, resumed: bool) -> None:
+        line = f"{result.name}: captures {result.recall:.3f} of the attention mass (oracle {result.oracle:.3f}, window {result.window:.3f})"
+        self._console.print(line + (", kept from before" if resumed else ""), soft_wrap=True, markup=False)

@@ -1,0 +1,289 @@
+"""The DSA checkpoint on disk: the dense one as it is, plus one shard of indexers; and the way back.
+
+    dense/                                    dsa/
+      config.json                               config.json                     deepseek_v32, index_topk ...
+      model-00001-of-00002.safetensors   ==     model-00001-of-00002.safetensors  (hard link)
+      model-00002-of-00002.safetensors   ==     model-00002-of-00002.safetensors  (hard link)
+                                                model-indexer.safetensors       5 tensors a layer
+      model.safetensors.index.json       ->     model.safetensors.index.json    all tensors
+                                                mla2dsa.source-index.json       the dense index, for `strip`
+      tokenizer.json ...                 ->     tokenizer.json ...              (copy)
+                                                mla2dsa.json                    manifest
+
+Weights are hard-linked: never write into them. The other files are copies, since people do edit those in place.
+config.json is the last file to get its name: a folder that a killed run leaves is no checkpoint to anybody.
+A source with a single `model.safetensors` has it linked as `model-dense.safetensors`: transformers would load a file of
+the first name alone and never look at the index.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import __version__
+from ...errors import UserError
+from ...files.digests import WHOLE_HASH_LIMIT, file_digest
+from ...files.json_files import read_json
+from ...files.safetensors_index import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    TensorLocation,
+    header_bytes,
+    read_header,
+    read_index,
+    some,
+)
+from ...files.staging import place_file, staged_folder
+from ...kernels.spec import IndexerConfig, IndexerWeights
+from .config import dsa_config
+
+MANIFEST = "mla2dsa.json"
+REPORT = "report.json"
+INDEXER_SHARD = "model-indexer.safetensors"
+MANIFEST_FORMAT = 1
+_MANIFEST_ENTRIES = {"format", "versions", "source", "indexer", "report"}
+UNPROVEN_CONFIG = "config.unproven.json"  # what config.json is called until the folder is proven
+_CONFIG = "config.json"
+_RENAMED = {SINGLE_FILE: "model-dense.safetensors", INDEX_FILE: "mla2dsa.source-index.json"}
+_OURS = {MANIFEST, INDEXER_SHARD, UNPROVEN_CONFIG, *_RENAMED.values()}
+_SKIPPED_FOLDERS = {".git", ".cache"}  # version control and download bookkeeping, not part of a checkpoint
+_SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+
+
+def write_dsa_checkpoint(
+    source: Path,
+    out: Path,
+    weights: Mapping[str, IndexerWeights],
+    config: IndexerConfig,
+    *,
+    manifest: Mapping[str, object],
+    dtype: torch.dtype = torch.bfloat16,
+    overwrite: bool = False,
+    prove: Callable[[Path], Mapping[str, object]] | None = None,
+) -> Path:
+    """Write the checkpoint in `source` with an indexer in every layer to `out`, whole or not at all; returns `out`.
+
+    weights: by attention module name (`model.layers.0.self_attn`); each is fetched once, in order, so that a lazy
+    mapping keeps one layer in memory. MTP layers may have one, the `num_hidden_layers` others must.
+    dtype: of wq_b, wk and weights_proj; k_norm is written in float32, as DeepSeek does: runtimes that keep LayerNorm in
+    float32 get the full precision, transformers casts it to the model's dtype.
+    manifest: what to record besides our own entries (model id, recipe). prove: looks at the folder before it gets its
+    name, its config.json still called UNPROVEN_CONFIG; what it returns becomes report.json and the manifest's report,
+    what it raises leaves nothing behind.
+    Raises UserError (source unfit, weights unfit, disk full) and UsageError (`out` in the way). `source` is only read.
+    """
+    if taken := sorted(_MANIFEST_ENTRIES & manifest.keys()):
+        raise ValueError(f"manifest entries {taken} are written by write_dsa_checkpoint itself")
+    dense = read_json(source / _CONFIG)
+    tensors = read_index(source)
+    settings = dsa_config(dense, config, weights)
+    _check_layers(source, dense, tensors, weights)
+    names = _file_names(source)
+    with staged_folder(source, out, overwrite=overwrite) as folder:
+        placed = [_place(source, folder, name, target) for name, target in names.items()]
+        added = _write_indexers(folder / INDEXER_SHARD, weights, _shapes(dense, config), dtype)
+        _write_json(folder / INDEX_FILE, _index(source, tensors, names, added))
+        _write_json(folder / UNPROVEN_CONFIG, settings)
+        bare = _bare_mtp(tensors, dense, weights)
+        entries = {
+            "format": MANIFEST_FORMAT,
+            "versions": _versions(),
+            "source": {"config": (source / _CONFIG).read_bytes().decode(), "files": placed},
+            "indexer": {"shard": INDEXER_SHARD, "tensors": sorted(added), "mtp_layers_without": bare},
+        }
+        read_index(folder)  # what is published reads back: every header, every file size
+        report = prove(folder) if prove is not None else None
+        if report is not None:
+            _write_json(folder / REPORT, report)
+        _write_json(folder / MANIFEST, {**entries, "report": report, **manifest})
+        os.rename(folder / UNPROVEN_CONFIG, folder / _CONFIG)
+    return out
+
+
+def strip(dsa: Path, out: Path, overwrite: bool = False) -> Path:
+    """The dense checkpoint that `dsa` was made from, bit for bit, every file under its old name; returns `out`.
+
+    Raises UserError when `dsa` was not written by mla2dsa, or a file to restore is missing or was changed since (sizes
+    and hashes as in `file_digest`), UsageError when `out` is in the way.
+    """
+    config, files = _read_manifest(dsa)
+    for entry in files:
+        _check_unchanged(dsa, entry)
+    with staged_folder(dsa, out, overwrite=overwrite) as folder:
+        for entry in files:
+            place_file(dsa / entry["name"], folder / entry["source_name"], link=_linked(dsa / entry["name"]))
+        (folder / _CONFIG).write_bytes(config.encode())
+    return out
+
+
+def _check_layers(
+    source: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorLocation],
+    weights: Mapping[str, IndexerWeights],
+) -> None:
+    layers = config.get("num_hidden_layers")
+    if not isinstance(layers, int):
+        raise UserError(f"{source / _CONFIG}: num_hidden_layers is {layers!r}, expected a number")
+    needed = [f"model.layers.{layer}.self_attn" for layer in range(layers)]
+    if missing := [module for module in needed if module not in weights]:
+        raise UserError(f"{some(missing)}: no indexer weights, but deepseek_v32 has an indexer in every layer")
+    modules = {name.rpartition(".self_attn.")[0] + ".self_attn" for name in tensors if ".self_attn." in name}
+    if unknown := [module for module in weights if module not in modules]:
+        raise UserError(f"{some(unknown)}: indexer weights for a module that {source} has no tensors of")
+    if present := [name for name in tensors if ".self_attn.indexer." in name]:
+        raise UserError(f"{tensors[present[0]].file}: already holds indexer tensors ({some(present)})")
+
+
+def _file_names(source: Path) -> dict[str, str]:
+    """Every file of `source` but its config, with its name in the DSA checkpoint."""
+    names = {name: _RENAMED.get(name, name) for name in _walk(source) if name != _CONFIG}
+    if clash := sorted(_OURS & names.keys()):
+        raise UserError(f"{source / clash[0]}: the DSA checkpoint needs that name for a file of its own; rename it")
+    return names
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(set(folders) - _SKIPPED_FOLDERS)
+        for name in [*folders, *sorted(names)]:
+            path = Path(parent, name)
+            if name in folders and not path.is_symlink():
+                continue
+            if not path.is_file():
+                raise UserError(f"{path}: neither a file nor a folder of files (dangling link?); remove it")
+            yield path.relative_to(folder).as_posix()
+
+
+def _place(source: Path, folder: Path, name: str, target: str) -> dict[str, Any]:
+    method = place_file(source / name, folder / target, link=_linked(source / name))
+    return {"name": target, "source_name": name, "placed": method, **file_digest(source / name)}
+
+
+def _linked(file: Path) -> bool:
+    return file.suffix == ".safetensors" or file.stat().st_size > WHOLE_HASH_LIMIT
+
+
+def _shapes(config: Mapping[str, Any], indexer: IndexerConfig) -> dict[str, tuple[int, ...]]:
+    # deepseek_v3's own defaults stand in for fields that config.json leaves out
+    return IndexerWeights.shapes(indexer, config.get("hidden_size", 7168), config.get("q_lora_rank", 1536))
+
+
+def _write_indexers(
+    file: Path, weights: Mapping[str, IndexerWeights], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> dict[str, int]:
+    """Stream the new shard, one layer in memory at a time; returns bytes per tensor name."""
+    if dtype not in _SAFETENSORS_DTYPES:
+        raise UserError(f"indexer dtype {dtype}: expected one of {', '.join(map(str, _SAFETENSORS_DTYPES))}")
+    kept = {name: torch.float32 if name.startswith("k_norm.") else dtype for name in shapes}
+    layout = {
+        f"{module}.indexer.{name}": (_SAFETENSORS_DTYPES[kept[name]], shape)
+        for module in weights
+        for name, shape in shapes.items()
+    }
+    with file.open("xb") as stream:
+        stream.write(header_bytes(layout, {"format": "pt"}))
+        for module in weights:
+            tensors = weights[module].tensors()
+            for name, shape in shapes.items():
+                tensor = _checked(f"{module}.indexer.{name}", tensors[name], shape, kept[name])
+                stream.write(tensor.flatten().view(torch.uint8).numpy().data)
+    return {name: tensor.nbytes for name, tensor in read_header(file).items()}
+
+
+def _checked(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if tuple(tensor.shape) != shape:
+        raise UserError(f"{name}: shape {list(tensor.shape)}, but config.json and the indexer sizes give {list(shape)}")
+    result = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+    if not torch.isfinite(result).all():
+        cause = f"does not fit {dtype}" if torch.isfinite(tensor).all() else "was NaN or infinite before"
+        raise UserError(f"{name}: not finite as {dtype} (a value {cause}); calibrate again or choose float32")
+    return result
+
+
+def _index(
+    source: Path, tensors: Mapping[str, TensorLocation], names: Mapping[str, str], added: Mapping[str, int]
+) -> dict[str, Any]:
+    sharded = SINGLE_FILE not in names
+    metadata = read_json(source / INDEX_FILE).get("metadata") if sharded else None
+    weight_map = {name: names[place.file.name] for name, place in tensors.items()}
+    weight_map |= dict.fromkeys(added, INDEXER_SHARD)
+    total = sum(place.nbytes for place in tensors.values()) + sum(added.values())
+    metadata = {**(metadata or {}), "total_size": total}
+    metadata.pop("total_parameters", None)  # packed formats make it a guess, and nothing reads it
+    return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _bare_mtp(
+    tensors: Mapping[str, TensorLocation], config: Mapping[str, Any], weights: Mapping[str, IndexerWeights]
+) -> list[str]:
+    """MTP layers (after num_hidden_layers) left without an indexer: the model runs, its own speculation does not."""
+    modules = {name.rpartition(".kv_b_proj.")[0] for name in tensors if ".self_attn.kv_b_proj." in name}
+    layers = {f"model.layers.{layer}.self_attn" for layer in range(config["num_hidden_layers"])}
+    return sorted(modules - layers - set(weights))
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    with file.open("x", encoding="utf-8", newline="\n") as stream:
+        json.dump(value, stream, indent=2, ensure_ascii=False)
+        stream.write("\n")
+
+
+def _versions() -> dict[str, str]:
+    found = {"mla2dsa": __version__, "torch": torch.__version__}
+    try:
+        found["transformers"] = version("transformers")
+    except PackageNotFoundError:
+        found["transformers"] = "not installed"
+    return found
+
+
+def _read_manifest(dsa: Path) -> tuple[str, list[dict[str, Any]]]:
+    """The dense config.json text, and the files to restore."""
+    if not (dsa / MANIFEST).is_file():
+        raise UserError(
+            f"{dsa}: no {MANIFEST}, so mla2dsa did not write it (a native DSA model has no dense original to restore)"
+        )
+    manifest = read_json(dsa / MANIFEST)
+    if manifest.get("format") != MANIFEST_FORMAT:
+        raise UserError(
+            f"{dsa / MANIFEST}: format {manifest.get('format')!r}, this version reads {MANIFEST_FORMAT}; update mla2dsa"
+        )
+    match manifest.get("source"):
+        case {"config": str(config), "files": [*files]} if all(_is_file_entry(entry) for entry in files):
+            return config, files
+    raise UserError(f"{dsa / MANIFEST}: damaged (source config or file list); fetch it again")
+
+
+def _is_file_entry(entry: Any) -> bool:
+    match entry:
+        case {"name": str(name), "source_name": str(original), "size": int(), "hashed": int(), "sha256": str()}:
+            return _inside(name) and _inside(original)
+    return False
+
+
+def _inside(name: str) -> bool:
+    """A manifest may come from anywhere: its names must not lead out of the folder."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+def _check_unchanged(dsa: Path, entry: Mapping[str, Any]) -> None:
+    file = dsa / entry["name"]
+    if not file.is_file():
+        raise UserError(f"{file}: missing, but needed to restore {entry['source_name']}; fetch it again")
+    found = file_digest(file)
+    for field in ("size", "hashed", "sha256"):
+        if found[field] != entry[field]:
+            raise UserError(
+                f"{file}: changed since the conversion ({field} {found[field]}, was {entry[field]}), so the dense "
+                "checkpoint cannot be restored bit for bit; put the original file back"
+            )

@@ -1,0 +1,1 @@
+"""TensorRT engines: plugin fields, building, layers, cache, and what serves them."""

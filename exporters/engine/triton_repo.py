@@ -1,0 +1,66 @@
+"""A model repository for Triton Inference Server around an engine folder.
+
+    REPO/NAME/config.pbtxt        inputs and outputs, with batch, seq and cache_length open
+    REPO/NAME/1/model.plan        the engine (a hard link where the file system has them)
+    REPO/README.md                how to start the server
+
+The server opens plugin libraries without registering plugins of our kind, so the plan has to contain the library. The caches
+are ordinary inputs and outputs: a client, or a backend in front, feeds each output back as the next input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError
+from ...files.staging import place_file
+
+_TYPES = {"int64": "TYPE_INT64", "float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16"}
+
+
+def write_triton_repo(engine_folder: Path, manifest: Mapping[str, Any], repo: Path, name: str) -> None:
+    """Write `repo` (new) for the engine of `engine_folder`, whose manifest this is and whose plan contains the plugin library;
+    name: of the model. Raises UserError where it does not."""
+    if not manifest["plugin"]["embedded"]:
+        raise UserError(f"{engine_folder}: the plan does not contain the plugin library; build it with --embed-plugin")
+    place_file(engine_folder / manifest["engine"]["file"], repo / name / "1" / "model.plan", link=True)
+    (repo / name / "config.pbtxt").write_text(config_text(manifest, name), encoding="utf-8")
+    (repo / "README.md").write_text(_readme(name, manifest["backend"]), encoding="utf-8")
+
+
+def config_text(manifest: Mapping[str, Any], name: str) -> str:
+    """config.pbtxt. max_batch_size is 0: the batch is a dim like the others, as the caches have one too."""
+    profiles = ", ".join(f'"{number}"' for number in range(len(manifest["profiles"])))
+    return "\n".join(
+        [
+            f'name: "{name}"',
+            'platform: "tensorrt_plan"',
+            "max_batch_size: 0",
+            *_tensors("input", manifest["inputs"]),
+            *_tensors("output", manifest["outputs"]),
+            f"instance_group [ {{ count: 1, kind: KIND_GPU, profile: [ {profiles} ] }} ]",
+            "",
+        ]
+    )
+
+
+def _tensors(role: str, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for entry in entries:
+        dims = ", ".join("-1" if isinstance(dim, str) else str(dim) for dim in entry["shape"])
+        lines.append(f'{role} [ {{ name: "{entry["name"]}", data_type: {_TYPES[entry["dtype"]]}, dims: [ {dims} ] }} ]')
+    return lines
+
+
+def _readme(name: str, backend: Mapping[str, str]) -> str:
+    return f"""# {name}
+
+A model repository for Triton Inference Server, for {backend["name"]} {backend["version"]}, the version that the engine was
+built with. The plugin library is inside of the plan, so host code has to be allowed:
+
+    tritonserver --model-repository=REPO --backend-config=tensorrt,version-compatible=true
+
+The caches (past_*, present_*) are inputs and outputs: feed each output back as the next call's input.
+"""

@@ -1,0 +1,1 @@
+"""The ONNX file: translation, local functions, mixture of experts, external data."""

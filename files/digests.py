@@ -1,0 +1,37 @@
+"""What identifies a file: hashes, of the whole or of its beginning."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from ..errors import UserError
+from .safetensors_index import head_length
+
+WHOLE_HASH_LIMIT = 64 * 2**20  # files up to 64 MiB are hashed whole, larger ones by their beginning
+_OPAQUE_HEAD = 2**20
+
+
+def file_sha256(file: Path) -> str:
+    """Of the whole file, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def file_digest(file: Path) -> dict[str, int | str]:
+    """What identifies a file: {"size", "hashed", "sha256"}; the sha256 covers the first `hashed` bytes.
+
+    Files up to 64 MiB are covered whole; of larger ones the safetensors header (names, dtypes, shapes, offsets), or the
+    first MiB of any other format: to read hundreds of GB just to recognise a checkpoint would outlast its conversion.
+    """
+    try:
+        size = file.stat().st_size
+        hashed = size if size <= WHOLE_HASH_LIMIT else _head_length(file)
+        with file.open("rb") as stream:
+            return {"size": size, "hashed": hashed, "sha256": hashlib.sha256(stream.read(hashed)).hexdigest()}
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def _head_length(file: Path) -> int:
+    return head_length(file) if file.suffix == ".safetensors" else _OPAQUE_HEAD

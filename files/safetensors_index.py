@@ -1,0 +1,221 @@
+"""Where every tensor of a checkpoint lies: safetensors headers and the shard index, read without torch.
+
+A safetensors file is an 8-byte little-endian header length, a JSON header, then the data. Everything here reads headers
+only, so a 700 GB checkpoint is indexed in about a second.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .json_files import FETCH_AGAIN, read_json
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_HEADER_LIMIT = 100_000_000  # the limit of the safetensors library
+
+DTYPE_BITS = {
+    **dict.fromkeys(["F64", "I64", "U64", "C64"], 64),
+    **dict.fromkeys(["F32", "I32", "U32"], 32),
+    **dict.fromkeys(["F16", "BF16", "I16", "U16"], 16),
+    **dict.fromkeys(["BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"], 8),
+    **dict.fromkeys(["F6_E2M3", "F6_E3M2"], 6),
+    "F4": 4,
+}
+
+
+@dataclass(frozen=True)
+class TensorLocation:
+    """One tensor on disk: `nbytes` bytes at `offset` from the start of `file`, row-major, little-endian.
+
+    dtype is the safetensors spelling ("BF16", "F32", "F8_E4M3"...).
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def read_index(folder: Path) -> dict[str, TensorLocation]:
+    """Every tensor of the checkpoint in `folder`, by name.
+
+    `model.safetensors` wins over the index when both exist, as in transformers (`_get_resolved_checkpoint_files`).
+    Raises UserError on any disagreement between folder, index and shards: one line with file, tensor and remedy.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if _exists(folder / SINGLE_FILE):
+        return read_header(folder / SINGLE_FILE)
+    if _exists(folder / INDEX_FILE):
+        return _read_shards(folder)
+    raise UserError(_without_safetensors(folder))
+
+
+def read_header(file: Path) -> dict[str, TensorLocation]:
+    """The tensors of one safetensors file. Raises UserError when it is absent, truncated or corrupt."""
+    length, entries = _parse_header(file)
+    entries.pop("__metadata__", None)
+    start = 8 + length
+    tensors = {name: _location(file, name, entry, start) for name, entry in entries.items()}
+    _check_layout(file, tensors, start)
+    return tensors
+
+
+def head_length(file: Path) -> int:
+    """Bytes of a safetensors file before its first tensor."""
+    return 8 + _parse_header(file)[0]
+
+
+def header_bytes(layout: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The beginning of a safetensors file whose data are the tensors of `layout` (dtype, shape), in that order."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        begin, end = end, end + _nbytes(dtype, shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data start aligned, as the library writes it
+    return len(text).to_bytes(8, "little") + text
+
+
+def _exists(file: Path) -> bool:
+    return file.exists() or file.is_symlink()  # a dangling link is an error to report, not an absent file
+
+
+def _without_safetensors(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir())
+    if shards := [name for name in names if name.endswith(".safetensors")]:
+        return f"{folder}: has {some(shards)} but neither {SINGLE_FILE} nor {INDEX_FILE}; fetch the index file"
+    if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth"))]:
+        return (
+            f"{folder}: no safetensors, only {some(pickles)}; load it with transformers and save it again "
+            "(`save_pretrained` writes safetensors)"
+        )
+    return f"{folder}: no safetensors file found; expected {SINGLE_FILE} or {INDEX_FILE}"
+
+
+def some(names: Sequence[str], limit: int = 1) -> str:
+    """The first names and how many more there are, so that an error stays one line."""
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _read_shards(folder: Path) -> dict[str, TensorLocation]:
+    index = folder / INDEX_FILE
+    weight_map = _weight_map(index)
+    shards: dict[str, dict[str, TensorLocation]] = {}
+    for name, shard in weight_map.items():
+        if shard not in shards:
+            if not (folder / shard).is_file():
+                raise UserError(f"{folder / shard}: no such file, but {index} says it holds {name}; fetch the shard")
+            shards[shard] = read_header(folder / shard)
+    _compare(folder, weight_map, shards)
+    return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def _compare(folder: Path, weight_map: dict[str, str], shards: Mapping[str, Mapping[str, TensorLocation]]) -> None:
+    """Index and shards have to tell the same story: runtimes load whole shards, whatever the index says."""
+    index = folder / INDEX_FILE
+    if missing := [name for name, shard in weight_map.items() if name not in shards[shard]]:
+        file = folder / weight_map[missing[0]]
+        raise UserError(f"{file}: lacks {some(missing)}, which {index} says it holds; fetch shard and index again")
+    for shard, tensors in shards.items():
+        if twice := [name for name in tensors if weight_map.get(name, shard) != shard]:
+            other = folder / weight_map[twice[0]]
+            raise UserError(f"{folder / shard}: holds {some(twice)} again (first in {other}); remove one of them")
+        if unlisted := [name for name in tensors if name not in weight_map]:
+            raise UserError(f"{folder / shard}: holds {some(unlisted)}, absent from {index}; fetch the index again")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: has no weight_map (tensor name to file name); {FETCH_AGAIN}")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+            raise UserError(f"{index}: weight_map puts {name} into {shard!r}; expected a file name in the same folder")
+    return weight_map
+
+
+def _parse_header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Length of the JSON header in bytes, and the header. Raises UserError."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            if start == b"version ":
+                raise UserError(f"{file}: a Git LFS pointer, not the file itself; run `git lfs pull`")
+            length = int.from_bytes(start, "little")
+            if size < 8 or (size < 8 + length <= 8 + _HEADER_LIMIT):
+                raise UserError(f"{file}: truncated ({size} bytes, the header ends at {8 + length}); {FETCH_AGAIN}")
+            if length > _HEADER_LIMIT:
+                raise UserError(f"{file}: not a safetensors file (claims a header of {length} bytes); {FETCH_AGAIN}")
+            text = stream.read(length)
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file, or a link to nowhere; {FETCH_AGAIN}") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    return length, _parse_entries(file, text)
+
+
+def _parse_entries(file: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):  # json.loads would silently keep the last one
+            names = [name for name, _ in pairs]
+            raise UserError(f"{file}: names {next(n for n in names if names.count(n) > 1)} twice; {FETCH_AGAIN}")
+        return found
+
+    try:
+        entries = json.loads(text.decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: corrupt header, not valid JSON ({error}); {FETCH_AGAIN}") from None
+    if not isinstance(entries, dict):
+        raise UserError(f"{file}: corrupt header, expected a JSON object; {FETCH_AGAIN}")
+    return entries
+
+
+def _location(file: Path, name: str, entry: Any, start: int) -> TensorLocation:
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
+            all(type(size) is int and size >= 0 for size in shape) and 0 <= begin <= end
+        ):
+            pass
+        case _:
+            raise UserError(f"{file}: corrupt header entry of {name}: {json.dumps(entry)[:120]}; {FETCH_AGAIN}")
+    if dtype not in DTYPE_BITS:
+        raise UserError(f"{file}: {name} has dtype {dtype}; known are {', '.join(DTYPE_BITS)}")
+    if end - begin != _nbytes(dtype, tuple(shape)):
+        expected = _nbytes(dtype, tuple(shape))
+        raise UserError(
+            f"{file}: {name} takes {end - begin} bytes, but {dtype} {shape} needs {expected}; {FETCH_AGAIN}"
+        )
+    return TensorLocation(file, dtype, tuple(shape), start + begin, end - begin)
+
+
+def _check_layout(file: Path, tensors: Mapping[str, TensorLocation], start: int) -> None:
+    """Tensors have to fill the file without gaps or overlaps (the format's own rule), up to its last byte."""
+    end = start
+    for name, place in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if place.offset != end:
+            fault = "overlaps the tensor before it" if place.offset < end else "leaves a gap before it"
+            raise UserError(f"{file}: corrupt header, {name} at byte {place.offset} {fault}; {FETCH_AGAIN}")
+        end += place.nbytes
+    size = file.stat().st_size
+    if size < end:
+        cut = next(name for name, place in tensors.items() if place.offset + place.nbytes > size)
+        raise UserError(f"{file}: truncated ({size} of {end} bytes, {cut} is cut off); {FETCH_AGAIN}")
+    if size > end:
+        raise UserError(f"{file}: {size - end} bytes follow the last tensor; {FETCH_AGAIN}")
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return (math.prod(shape) * DTYPE_BITS[dtype] + 7) // 8

@@ -1,0 +1,1 @@
+"""Triton's interpreter with the arithmetic of the hardware, for tests."""

@@ -1,0 +1,1 @@
+"""Programs of launches, one an op; as text; block sizes."""

@@ -1,0 +1,1 @@
+"""Triton kernels, each readable alone."""

@@ -1,0 +1,1 @@
+"""What is fitted: calibration, the closed form, distillation, and the maths under them."""

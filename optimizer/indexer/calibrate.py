@@ -1,0 +1,190 @@
+"""Give every layer its indexer: stream the dense model over calibration text, fit one layer at a time.
+
+The tapped dense program runs piece by piece (one layer's weights in memory), all sequences through each piece. What a
+layer's taps show becomes its samples; the closed form is read off them, and optionally distilled. Layers do not depend
+on each other: all see the dense model's hidden states.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import UserError
+from ...kernels.spec import IndexerConfig, IndexerWeights
+from ...passes.matching.sites import MlaSite
+from ...passes.tap import ROWS_INPUT, SITE_TAPS, TABLE_TAPS, Tapped, tap
+from ...runtime.execute import PieceRunner
+from ..model.weights import WeightSource
+from .closed_form import closed_form
+from .distil import DistilSchedule, distil
+from .indexer_math import index_scores, mean_recall, oracle_scores, window_scores
+from .samples import SiteMaps, SiteSample
+from .site_maps import check_maps, read_maps
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One layer's indexer and how it does on the held-out sequences.
+
+    recall: head-mean dense attention mass its index_topk keys capture; oracle: the most any selection can; window: the
+    last index_topk - 4 tokens and 4 sinks. steps: of distillation (0 for the closed form). stats: of the closed form.
+    """
+
+    name: str
+    weights: IndexerWeights
+    recall: float
+    oracle: float
+    window: float
+    closed_form_recall: float
+    steps: int
+    stats: dict[str, float]
+
+    def summary(self) -> dict[str, Any]:
+        return {key: val for key, val in self.__dict__.items() if key != "weights"}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How to calibrate. rows: query rows sampled per sequence; schedule None stops at the closed form."""
+
+    config: IndexerConfig
+    rows: int = 128
+    schedule: DistilSchedule | None = None
+    seed: int = 0
+    allow_partial: bool = False
+
+
+OnStep = Callable[[str, int, float], None]  # layer, step, held-out recall or loss
+OnSequence = Callable[[int, int], None]  # done, total
+
+
+def calibrate(
+    source: WeightSource,
+    sequences: Sequence[Tensor],
+    held_out: Sequence[Tensor],
+    how: Calibration,
+    done: Mapping[str, LayerResult] | None = None,
+    on_step: OnStep | None = None,
+    on_sequence: OnSequence | None = None,
+) -> Iterator[LayerResult]:
+    """Yield every MLA layer's result, in graph order. sequences, held_out: [L] token ids, L > index_topk.
+
+    done: results of an earlier run, passed through. Raises UserError naming the layer when something cannot be read or
+    does not converge.
+    """
+    for site, samples, maps in layer_samples(source, [*sequences, *held_out], how, on_sequence):
+        if done is not None and site.name in done:
+            result = done[site.name]
+        else:
+            try:
+                result = _fit(site, maps(), samples[: len(sequences)], samples[len(sequences) :], how, on_step)
+            except UserError as error:
+                raise error if site.name in str(error) else UserError(f"{site.name}: {error}") from error
+        del samples, maps  # before the next layer's are gathered
+        yield result
+
+
+def layer_samples(
+    source: WeightSource, sequences: Sequence[Tensor], how: Calibration, on_sequence: OnSequence | None = None
+) -> Iterator[tuple[MlaSite, list[SiteSample], Callable[[], SiteMaps]]]:
+    """Stream the dense model; yield (site, a sample per sequence, its checked linear maps on demand), layer by layer."""
+    length = min(len(s) for s in sequences)
+    if length <= how.config.index_topk:
+        raise UserError(
+            f"sequences have {length} tokens, expected more than index_topk {how.config.index_topk}; give longer text"
+        )
+    tapped = tap(source.capture.program, min(how.rows, length), how.allow_partial)
+    load = source.loader(tapped.program)
+    names = tapped.program.graph_signature.inputs_to_parameters
+    sites = {site.core.out.name: site for site in tapped.found.sites}
+    runner = PieceRunner(tapped.program, load, list(sites))
+    inputs = [_inputs(ids, tapped, how, number, source.device) for number, ids in enumerate(sequences)]
+    gathered: list[dict[str, Tensor]] = [{} for _ in inputs]
+    for seen in runner.run(inputs, list(tapped.taps.values())):
+        gathered[seen.sequence].update(seen.values)
+        if on_sequence is not None:
+            on_sequence(seen.piece * len(inputs) + seen.sequence + 1, len(runner.pieces) * len(inputs))
+        if seen.sequence < len(inputs) - 1:
+            continue
+        for site in [sites[name] for name in seen.values if name in sites]:
+            samples = [_sample(site, tapped, values, inputs[i]) for i, values in enumerate(gathered)]
+            _forget(site, tapped, gathered)
+            yield site, samples, partial(_checked_maps, site, samples[0], names, load)
+            del samples  # before the next layer's are gathered
+
+
+def _checked_maps(
+    site: MlaSite, sample: SiteSample, names: Mapping[str, str], load: Callable[[str], Tensor]
+) -> SiteMaps:
+    maps = read_maps(site, names, load)
+    check_maps(site, maps, sample)
+    return maps
+
+
+def _inputs(ids: Tensor, tapped: Tapped, how: Calibration, number: int, device: str) -> dict[str, Tensor]:
+    """Token ids with the rows to sample: always rows that have more than index_topk keys, where there is a choice."""
+    rows = next(n for n in tapped.program.graph.nodes if n.name == ROWS_INPUT).meta["val"].shape[0]
+    generator = torch.Generator().manual_seed(how.seed * 1_000_003 + number)
+    first = min(how.config.index_topk, len(ids) - rows)
+    picked = (torch.randperm(len(ids) - first, generator=generator)[:rows] + first).sort().values
+    batch = {
+        "input_ids": ids[None],
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.int64),
+        "position_ids": torch.arange(len(ids))[None],
+        ROWS_INPUT: picked,
+    }
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _sample(site: MlaSite, tapped: Tapped, values: dict[str, Tensor], inputs: dict[str, Tensor]) -> SiteSample:
+    def tapped_value(name: str) -> Tensor:
+        return values[tapped.taps[f"{site.name}.{name}"]][0].float()
+
+    hidden = tapped_value("hidden")
+    empty = hidden.new_zeros(len(hidden), 0)
+    tables = [tapped_value(name) if site.rope is not None else empty for name in TABLE_TAPS]
+    named = {name: tapped_value(name) for name in ("q_resid", "query", "key", "mass")}
+    return SiteSample(hidden=hidden, cos=tables[0], sin=tables[1], rows=inputs[ROWS_INPUT], **named)
+
+
+def _forget(site: MlaSite, tapped: Tapped, gathered: list[dict[str, Tensor]]) -> None:
+    """Drop what only this site needed; the rotary table is shared by all."""
+    for values in gathered:
+        for name in SITE_TAPS:
+            values.pop(tapped.taps[f"{site.name}.{name}"], None)
+
+
+def _fit(
+    site: MlaSite,
+    maps: SiteMaps,
+    samples: list[SiteSample],
+    held_out: list[SiteSample],
+    how: Calibration,
+    on_step: OnStep | None,
+) -> LayerResult:
+    topk = how.config.index_topk
+    start = closed_form(maps, samples, how.config)
+    weights, steps = start.weights, 0
+    closed = reached = mean_recall(lambda s: index_scores(start.weights, how.config, s, s.rows), held_out, topk)
+    if how.schedule is not None:
+        report = partial(on_step, site.name) if on_step else None
+        learnt = distil(start.weights, how.config, samples, held_out, _seeded(how.schedule, site), report)
+        weights, steps, reached = learnt.weights, learnt.steps, learnt.recall_best
+    return LayerResult(
+        name=site.name, weights=weights, recall=reached, oracle=mean_recall(oracle_scores, held_out, topk),
+        window=mean_recall(window_scores, held_out, topk), closed_form_recall=closed, steps=steps,
+        stats={name: float(number) for name, number in asdict(start.stats).items()},
+    )  # fmt: skip
+
+
+def _seeded(schedule: DistilSchedule, site: MlaSite) -> DistilSchedule:
+    """Every layer shuffles in its own order, the same in every run."""
+    salt = int.from_bytes(hashlib.sha256(site.name.encode()).digest()[:4], "little")
+    return DistilSchedule(schedule.steps, schedule.lr, schedule.warmup, schedule.eval_every, schedule.seed + salt)

@@ -1,0 +1,310 @@
+"""A lightning indexer written down from the MLA weights and second moments of a few sequences, with no training.
+
+Absorbed MLA is attention with one shared key [c, k_rope]; the indexer is ReLU attention with one shared, narrower key.
+So each index head takes the logit of one MLA head (or the mean of a cluster of them), with c replaced by its best
+low-rank image. What stands in the way is the LayerNorm on the index key, which centres and divides by the deviation.
+A *balance* channel holding minus the sum of the others makes the centring a no-op, and orthonormal latent rows make
+the deviation follow rms(latent @ x), so that the LayerNorm repeats what the latent norm does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...errors import UserError
+from ...kernels.spec import IndexerConfig, IndexerWeights
+from .head_groups import head_groups
+from .indexer_math import index_features, index_keys, row_blocks
+from .nnls import nnls
+from .samples import SiteMaps, SiteSample
+
+ROPE_SHARE = 0.1  # scale of the rope rows in wk, undone by k_norm.weight: keeps k_rope out of the deviation
+EIGEN_FLOOR = 1e-4  # smallest eigenvalue of a moment, relative to the largest: few tokens say little about the rest
+ONE_TOKENS = 4096  # tokens the constant one is fitted on at most; as many others measure it
+ONE_RIDGE = 1e-2  # ridge of that fit, relative to the mean square of a hidden channel
+ONE_ROUNDS = 20  # of reweighting at most; it usually settles in fewer than ten
+EXCESS_WEIGHTS = (1.0, 0.1, 0.03)  # of an overshoot in that fit, tried in turn while some tokens come out negative
+MASS_FLOOR = 0.02  # uniform mass added before the logarithm in the head-weight fit
+UNIFORM_SHARE = 0.1  # uniform mass added to the importance of a key in that fit
+HEAD_RIDGE = 1e-3  # ridge of that fit: equal heads share their weight evenly
+
+
+@dataclass(frozen=True)
+class ClosedFormStats:
+    """How well a layer fits the construction.
+
+    energy: share of the query-key energy (squared singular values) carried by the kept latent channels; 1 is all.
+    layernorm_cv: coefficient of variation over tokens of the LayerNorm's divisor relative to the latent norm's.
+    rope_cv: coefficient of variation of the divisor itself, which the rotary channels would need constant.
+    one_cv: coefficient of variation of the constant 1 that weights_proj reads off the hidden state, on tokens it was
+        not fitted on. It scales all scores of a query row alike: training feels it, the selection does not.
+    one_negative: share of those tokens where it came out below zero, which would turn the selection round.
+    """
+
+    energy: float
+    layernorm_cv: float
+    rope_cv: float
+    one_cv: float
+    one_negative: float
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """weights: float32; heads: the MLA heads each index head stands for (a partition when HI <= H)."""
+
+    weights: IndexerWeights
+    stats: ClosedFormStats
+    heads: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """float64, of the latent y after its norm but before its gain (so q . c = gain q . y).
+
+    query: [R, R] head-mean E[(gain q)(gain q)^T]; mean: [R] and covariance: [R, R] of y; norm: [N] 1 / rms(latent @ x).
+    """
+
+    query: Tensor
+    mean: Tensor
+    covariance: Tensor
+    norm: Tensor
+
+
+@torch.no_grad()
+def closed_form(maps: SiteMaps, samples: Sequence[SiteSample], config: IndexerConfig) -> ClosedForm:
+    """The indexer of one layer whose scores follow sum_h a_h ReLU(logit_h) with a_h >= 0.
+
+    Takes min(dI - dr - 1, kv_lora_rank) latent channels: with dI >= dr + 1 + kv_lora_rank nothing is cut away, and
+    channels beyond that stay zero. The LayerNorm leaves wk's scale free; it is chosen so that the mean variance of
+    wk x is 1, where the epsilon of 1e-6 is negligible and entries are far from the ends of any float format.
+    Linear algebra in float64 on the device of `maps`; nothing of size tokens x heads x rank is ever built.
+    Raises UserError if the index head is too narrow, for fewer than two tokens, or for samples that are not finite.
+    """
+    width = _latent_width(maps, config)
+    if sum(len(sample.hidden) for sample in samples) < 2:
+        raise UserError("the closed form needs calibration sequences of at least two tokens in all")
+    moments = _moments(maps, samples)
+    key_rows, query_map, energy = _key_basis(moments, width)
+    keyed, layernorm_cv, rope_cv = _key_side(maps, samples, config, key_rows, moments)
+    one, one_cv, one_negative = _constant_one(samples)
+    heads = head_groups(samples, config.index_n_heads)
+    weights = IndexerWeights(
+        wq_b=_query_side(maps, config, heads, query_map * maps.latent_gain.double()),
+        weights_proj=one.float().expand(config.index_n_heads, -1),
+        **keyed,
+    )
+    weights = _in_layout(weights, config, len(maps.k_rope))
+    share = _head_shares(weights, config, samples)
+    weights = replace(weights, weights_proj=(share[:, None] * one).float())
+    return ClosedForm(weights, ClosedFormStats(energy, layernorm_cv, rope_cv, one_cv, one_negative), heads)
+
+
+def _latent_width(maps: SiteMaps, config: IndexerConfig) -> int:
+    rope, rank = len(maps.k_rope), len(maps.latent)
+    if config.index_head_dim < rope + 2:
+        raise UserError(
+            f"index_head_dim {config.index_head_dim} is too narrow: with qk_rope_head_dim {rope} the closed form needs "
+            f"at least {rope + 2} (the rotary channels, a balance channel and a latent channel)"
+        )
+    return min(config.index_head_dim - rope - 1, rank)
+
+
+def _moments(maps: SiteMaps, samples: Sequence[SiteSample]) -> _Moments:
+    count = sum(len(sample.hidden) for sample in samples)
+    rank, q_width = maps.q_absorbed.shape[1:]
+    total = maps.latent.new_zeros(rank, dtype=torch.float64)
+    square = maps.latent.new_zeros(rank, rank, dtype=torch.float64)
+    resid = maps.latent.new_zeros(q_width, q_width, dtype=torch.float64)
+    norms = []
+    for sample in samples:
+        latent = (sample.hidden @ maps.latent.T).double()
+        norm = latent.square().mean(-1).rsqrt()
+        normed = latent * norm[:, None]
+        total += normed.sum(0)
+        square += normed.T @ normed
+        q_resid = sample.q_resid.double()
+        resid += q_resid.T @ q_resid
+        norms.append(norm)
+    query = torch.zeros_like(square)
+    for absorbed in maps.q_absorbed:  # head by head: E[(A u)(A u)^T] = A E[u u^T] A^T
+        head = absorbed.double() * maps.latent_gain.double()[:, None]
+        query += head @ (resid / count) @ head.T / len(maps.q_absorbed)
+    mean = total / count
+    moments = _Moments(query, mean, square / count - torch.outer(mean, mean), torch.cat(norms))
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in vars(moments).values()):
+        raise UserError("the calibration sequences hold values that are not finite; run the dense model in float32")
+    return moments
+
+
+def _key_basis(moments: _Moments, width: int) -> tuple[Tensor, Tensor, float]:
+    """Orthonormal key rows K [m, R] and query map Q [m, R] with (Q q) . (K y) ~ q . y, and the energy kept.
+
+    The best rank-m bilinear form under the two moments: with the SVD of query^1/2 covariance^1/2 = U S V^T, keys
+    V_m^T covariance^-1/2 y against queries V_m^T covariance^1/2 q; then rewritten for orthonormal key rows.
+    """
+    query_root, _ = _roots(moments.query)
+    key_root, key_inverse_root = _roots(moments.covariance)
+    _, singular, right = torch.linalg.svd(query_root @ key_root)
+    energy = float(singular[:width].square().sum() / singular.square().sum())
+    basis, upper = torch.linalg.qr((right[:width] @ key_inverse_root).T)
+    turn = _levelling(basis.T @ (moments.covariance + torch.outer(moments.mean, moments.mean)) @ basis)
+    return turn @ basis.T, turn @ upper @ right[:width] @ key_root, energy
+
+
+def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(moment)
+    roots = values.clamp_min(EIGEN_FLOOR * float(values[-1])).sqrt()
+    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+
+
+def _levelling(moment: Tensor) -> Tensor:
+    """Rotation [m, m] after which the channel sum is the direction of least energy, so the balance channel is small.
+
+    Eigenvectors (least first), then the Householder reflection that takes the first axis to the all-ones direction.
+    """
+    vectors: Tensor = torch.linalg.eigh(moment).eigenvectors.T
+    normal = torch.full_like(vectors[0], len(vectors) ** -0.5)
+    normal[0] -= 1
+    size = normal.square().sum()
+    return vectors - torch.outer(normal, normal @ vectors) * (2 / size) if size > 0 else vectors
+
+
+def _key_side(
+    maps: SiteMaps, samples: Sequence[SiteSample], config: IndexerConfig, key_rows: Tensor, moments: _Moments
+) -> tuple[dict[str, Tensor], float, float]:
+    """wk, k_norm_weight and k_norm_bias (float32), and the two variations the LayerNorm leaves behind."""
+    rope, dim = len(maps.k_rope), config.index_head_dim
+    end = rope + len(key_rows)
+    wk = maps.latent.new_zeros(dim, maps.latent.shape[1], dtype=torch.float64)
+    wk[:rope] = ROPE_SHARE * maps.k_rope.double()
+    wk[rope:end] = key_rows @ maps.latent.double()
+    wk[end] = -wk[:end].sum(0)
+    variance = torch.cat([(s.hidden @ wk.to(s.hidden).T).double().square().mean(-1) for s in samples])
+    wk *= variance.mean().rsqrt()
+    divided = variance.rsqrt()
+    relative = divided / moments.norm
+    gain, bias = torch.ones_like(wk[:, 0]), torch.zeros_like(wk[:, 0])
+    gain[:rope] = divided.mean() / divided.square().mean() / ROPE_SHARE  # least squares, as the next line
+    gain[rope:end] = relative.mean() / relative.square().mean()
+    bias[rope:end] = -(key_rows @ moments.mean)  # centred keys: a query's constant would only move its ReLU threshold
+    tensors = {"wk": wk.float(), "k_norm_weight": gain.float(), "k_norm_bias": bias.float()}
+    return tensors, _variation(relative), _variation(divided)
+
+
+def _variation(values: Tensor) -> float:
+    return float(values.std() / values.mean())
+
+
+def _query_side(maps: SiteMaps, config: IndexerConfig, heads: tuple[tuple[int, ...], ...], query_map: Tensor) -> Tensor:
+    """wq_b [HI * dI, Rq] float32: the mean query of each group, scaled so that q . k dI^-0.5 HI^-0.5 is its logit."""
+    rope, dim = len(maps.k_rope), config.index_head_dim
+    end = rope + len(query_map)
+    factor = maps.scale * (dim * config.index_n_heads) ** 0.5
+    wq_b = maps.q_rope.new_zeros(config.index_n_heads, dim, maps.q_rope.shape[-1], dtype=torch.float32)
+    for head, group in zip(wq_b, heads, strict=True):
+        members = list(group)
+        head[:rope] = factor * maps.q_rope[members].mean(0)
+        head[rope:end] = factor * (query_map @ maps.q_absorbed[members].mean(0).double())
+    return wq_b.flatten(0, 1)
+
+
+def _in_layout(weights: IndexerWeights, config: IndexerConfig, rope: int) -> IndexerWeights:
+    """The same indexer with its rotary channels in the configured order (they are half-split as built)."""
+    if not config.rope_interleave:
+        return weights
+    dim = config.index_head_dim
+    order = torch.arange(dim, device=weights.wk.device)
+    order[:rope] = order[:rope].view(2, -1).T.flatten()
+    return replace(
+        weights,
+        wq_b=weights.wq_b.view(-1, dim, weights.wq_b.shape[-1])[:, order].flatten(0, 1),
+        wk=weights.wk[order],
+        k_norm_weight=weights.k_norm_weight[order],
+        k_norm_bias=weights.k_norm_bias[order],
+    )
+
+
+def _constant_one(samples: Sequence[SiteSample]) -> tuple[Tensor, float, float]:
+    """v [D] float64 with v . x ~ 1 (weights_proj has no bias), its variation and share of negatives on other tokens.
+
+    Too large only scales a row's scores, below zero inverts them. So where least squares leaves negatives (the first
+    layer, whose hidden states are embeddings with little in common), overshoots are weighted down, by reweighted ridge
+    regression, as far as it helps on tokens that were not fitted.
+    """
+    stride = max(1, sum(len(sample.hidden) for sample in samples) // (2 * ONE_TOKENS))
+    tokens = torch.cat([sample.hidden[::stride] for sample in samples]).double()
+    fitted, others = tokens[0::2], tokens[1::2]
+    ridge = float(ONE_RIDGE * fitted.square().sum() / fitted.shape[1])
+    gram = fitted @ fitted.T if len(fitted) < fitted.shape[1] else None
+    candidates = []
+    for excess in EXCESS_WEIGHTS:
+        one = _expectile(fitted, gram, excess, ridge)
+        read = others @ one
+        candidates.append((float((read < 0).double().mean()), _variation(read), one))
+        if candidates[-1][0] == 0:
+            break
+    negative, variation, one = min(candidates, key=lambda candidate: candidate[:2])
+    return one, variation, negative
+
+
+def _expectile(tokens: Tensor, gram: Tensor | None, excess: float, ridge: float) -> Tensor:
+    """v with v . x ~ 1 where overshoots count `excess` times as much as shortfalls; 1 on average over `tokens`."""
+    weight = torch.ones_like(tokens[:, 0])
+    for _ in range(ONE_ROUNDS):
+        one = _weighted_ridge(tokens, gram, weight, ridge)
+        before, weight = weight, torch.where(tokens @ one < 1, 1.0, excess).to(tokens)
+        if torch.equal(weight, before):
+            break
+    return one / (tokens @ one).mean()
+
+
+def _weighted_ridge(tokens: Tensor, gram: Tensor | None, weight: Tensor, ridge: float) -> Tensor:
+    """argmin over v of sum_t weight_t (v . x_t - 1)^2 + ridge |v|^2.
+
+    gram: tokens @ tokens.T where there are fewer tokens than channels, for the smaller of two equivalent systems.
+    """
+    if gram is not None:
+        dual = gram.clone()
+        dual.diagonal().add_(ridge / weight)
+        coefficients: Tensor = torch.linalg.solve(dual, torch.ones_like(weight))
+        return tokens.T @ coefficients
+    weighted = tokens * weight[:, None]
+    primal = weighted.T @ tokens
+    primal.diagonal().add_(ridge)
+    solution: Tensor = torch.linalg.solve(primal, weighted.sum(0))
+    return solution
+
+
+def _head_shares(weights: IndexerWeights, config: IndexerConfig, samples: Sequence[SiteSample]) -> Tensor:
+    """a [HI] >= 0: least squares of sum_j a_j feature_j to the log mass, row-centred and weighted by the mass."""
+    count = config.index_n_heads
+    gram = weights.wk.new_zeros(count, count, dtype=torch.float64)
+    moment = weights.wk.new_zeros(count, dtype=torch.float64)
+    for sample in samples:
+        keys = index_keys(weights, config, sample)
+        position = torch.arange(len(keys), device=keys.device)
+        where = torch.arange(len(sample.rows), device=keys.device)
+        for block in row_blocks(where, 2 * count * len(keys)):
+            rows, mass = sample.rows[block], sample.mass[block]
+            past = position <= rows[:, None]
+            uniform = past / (rows[:, None] + 1.0)
+            importance = mass + UNIFORM_SHARE * uniform
+            importance = importance / importance.sum(-1, keepdim=True)
+            target = torch.where(past, mass + MASS_FLOOR * uniform, 1.0).log()
+            target -= (importance * target).sum(-1, keepdim=True)
+            features = index_features(weights, config, sample, rows, keys)
+            features -= features @ importance[..., None]
+            weighted = features * importance[:, None]
+            gram += (weighted @ features.mT).double().sum(0)
+            moment += (weighted @ target[..., None]).double().sum((0, 2))
+    gram.diagonal().add_(HEAD_RIDGE * gram.diagonal().mean())
+    shares = nnls(gram, moment)
+    if not shares.any():
+        raise UserError(
+            "the closed form found no index head that follows the attention mass; train from a random start"
+        )
+    return shares

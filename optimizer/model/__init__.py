@@ -1,0 +1,1 @@
+"""What is read: checkpoints, captured graphs, weights, donors, text."""

@@ -1,0 +1,206 @@
+"""Capture: a transformers model becomes an ATen graph, without reading a single weight.
+
+The model is built on fake tensors from its config alone, and exported without a cache, with dynamic batch and sequence.
+attention="anchor" keeps each attention as one node through transformers' own registries (the smallest and most
+version-proof graph), "sdpa" and "eager" are plain transformers. MoE experts stay one node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from ...errors import UserError
+from . import hf_interfaces
+
+ATTENTION = ("anchor", "sdpa", "eager")
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A captured model.
+
+    program: parameters and persistent buffers are meta tensors, to be loaded by name; computed buffers (rotary
+    frequencies) are real. Inputs: input_ids, attention_mask, position_ids, each [batch, sequence] int64.
+    shapes: what each parameter and persistent buffer must be, by name. tied: name -> name of the tensor it shares.
+    """
+
+    program: ExportedProgram
+    shapes: Mapping[str, tuple[int, ...]]
+    tied: Mapping[str, str]
+    max_length: int
+
+
+def capture(
+    config: Mapping[str, Any], attention: str = "anchor", dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Capture:
+    """Export the causal language model of a transformers `config` (the dict of a config.json).
+
+    Raises UserError when transformers does not know the model, or cannot export it.
+    """
+    if attention not in ATTENTION:
+        raise ValueError(f"attention is {attention!r}, expected one of {ATTENTION}")
+    hf_interfaces.register()
+    hf_config = read_config(config)
+    model_class = _model_class(hf_config, config)
+    with _quiet(), hf_interfaces.capturable_experts():
+        model = _fake_model(model_class, hf_config, attention, dtype, device)
+        max_length = int(getattr(hf_config.get_text_config(), "max_position_embeddings", 0) or 2**17)
+        program = _export(model, max_length, device)
+        program = _without_fakes(program, _computed_buffers(model))
+    shapes = {name: tuple(t.shape) for name, t in program.state_dict.items()}
+    return Capture(program, shapes, _tied(model), max_length)
+
+
+def read_config(config: Mapping[str, Any]) -> Any:
+    """The transformers config object. Raises UserError for an unknown model_type or a field transformers refuses."""
+    from transformers import CONFIG_MAPPING
+
+    known = dict(config)
+    model_type = known.pop("model_type", None)
+    known.pop("quantization_config", None)  # the graph is that of the dequantised model
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(f"config.json: model_type {model_type!r} is not one transformers knows; update transformers")
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(known)
+    except Exception as error:  # transformers raises whatever its validators raise
+        raise UserError(f"config.json: transformers does not accept it ({_first_line(error)})") from error
+
+
+def _model_class(hf_config: Any, config: Mapping[str, Any]) -> Any:
+    import transformers
+
+    by_type = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(hf_config.model_type)
+    names = [*(config.get("architectures") or []), by_type]
+    for name in names:
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
+        if found is not None and name.endswith("ForCausalLM"):
+            return found
+    raise UserError(
+        f"config.json: no causal language model class for model_type {hf_config.model_type!r} in transformers"
+    )
+
+
+def _fake_model(model_class: Any, hf_config: Any, attention: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    for part in {id(c): c for c in (hf_config, hf_config.get_text_config())}.values():
+        part._attn_implementation = hf_interfaces.NAME if attention == "anchor" else attention
+        part._experts_implementation = hf_interfaces.NAME
+        part.use_cache = False
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), torch.device(device):
+            model: torch.nn.Module = model_class(hf_config)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"config.json: transformers cannot build {model_class.__name__} ({_first_line(error)})"
+        ) from error
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval().requires_grad_(False)
+
+
+def _export(model: torch.nn.Module, max_length: int, device: str) -> ExportedProgram:
+    from torch._guards import detect_fake_mode
+    from torch.export import Dim
+
+    mode = detect_fake_mode(list(model.parameters()))
+    batch, length = 2, 7  # 0 and 1 would be specialised
+    with mode:  # type: ignore[union-attr]
+        inputs = {
+            name: torch.ones(batch, length, dtype=torch.int64, device=device)
+            for name in ("input_ids", "attention_mask", "position_ids")
+        }
+    named = {0: Dim("batch", min=1, max=2**16), 1: Dim("seq", min=1, max=max(max_length, 8))}
+    anything = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    errors = []
+    for dims in (
+        named,
+        anything,
+    ):  # chunked linear attention (hybrids) puts relations on seq that named dims cannot state
+        shapes: dict[str, Any] = {**dict.fromkeys(inputs, dims), "use_cache": None}
+        try:
+            with torch.no_grad():
+                return torch.export.export(
+                    model, (), {**inputs, "use_cache": False}, dynamic_shapes=shapes, strict=False
+                )
+        except UserError:
+            raise
+        except Exception as error:
+            errors.append(error)
+    raise UserError(f"torch.export cannot capture {type(model).__name__}: {_first_line(errors[0])}") from errors[0]
+
+
+def _computed_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Real values of the buffers that are not in any checkpoint, computed by the model's own initialisation."""
+    buffers: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        names = [n for n in module._non_persistent_buffers_set if module._buffers.get(n) is not None]
+        for name in names:
+            fake = module._buffers[name]
+            module._buffers[name] = torch.full(
+                fake.shape, float("nan") if fake.is_floating_point() else -1, dtype=fake.dtype
+            )
+        if names:
+            with torch.no_grad():
+                model._init_weights(module)  # type: ignore[operator]
+        for name in names:
+            value = module._buffers[name]
+            if value is None or not bool(torch.isfinite(value).all()):
+                raise UserError(
+                    f"{prefix}.{name} is not in checkpoints and transformers does not say how to compute it"
+                )
+            buffers[f"{prefix}.{name}" if prefix else name] = value
+    return buffers
+
+
+def _without_fakes(program: ExportedProgram, buffers: Mapping[str, Tensor]) -> ExportedProgram:
+    """Weights become meta tensors, computed buffers real ones: a program must not carry fake tensors around."""
+    for name, tensor in program.state_dict.items():
+        blank = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        program.state_dict[name] = (
+            torch.nn.Parameter(blank, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else blank
+        )
+    for name in list(program.constants):
+        if name in buffers:
+            program.constants[name] = buffers[name]
+    program._example_inputs = None
+    return program
+
+
+def _tied(model: torch.nn.Module) -> dict[str, str]:
+    """Parameter names that share another parameter's tensor (tied embeddings)."""
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            tied[name] = first[id(parameter)]
+    return tied
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' advice on kernels and dtypes is about running the model, which is not what happens here."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,193 @@
+"""A dense or DSA checkpoint opened for reading: config.json, where the tensors lie, and one tensor at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import UserError
+from ...files.digests import file_digest
+from ...files.json_files import read_json
+from ...files.safetensors_index import INDEX_FILE, SINGLE_FILE, TensorLocation, read_index, some
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_FP8_BLOCK = (128, 128)  # DeepSeek-V3's weight_block_size, when config.json does not say
+_FP8 = ("F8_E4M3", "F8_E5M2")
+_OTHER_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in Hugging Face's layout. Nothing but headers and config.json is read until `load`.
+
+    path: the folder; config: config.json (or what `config_file` calls it); tensors: every tensor by name.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorLocation]
+    config_file: str = "config.json"
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        config_file: str = "config.json",
+    ) -> Checkpoint:
+        """Open a local folder, or else a hub id (downloaded into the hub cache; `local_files_only`: cache only).
+
+        Raises UserError when it is neither, cannot be reached, or its files disagree (see `read_index`).
+        """
+        path = Path(model)
+        if path.is_file():
+            raise UserError(f"{path}: is a file; give the folder that holds it")
+        if not path.is_dir():
+            if isinstance(model, Path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+                raise UserError(f"{model}: no such folder (and not a hub id, which looks like owner/name)")
+            path = _download(model, revision, local_files_only)
+        return cls(path, read_json(path / config_file), read_index(path), config_file)
+
+    def load(
+        self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", finite: bool = True
+    ) -> Tensor:
+        """One tensor, read from its file now; `dtype` None keeps the stored one.
+
+        A weight in DeepSeek's FP8 block format (`<name>_scale_inv` beside it) is dequantised, to bfloat16 by default.
+        Raises UserError when it is absent, in another quantised format, or (with `finite`) holds NaN or infinities.
+        """
+        place = self._locate(name)
+        tensor = self._read(name)
+        if place.dtype in _FP8:
+            tensor = self._dequantise(name, tensor).to(dtype or torch.bfloat16)
+        elif dtype is not None:
+            tensor = tensor.to(dtype)
+        if finite:
+            _check_finite(name, place, tensor)
+        return tensor.to(device)
+
+    def source_hashes(self) -> dict[str, dict[str, int | str]]:
+        """Digest (`file_digest`) of config.json, the index if there is one, and every shard, by file name."""
+        files = {place.file for place in self.tensors.values()} | {self.path / self.config_file}
+        if (self.path / INDEX_FILE).is_file() and not (self.path / SINGLE_FILE).is_file():
+            files.add(self.path / INDEX_FILE)
+        return {file.name: file_digest(file) for file in sorted(files)}
+
+    def fingerprint(self) -> str:
+        """sha256 over `source_hashes`: the same for the same bytes, wherever they lie and whenever they were written.
+
+        Files over 64 MiB count by size and header only, so a change of their values alone goes unnoticed.
+        """
+        return hashlib.sha256(json.dumps(self.source_hashes(), sort_keys=True).encode()).hexdigest()
+
+    def has_mtp_layers(self) -> tuple[str, ...]:
+        """Names of the tensors of multi-token-prediction layers, those at or after num_hidden_layers (none: empty)."""
+        layers = self.config.get("num_hidden_layers")
+        if not isinstance(layers, int):
+            raise UserError(f"{self.path / self.config_file}: num_hidden_layers is {layers!r}, expected a number")
+        found = ((name, _LAYER.search(name)) for name in self.tensors)
+        return tuple(name for name, layer in found if layer and int(layer[1]) >= layers)
+
+    def is_dsa(self) -> bool:
+        """Whether the checkpoint has indexers, by its tensors or by its config."""
+        return self.config.get("index_topk") is not None or any(".indexer." in name for name in self.tensors)
+
+    def check_shapes(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises UserError when tensors are missing or shaped otherwise than config.json says (`expected`)."""
+        faults = [fault for name, shape in expected.items() if (fault := self._fault(name, shape))]
+        if faults:
+            raise UserError(
+                f"{self.path}: {len(faults)} of {len(expected)} tensors disagree with config.json: "
+                f"{some(faults, 3)}; fetch config.json and the weights from the same revision"
+            )
+
+    def _fault(self, name: str, shape: tuple[int, ...]) -> str | None:
+        if name not in self.tensors:
+            return f"{name} is missing"
+        found = self.tensors[name].shape
+        return None if found == tuple(shape) else f"{name} is {list(found)}, config.json gives {list(shape)}"
+
+    def _locate(self, name: str) -> TensorLocation:
+        if name in self.tensors:
+            return self.tensors[name]
+        if f"{name}_packed" in self.tensors:
+            raise UserError(f"{self.path}: {name} is only there as {name}_packed, a quantised format not read here")
+        raise UserError(f"{self.path}: no tensor {name}; check that config.json belongs to these weights")
+
+    def _read(self, name: str) -> Tensor:
+        from safetensors import safe_open
+
+        with safe_open(self.tensors[name].file, framework="pt", device="cpu") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def _dequantise(self, name: str, weight: Tensor) -> Tensor:
+        if f"{name}_scale_inv" not in self.tensors:
+            dtype = self.tensors[name].dtype
+            raise UserError(f"{self.tensors[name].file}: {name} is {dtype} without {name}_scale_inv (block scales)")
+        quantisation = self.config.get("quantization_config") or {}
+        block = tuple(quantisation.get("weight_block_size") or _FP8_BLOCK)
+        scale = self._read(f"{name}_scale_inv").float()
+        grid = [-(-size // step) for size, step in zip(weight.shape, block, strict=False)]
+        if weight.dim() != 2 or list(scale.shape) != grid:
+            raise UserError(
+                f"{self.tensors[name].file}: {name}_scale_inv is {list(scale.shape)}, expected {grid} "
+                f"for {list(weight.shape)} in blocks of {list(block)} (quantization_config.weight_block_size)"
+            )
+        return dequantise_blocks(weight, scale, block[0], block[1])
+
+
+def dequantise_blocks(weight: Tensor, scale: Tensor, rows: int, columns: int) -> Tensor:
+    """weight [O, I] (float8) times its block scale [ceil(O / rows), ceil(I / columns)] (float32), as float32 [O, I].
+
+    DeepSeek-V3's `weight_dequant` (inference/kernel.py): y = x * scale_inv of the block that holds x.
+    """
+    result = torch.empty(weight.shape, dtype=torch.float32)
+    for block_row, scales in enumerate(scale):
+        part = slice(block_row * rows, (block_row + 1) * rows)
+        result[part] = weight[part].float() * scales.repeat_interleave(columns)[: weight.shape[1]]
+    return result
+
+
+def _check_finite(name: str, place: TensorLocation, tensor: Tensor) -> None:
+    values = tensor if tensor.dtype.itemsize > 1 or not tensor.is_floating_point() else tensor.float()
+    bad = tensor.numel() - int(torch.isfinite(values).sum())
+    if bad:
+        raise UserError(f"{place.file}: {name} has {bad} NaN or infinite values; fetch the file again")
+
+
+def _download(model: str, revision: str | None, local_files_only: bool) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    where = f"{model} (revision {revision})" if revision else model
+    try:
+        return Path(
+            snapshot_download(
+                model, revision=revision, local_files_only=local_files_only, ignore_patterns=_OTHER_FORMATS
+            )
+        )
+    except errors.GatedRepoError:
+        raise UserError(f"{where}: gated; ask for access on its hub page, then log in (`hf auth login`)") from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{where}: the hub has the model but not that revision") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"{where}: no such folder, and not found on the hub (private? `hf auth login`)") from None
+    except errors.HFValidationError:
+        raise UserError(f"{model}: no such folder, and not a hub id (owner/name)") from None
+    except errors.LocalEntryNotFoundError:
+        raise UserError(
+            f"{where}: not a folder, not in the hub cache, hub not reached; check name and network"
+        ) from None
+    except (errors.HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{where}: no such folder, and the hub did not answer ({reason})") from error

@@ -1,0 +1,127 @@
+"""How a model is captured through transformers' own registries: attention, mask and experts each stay one readable node.
+
+An attention anchor sees queries, keys, values and a mask. Anything else an attention is given (top-k indices, soft caps,
+sinks, windows) would be lost in the graph, so the anchor refuses it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from ...errors import UserError
+from ...kernels import ops  # noqa: F401  (registers torch.ops.mla2dsa)
+
+NAME = "mla2dsa"
+
+_LOST = ("indices", "sliding_window", "softcap", "position_bias", "s_aux", "sinks", "cache", "block_sequence_ids")
+
+
+def register() -> None:
+    """Make NAME a valid attention, mask and experts implementation of transformers."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
+    ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
+
+
+def _attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, **others: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    lost = [name for name in _LOST if others.get(name) is not None]
+    if lost:
+        raise UserError(
+            f"{type(module).__name__} gives its attention {', '.join(lost)}: not plain dense attention, nothing to convert"
+        )
+    if key.shape[1] != query.shape[1]:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    out = torch.ops.mla2dsa.dense_attention(query, key, value, attention_mask, scale)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _mask(
+    batch_size: int, q_length: int, kv_length: int, mask_function: Callable[..., Any] | None = None, **others: Any
+) -> Tensor | None:
+    """Causal & key padding as plain ops. Any other pattern is left to transformers, for find_mla to judge."""
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    if mask_function is not None and mask_function is not causal_mask_function:
+        others["allow_is_causal_skip"] = False
+        judged: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, mask_function=mask_function, **others)
+        return judged
+    device = others.get("device", "cpu")
+    rows = torch.arange(q_length, device=device) + others.get("q_offset", 0)
+    columns = torch.arange(kv_length, device=device) + others.get("kv_offset", 0)
+    visible: Tensor = (columns[None, :] <= rows[:, None])[None, None]
+    padding = others.get("attention_mask")
+    if padding is not None:
+        visible = visible & padding[:, None, None, :kv_length].to(torch.bool)
+    return visible.expand(batch_size, -1, -1, -1)
+
+
+def _experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    from transformers.integrations.moe import _default_apply_gate
+
+    unread = [f for f in ("has_bias", "is_transposed", "has_post_expert_norm") if getattr(module, f, False)]
+    unread += [f for f in ("has_gate", "is_concatenated") if not getattr(module, f, True)]
+    gate = getattr(type(module), "_apply_gate", _default_apply_gate)
+    if unread or gate is not _default_apply_gate:
+        raise UserError(
+            f"{type(module).__name__}: experts with {', '.join(unread) or 'a gate of their own'} cannot be captured yet"
+        )
+    return _run_experts(module, hidden_states, top_k_index, top_k_weights)
+
+
+def _run_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    activation = _activation(module)
+    count = module.down_proj.shape[0]
+    out: Tensor = torch.ops.mla2dsa.moe_experts(
+        hidden_states, top_k_index, top_k_weights, module.gate_up_proj[:count], module.down_proj, activation
+    )
+    return out
+
+
+def _activation(module: Any) -> str:
+    names = {
+        "SiLUActivation": "silu",
+        "SiLU": "silu",
+        "GELUActivation": "gelu",
+        "GELUTanh": "gelu_pytorch_tanh",
+        "ReLU": "relu",
+    }
+    name = names.get(type(module.act_fn).__name__)
+    if name is None:
+        raise UserError(
+            f"{type(module).__name__}: expert activation {type(module.act_fn).__name__} cannot be captured yet"
+        )
+    return name
+
+
+def _longcat_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """LongCat-Flash has its own loop, with 'zero experts' that return their input."""
+    out = _run_experts(module, hidden_states, top_k_index, top_k_weights)
+    share = torch.where(top_k_index >= module.num_routed_experts, top_k_weights, 0.0).sum(-1, keepdim=True)
+    return out + (hidden_states * share).to(out.dtype)
+
+
+@contextlib.contextmanager
+def capturable_experts() -> Iterator[None]:
+    """While it lasts, experts that ignore transformers' registry (a Python loop torch.export cannot follow) use ours."""
+    try:
+        from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
+    except ImportError:  # a transformers without LongCat has nothing to patch
+        yield
+        return
+    with mock.patch.object(LongcatFlashExperts, "forward", _longcat_experts):
+        yield

@@ -1,0 +1,141 @@
+"""Calibration and evaluation text: a file, a folder or .jsonl becomes token sequences of one length."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import UserError
+from .capture import read_config
+from .checkpoint import Checkpoint
+
+RANDOM = "random tokens"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """ids: [N] int64, documents joined by the end-of-text token; origin: the path, or RANDOM."""
+
+    ids: Tensor
+    origin: str
+
+    def sequences(self, length: int, count: int | None = None) -> list[Tensor]:
+        """Up to `count` sequences [length], non-overlapping and spread evenly over the text.
+
+        Raises UserError when the text is shorter than one sequence.
+        """
+        available = len(self.ids) // length
+        if available == 0:
+            raise UserError(
+                f"{self.origin}: {len(self.ids)} tokens, expected at least {length} (one sequence); give more text"
+            )
+        chosen = available if count is None else min(count, available)
+        starts = [int(i * available / chosen) * length for i in range(chosen)]
+        return [self.ids[start : start + length] for start in starts]
+
+    def split(self, held_out: float) -> tuple[Tokens, Tokens]:
+        """(first part, last part): the last `held_out` share is never calibrated on."""
+        cut = round(len(self.ids) * (1 - held_out))
+        return Tokens(self.ids[:cut], self.origin), Tokens(self.ids[cut:], self.origin)
+
+
+def model_tokens(checkpoint: Checkpoint, path: str | Path | None, count: int, seed: int = 0) -> Tokens:
+    """The text at `path` in the checkpoint's own tokens; without a path `count` random ones.
+
+    Raises UserError when there is no text, or no tokenizer that goes with the model.
+    """
+    vocabulary = int(read_config(checkpoint.config).get_text_config().vocab_size)
+    if path is None:
+        return random_tokens(count, vocabulary, seed)
+    tokens = read_tokens(path, load_tokenizer(checkpoint.path))
+    if int(tokens.ids.max()) >= vocabulary:
+        raise UserError(
+            f"{checkpoint.path}: the tokenizer gives token {int(tokens.ids.max())}, config.json has vocab_size {vocabulary}; "
+            "fetch tokenizer and config.json from the same revision"
+        )
+    return tokens
+
+
+def random_tokens(count: int, vocab_size: int, seed: int = 0) -> Tokens:
+    """Uniformly random ids: good enough for second moments, says nothing about quality on text."""
+    generator = torch.Generator().manual_seed(seed)
+    return Tokens(torch.randint(0, vocab_size, (count,), generator=generator), RANDOM)
+
+
+def read_tokens(path: str | Path, tokenizer: Any, limit: int | None = None) -> Tokens:
+    """Tokenise the text at `path` (stops after about `limit` tokens). Raises UserError when there is none."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder of text")
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+    ids: list[int] = []
+    for document in documents(path):
+        if end is not None:
+            ids.append(end)
+        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        if limit is not None and len(ids) >= limit:
+            break
+    if len(ids) <= 1:
+        raise UserError(f'{path}: no text in it; give a text file, a folder of them, or .jsonl with a "text" field')
+    return Tokens(torch.tensor(ids[:limit] if limit else ids), str(path))
+
+
+def documents(path: Path) -> Iterator[str]:
+    """The non-empty texts at `path`, in order of file name; of a folder all files but hidden ones, README and LICENSE.
+
+    Raises UserError for files that are not text.
+    """
+    for file in _text_files(path) if path.is_dir() else [path]:
+        content = _read(file)
+        texts = _jsonl(file, content) if file.suffix == ".jsonl" else [content]
+        yield from (text for text in texts if text.strip())
+
+
+def _text_files(folder: Path) -> list[Path]:
+    """A corpus folder usually says what it is and under which licence; that is not part of the corpus."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return [
+        file
+        for file in files
+        if not file.name.startswith(("README", "LICENSE"))
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start}); give plain text or .jsonl") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def _jsonl(file: Path, content: str) -> Iterator[str]:
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise UserError(f'{file}: line {number} is not an object with a "text" string')
+        yield text
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The checkpoint's tokenizer. Raises UserError when it has none transformers can load."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for a missing or foreign tokenizer
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(f"{folder}: no tokenizer that transformers can load, needed to read text ({reason})") from error

@@ -1,0 +1,1 @@
+"""What is proved: dense and sparse side by side, baselines, and the word of transformers."""

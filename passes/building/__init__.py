@@ -1,0 +1,1 @@
+"""The parts of DSA as graph nodes: the absorbed attention and the lightning indexer."""

@@ -1,0 +1,204 @@
+"""Run a program piece by piece, with the weights of one layer in memory at a time.
+
+The graph is cut between attention cores where the least data is alive (the residual stream and what all layers share).
+For each piece, its weights are loaded once, then every sequence is run through it; what the next piece needs is carried.
+Nothing here knows layers by name, so any program that `find_mla` reads can be streamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+
+from ..passes.graph.graph_eval import CannotEvaluate, concrete, linear_parts, value
+
+Loader = Callable[[str], Tensor]
+Override = Callable[..., Any]
+
+# What the sizes of the cuts are compared at; any numbers well above the fixed dims' ratio to each other do.
+_TYPICAL = 512
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive nodes; `weights` are the placeholders they read, `alive` the values later pieces still need."""
+
+    nodes: tuple[Node, ...]
+    weights: tuple[Node, ...]
+    alive: tuple[Node, ...]
+    last_use: Mapping[Node, tuple[Node, ...]]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One piece run on one sequence: the watched values computed in it, by node name."""
+
+    piece: int
+    sequence: int
+    values: dict[str, Any]
+
+
+class PieceRunner:
+    """Streams sequences through `program`, on the device of the sequences, whichever it was captured on.
+
+    load: gives a parameter or buffer by name, on the right device; default: the program's own state (in-memory programs).
+    cores: names of the nodes that mark layers; one piece holds one of them. None runs the graph in one piece.
+    overrides: op -> function(*args) used in its place (baselines, checks).
+    """
+
+    def __init__(
+        self, program: ExportedProgram, load: Loader | None = None, cores: Sequence[str] | None = None,
+        overrides: Mapping[Any, Override] | None = None,
+    ) -> None:  # fmt: skip
+        self._module, self._overrides = program.graph_module, dict(overrides or {})
+        self._load = load or _own_state(program)
+        specs = program.graph_signature.input_specs
+        placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+        self._names = {n: s.target for n, s in zip(placeholders, specs, strict=True) if s.kind != InputKind.USER_INPUT}
+        self._inputs = [n for n, s in zip(placeholders, specs, strict=True) if s.kind == InputKind.USER_INPUT]
+        self.outputs = [n.name for n in _flat_outputs(program)]
+        self.pieces = _cut(program, set(cores or ()), set(self._names))
+
+    def run(self, sequences: Sequence[Mapping[str, Tensor]], watch: Sequence[str] | None = None) -> Iterator[Seen]:
+        """Every piece on every sequence, pieces outermost. `watch`: node names, default the program's outputs."""
+        watched = set(self.outputs if watch is None else watch)
+        carried: list[dict[Node, Any]] = [self._start(sequence) for sequence in sequences]
+        for index, piece in enumerate(self.pieces):
+            weights = {node: self._load(str(self._names[node])) for node in piece.weights}
+            for number in range(len(sequences)):
+                seen, carried[number] = self._run_piece(piece, weights, carried[number], watched)
+                yield Seen(index, number, seen)
+            del weights  # before the next piece's are loaded: two layers would be in memory
+
+    def outputs_of(self, sequences: Sequence[Mapping[str, Tensor]]) -> Iterator[list[Any]]:
+        """The program's outputs, sequence by sequence (one sequence's outputs in memory at a time)."""
+        final: dict[int, dict[str, Any]] = {}
+        for seen in self.run(sequences):
+            final.setdefault(seen.sequence, {}).update(seen.values)
+            if seen.piece == len(self.pieces) - 1:
+                values = final.pop(seen.sequence)
+                yield [values[name] for name in self.outputs]
+
+    def _start(self, sequence: Mapping[str, Tensor]) -> dict[Node, Any]:
+        unknown = set(sequence) - {node.name for node in self._inputs}
+        if unknown:
+            raise ValueError(f"the program has no input {sorted(unknown)[0]}")
+        missing = [node.name for node in self._inputs if node.users and node.name not in sequence]
+        if missing:
+            raise ValueError(f"the program needs the input {missing[0]}")
+        return {node: sequence[node.name] for node in self._inputs if node.name in sequence}
+
+    @torch.no_grad()
+    def _run_piece(
+        self, piece: Piece, weights: Mapping[Node, Tensor], carried: Mapping[Node, Any], watched: set[str]
+    ) -> tuple[dict[str, Any], dict[Node, Any]]:
+        env: dict[Node, Any] = {**weights, **carried}
+        device = next((carried[node].device for node in self._inputs if node in carried), None)
+        seen: dict[str, Any] = {}
+        for node in piece.nodes:
+            env[node] = self._call(node, env, device)
+            if node.name in watched:
+                seen[node.name] = env[node]
+            for done in piece.last_use[node]:
+                env.pop(done, None)
+        inputs = {node: carried[node] for node in self._inputs if node in carried}
+        return seen, {**inputs, **{node: env[node] for node in piece.alive}}
+
+    def _call(self, node: Node, env: Mapping[Node, Any], device: torch.device | None) -> Any:
+        """The node's value. `device`, that of the inputs, stands in for the one the graph was captured on."""
+        if node.op == "get_attr":
+            return getattr(self._module, str(node.target))
+
+        def given(arg: Any) -> Any:
+            if isinstance(arg, torch.device):
+                return device or arg
+            return env[arg] if isinstance(arg, Node) else arg
+
+        target = self._overrides.get(node.target, node.target)
+        args, kwargs = torch.fx.node.map_aggregate((node.args, dict(node.kwargs)), given)
+        return target(*args, **kwargs)
+
+
+def _own_state(program: ExportedProgram) -> Loader:
+    def load(name: str) -> Tensor:
+        tensor = program.state_dict.get(name, program.constants.get(name))
+        if not isinstance(tensor, Tensor) or tensor.is_meta:
+            raise ValueError(f"{name} has no values in this program: give a loader")
+        return tensor
+
+    return load
+
+
+def _flat_outputs(program: ExportedProgram) -> list[Node]:
+    output = next(iter(reversed(program.graph.nodes)))
+    return [n for n in output.args[0] if isinstance(n, Node)]
+
+
+def _cut(program: ExportedProgram, cores: set[str], weights: set[Node]) -> list[Piece]:
+    nodes = [
+        n for n in program.graph.nodes
+        if n.op not in ("placeholder", "output") and "_assert_tensor_metadata" not in str(n.target)
+    ]  # fmt: skip
+    position = {node: i for i, node in enumerate(nodes)}  # not of the output: it is given what was seen on the way
+    last = {node: max((position[u] for u in node.users if u in position), default=position[node]) for node in nodes}
+    at = [position[node] for node in nodes if node.name in cores]
+    bounds = [0, *_cheapest_cuts(nodes, last, at), len(nodes)]
+    return [_piece(nodes, start, end, last, weights) for start, end in pairwise(bounds)]
+
+
+def _cheapest_cuts(nodes: list[Node], last: Mapping[Node, int], cores: list[int]) -> list[int]:
+    """Between two cores, and between the last core and the final projection, where the fewest elements are alive."""
+    if not cores:
+        return []
+    change = [0] * (len(nodes) + 2)
+    for i, node in enumerate(nodes):
+        size = _elements(node)
+        change[i + 1] += size
+        change[last[node] + 1] -= size
+    alive, total = [], 0
+    for delta in change:
+        total += delta
+        alive.append(total)
+    final = max(i for i, node in enumerate(nodes) if linear_parts(node) or i == cores[-1])
+    spans = [*pairwise(cores), (cores[-1], final)]
+    return [min(range(end, start, -1), key=lambda i: alive[i]) for start, end in spans if end > start]
+
+
+def _elements(node: Node) -> int:
+    val = value(node)
+    parts = val if isinstance(val, tuple | list) else (val,)
+    count = 0
+    for part in parts:
+        if not isinstance(part, Tensor):
+            continue
+        try:
+            sizes = [
+                concrete(s, dict.fromkeys(s.node.expr.free_symbols, _TYPICAL)) if isinstance(s, torch.SymInt) else s
+                for s in part.shape
+            ]
+        except CannotEvaluate:
+            continue
+        number = 1
+        for size in sizes:
+            number *= size
+        count += number
+    return count
+
+
+def _piece(nodes: list[Node], start: int, end: int, last: Mapping[Node, int], weights: set[Node]) -> Piece:
+    inside = nodes[start:end]
+    read = {source: None for node in inside for source in node.all_input_nodes if source in weights}
+    alive = tuple(node for node in nodes[:end] if last[node] >= end)
+    ends: dict[Node, list[Node]] = {node: [] for node in inside}
+    for node in nodes[:end]:
+        if start <= last[node] < end:
+            ends[nodes[last[node]]].append(node)
+    return Piece(tuple(inside), tuple(read), alive, {node: tuple(done) for node, done in ends.items()})

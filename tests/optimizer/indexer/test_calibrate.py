@@ -1,0 +1,238 @@
+"""Calibration: what the layers' samples hold, and that the results are reproducible, ordered and resumable."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from checkpoints import dense_checkpoint
+from saved import assert_close, opened, saved, transformers_model
+from torch import Tensor
+
+from mla2dsa.errors import UserError
+from mla2dsa.kernels.spec import IndexerConfig, IndexerWeights
+from mla2dsa.optimizer.indexer.calibrate import Calibration, LayerResult, calibrate, layer_samples
+from mla2dsa.optimizer.indexer.distil import DistilSchedule
+from mla2dsa.optimizer.indexer.samples import SiteSample
+from mla2dsa.optimizer.model.weights import WeightSource
+
+TOPK, LENGTH = 12, 48
+CONFIG = IndexerConfig(index_topk=TOPK, index_n_heads=4, index_head_dim=64)
+HOW = Calibration(CONFIG, rows=16)
+LAYERS = [f"model.layers.{i}.self_attn" for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> WeightSource:
+    """Three layers, the last two MoE, bfloat16 on disk."""
+    return opened(dense_checkpoint("moe", tmp_path_factory))
+
+
+def text(count: int, length: int = LENGTH, seed: int = 0) -> list[Tensor]:
+    return list(torch.randint(3, 128, (count, length), generator=torch.Generator().manual_seed(seed)))
+
+
+def results(source: WeightSource, how: Calibration = HOW, **options: Any) -> list[LayerResult]:
+    return list(calibrate(source, text(4), text(2, seed=1), how, **options))
+
+
+def same(a: IndexerWeights, b: IndexerWeights) -> bool:
+    return all(torch.equal(tensor, b.tensors()[name]) for name, tensor in a.tensors().items())
+
+
+@pytest.fixture(scope="module")
+def closed(source: WeightSource) -> list[LayerResult]:
+    return results(source)
+
+
+# Samples
+
+
+def gathered(source: WeightSource, sequences: list[Tensor], how: Calibration = HOW) -> list[list[SiteSample]]:
+    return [samples for _, samples, _ in layer_samples(source, sequences, how)]
+
+
+def test_samples_are_what_transformers_computes(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = saved("deepseek_v3", tmp_path_factory)
+    model, [ids] = transformers_model(folder), text(1)
+    hidden: list[Tensor] = []
+    resid: list[Tensor] = []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: hidden.append(kwargs["hidden_states"][0]), with_kwargs=True
+        )
+        layer.self_attn.q_a_layernorm.register_forward_hook(lambda module, args, out: resid.append(out[0]))
+    with torch.no_grad():
+        attentions = model(ids[None], output_attentions=True).attentions
+    found = gathered(opened(folder), [ids])
+    assert len(found) == 2
+    for layer, [sample] in enumerate(found):
+        assert_close(sample.hidden, hidden[layer])
+        assert_close(sample.q_resid, resid[layer])
+        assert_close(sample.mass, attentions[layer][0].mean(0)[sample.rows], 1e-5)
+
+
+def test_rotary_tables_are_the_models(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = saved("deepseek_v3", tmp_path_factory)
+    model, [ids] = transformers_model(folder), text(1)
+    cos, sin = model.model.rotary_emb(torch.zeros(1, LENGTH, 64), torch.arange(LENGTH)[None])
+    for [sample] in gathered(opened(folder), [ids]):
+        assert_close(sample.cos, cos[0, :, :4])
+        assert_close(sample.sin, sin[0, :, :4])
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(16, 16), (36, 36), (40, 40), (500, LENGTH)])
+def test_rows_have_a_choice_where_there_are_enough_of_them(source: WeightSource, rows: int, expected: int) -> None:
+    for samples in gathered(source, text(2), Calibration(CONFIG, rows)):
+        for sample in samples:
+            assert len(sample.rows) == expected
+            assert sample.rows.tolist() == sorted(set(sample.rows.tolist()))
+            assert int(sample.rows[0]) >= min(TOPK, LENGTH - expected)
+            assert int(sample.rows[-1]) < LENGTH
+
+
+def test_rows_differ_by_sequence_and_seed_but_not_by_layer(source: WeightSource) -> None:
+    first = gathered(source, text(2))
+    assert all(torch.equal(samples[0].rows, first[0][0].rows) for samples in first)
+    assert not torch.equal(first[0][0].rows, first[0][1].rows)
+    other = gathered(source, text(2), Calibration(CONFIG, 16, seed=1))
+    assert not torch.equal(first[0][0].rows, other[0][0].rows)
+
+
+def test_sequences_of_different_lengths(source: WeightSource) -> None:
+    for samples in gathered(source, [*text(1), *text(1, 30)]):
+        assert [len(sample.hidden) for sample in samples] == [LENGTH, 30]
+        assert [sample.mass.shape for sample in samples] == [(16, LENGTH), (16, 30)]
+
+
+def test_a_sequence_does_not_depend_on_the_others(source: WeightSource) -> None:
+    alone, among = gathered(source, text(3)[:1]), gathered(source, text(3))
+    for one, many in zip(alone, among, strict=True):
+        assert torch.equal(one[0].hidden, many[0].hidden)
+        assert torch.equal(one[0].query, many[0].query)
+
+
+def test_one_layers_samples_at_a_time(source: WeightSource) -> None:
+    """While the next layer is run, those of the layer before are gone, but for the last sequence the stream has shown."""
+    earlier: list[weakref.ref[torch.UntypedStorage]] = []
+    checked = []
+
+    def look(done: int, total: int) -> None:
+        gc.collect()
+        assert not any(ref() is not None for ref in earlier)
+        checked.append(len(earlier))
+
+    for _, samples, maps in layer_samples(source, text(3), HOW, look):
+        earlier = [weakref.ref(sample.query.untyped_storage()) for sample in samples[:-1]]
+        del samples, maps
+    assert checked.count(2) >= 6  # the sequences of the two layers that come after one
+
+
+def test_calibrate_keeps_no_samples_while_it_streams(source: WeightSource) -> None:
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(thing, SiteSample) for thing in gc.get_objects())
+
+    before, seen = alive(), set[int]()
+    results(source, on_sequence=lambda done, total: seen.add(alive() - before))
+    assert seen == {0}
+
+
+# Results
+
+
+def test_every_layer_in_graph_order(closed: list[LayerResult]) -> None:
+    assert [result.name for result in closed] == LAYERS
+    for result in closed:
+        shapes = {name: tuple(tensor.shape) for name, tensor in result.weights.tensors().items()}
+        assert shapes == IndexerWeights.shapes(CONFIG, 64, 48)
+        assert 0 < result.recall <= result.oracle <= 1
+        assert 0 < result.window <= result.oracle
+        assert (result.steps, result.recall) == (0, result.closed_form_recall)
+
+
+def test_summary_is_plain_data(closed: list[LayerResult]) -> None:
+    summary = closed[0].summary()
+    assert "weights" not in summary
+    assert {type(value) for value in summary.values()} <= {str, float, int, dict}
+    assert set(summary) == set(LayerResult.__dataclass_fields__) - {"weights"}
+
+
+def test_the_same_seed_gives_the_same_bits(source: WeightSource, closed: list[LayerResult]) -> None:
+    again, other = results(source), results(source, Calibration(CONFIG, 16, seed=5))
+    for a, b, c in zip(closed, again, other, strict=True):
+        assert same(a.weights, b.weights)
+        assert a.summary() == b.summary()
+        assert not same(a.weights, c.weights)
+
+
+def test_distilled_layers_are_reproducible_and_no_worse(source: WeightSource, closed: list[LayerResult]) -> None:
+    how = Calibration(CONFIG, 16, DistilSchedule(steps=8, eval_every=4))
+    steps: list[tuple[str, int]] = []
+    first = results(source, how, on_step=lambda layer, step, loss: steps.append((layer, step)))
+    for a, b, c in zip(first, results(source, how), closed, strict=True):
+        assert same(a.weights, b.weights)
+        assert a.recall >= a.closed_form_recall == c.recall
+        assert 0 < a.steps <= 8
+    assert steps == [(result.name, step) for result in first for step in range(1, result.steps + 1)]
+
+
+def test_layers_shuffle_in_their_own_order_whatever_was_done_before(source: WeightSource) -> None:
+    """Resuming must give what an uninterrupted run gives: the seed of a layer does not depend on earlier layers."""
+    how = Calibration(CONFIG, 16, DistilSchedule(steps=4, eval_every=2))
+    whole = results(source, how)
+    resumed = results(source, how, done={LAYERS[0]: whole[0], LAYERS[1]: whole[1]})
+    assert resumed[0] is whole[0]
+    assert resumed[1] is whole[1]
+    assert same(resumed[2].weights, whole[2].weights)
+
+
+def test_nothing_is_fitted_twice(source: WeightSource, closed: list[LayerResult]) -> None:
+    steps: list[int] = []
+    how = Calibration(CONFIG, 16, DistilSchedule(steps=2))
+    done = {result.name: result for result in closed}
+    again = results(source, how, done=done, on_step=lambda layer, step, loss: steps.append(step))
+    assert all(a is b for a, b in zip(again, closed, strict=True))
+    assert steps == []
+
+
+def test_progress_counts_every_sequence_of_every_piece(source: WeightSource) -> None:
+    seen: list[tuple[int, int]] = []
+    results(source, on_sequence=lambda done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
+    assert {total for _, total in seen} == {len(seen)}
+
+
+def test_held_out_sequences_are_not_fitted_on(source: WeightSource) -> None:
+    """The closed form of the same text does not change with what it is measured on; the measurement does."""
+    a = next(calibrate(source, text(4), text(2, seed=1), HOW))
+    b = next(calibrate(source, text(4), text(2, seed=2), HOW))
+    assert same(a.weights, b.weights)
+    assert a.recall != b.recall
+
+
+# What cannot be calibrated
+
+
+@pytest.mark.parametrize("length", [1, TOPK])
+def test_sequences_that_leave_nothing_to_choose(source: WeightSource, length: int) -> None:
+    with pytest.raises(UserError, match=f"sequences have {length} tokens, expected more than index_topk {TOPK}"):
+        next(calibrate(source, text(2), text(1, length), HOW))
+
+
+def test_the_layer_is_named(source: WeightSource) -> None:
+    how = Calibration(IndexerConfig(TOPK, 4, index_head_dim=16), 16)
+    with pytest.raises(UserError, match=rf"^{LAYERS[0]}: index_head_dim 16 is too narrow"):
+        next(calibrate(source, text(2), text(1), how))
+
+
+def test_a_bias_is_named_once(tmp_path: Path) -> None:
+    families.build("minicpm3", attention_bias=True).save_pretrained(tmp_path)
+    with pytest.raises(UserError) as error:
+        next(calibrate(opened(tmp_path), text(2), text(1), HOW))
+    assert str(error.value).count(LAYERS[0] + ":") == 1

@@ -1,0 +1,184 @@
+"""Recipe: file and flags become one validated recipe, and every mistake is one line that names the field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from places import ROOT
+
+from mla2dsa.errors import UsageError
+from mla2dsa.optimizer.recipe import Distil, Recipe, Verify, read_recipe
+
+DOCS = ROOT / "docs" / "recipe.md"
+
+
+def recipe_file(folder: Path, text: str) -> str:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+# What is read
+
+
+def test_nothing_asked_gives_the_defaults() -> None:
+    assert read_recipe(None, {}) == Recipe()
+    assert Recipe().indexer == "closed-form"
+    assert Recipe().index_topk is None
+
+
+@pytest.mark.parametrize("text", ["", "# nothing but a comment\n", "{}"], ids=["empty", "comment", "empty-mapping"])
+def test_an_empty_file_gives_the_defaults(tmp_path: Path, text: str) -> None:
+    assert read_recipe(recipe_file(tmp_path, text), {}) == Recipe()
+
+
+def test_the_documented_recipe_holds_for_every_field(tmp_path: Path) -> None:
+    """The example in docs/recipe.md is complete, is accepted, and shows the defaults where it claims to."""
+    example = DOCS.read_text().split("```yaml\n")[1].split("```")[0]
+    fields = yaml.safe_load(example)
+    assert list(fields) == list(Recipe.model_fields)
+    assert list(fields["distil"]) == list(Distil.model_fields)
+    assert list(fields["verify"]) == list(Verify.model_fields)
+    assert read_recipe(recipe_file(tmp_path, example), {}) == Recipe(index_topk=2048)
+
+
+def test_file(tmp_path: Path) -> None:
+    file = recipe_file(tmp_path, "indexer: distil\nindex_topk: 512\ndistil: {steps: 10}\nverify:\n  sequences: 2\n")
+    read = read_recipe(file, {})
+    assert (read.indexer, read.index_topk, read.distil, read.verify) == (
+        "distil", 512, Distil(steps=10), Verify(sequences=2)
+    )  # fmt: skip
+
+
+def test_flags_override_the_file_and_the_file_the_defaults(tmp_path: Path) -> None:
+    file = recipe_file(tmp_path, "index_topk: 512\nseed: 3\n")
+    read = read_recipe(file, {"index_topk": 256, "seed": None, "rows": None})
+    assert (read.index_topk, read.seed, read.rows) == (256, 3, 128)
+
+
+@pytest.mark.parametrize("number", ["3e-3", "0.003", "3.0e-3"])
+def test_numbers_as_people_write_them(tmp_path: Path, number: str) -> None:
+    """YAML 1.1 takes 3e-3 for a string."""
+    assert read_recipe(recipe_file(tmp_path, f"distil: {{lr: {number}}}"), {}).distil.lr == 0.003
+    limit = read_recipe(recipe_file(tmp_path, f"verify: {{max_loss_delta: {number}}}"), {}).verify.max_loss_delta
+    assert limit == 0.003
+
+
+def test_a_recipe_does_not_change() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe().seed = 1  # type: ignore[misc]
+
+
+# Donors
+
+
+@pytest.mark.parametrize(
+    ("file", "flags"),
+    [
+        (None, {"indexer": "donor:some/model"}),
+        ("indexer: donor:some/model", {}),
+        ("indexer: donor\ndonor: some/model", {}),
+        ("indexer: donor\ndonor: another/model", {"indexer": "donor:some/model"}),
+        ("indexer: distil", {"indexer": "donor:some/model"}),
+    ],
+    ids=["flag", "file", "two-fields", "flag-over-file", "flag-over-distil"],
+)
+def test_donor(tmp_path: Path, file: str | None, flags: dict[str, Any]) -> None:
+    read = read_recipe(recipe_file(tmp_path, file) if file else None, flags)
+    assert (read.indexer, read.donor) == ("donor", "some/model")
+
+
+def test_a_flag_replaces_the_files_donor(tmp_path: Path) -> None:
+    file = recipe_file(tmp_path, "indexer: donor:some/model")
+    assert read_recipe(file, {"indexer": "distil"}).donor is None
+
+
+@pytest.mark.parametrize(
+    ("file", "flags"),
+    [(None, {"indexer": "donor"}), (None, {"indexer": "donor:"}), ("donor: some/model", {}),
+     ("indexer: distil\ndonor: some/model", {})],
+    ids=["no-path", "empty-path", "path-without-donor", "path-with-distil"],
+)  # fmt: skip
+def test_a_donor_and_its_path_go_together(tmp_path: Path, file: str | None, flags: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="donor needs a path"):
+        read_recipe(recipe_file(tmp_path, file) if file else None, flags)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("index_topK: 64", "index_topK"),
+        ("distil: {step: 3}", "distil.step"),
+        ("index_topk: 0", "index_topk"),
+        ("index_topk: many", "index_topk"),
+        ("index_topk: 2.5", "index_topk"),
+        ("index_topk: true", "index_topk"),
+        ("indexer: magic", "indexer"),
+        ("rows: null", "rows"),
+        ("distil: {lr: -1}", "distil.lr"),
+        ("distil: {lr: .inf}", "distil.lr"),
+        ("distil: {lr: fast}", "distil.lr"),
+        ("distil: {lr: true}", "distil.lr"),
+        ("distil: {steps: 0}", "distil.steps"),
+        ("distil: 10", "distil"),
+        ("verify: {max_loss_delta: 0}", "verify.max_loss_delta"),
+        ("verify: {sequences: 0}", "verify.sequences"),
+        ("sequence_length: 1", "sequence_length"),
+        ("tokens: 0", "tokens"),
+        ("calibration: [a, b]", "calibration"),
+        ("seed: -1", "seed"),
+        ("7: 1", "7"),
+    ],
+)
+def test_a_bad_field_is_named(tmp_path: Path, text: str, named: str) -> None:
+    file = recipe_file(tmp_path, text)
+    with pytest.raises(UsageError) as error:
+        read_recipe(file, {})
+    assert str(error.value).startswith(f"{file}: {named}")
+    assert "\n" not in str(error.value)
+    assert error.value.exit_code == 2
+
+
+def test_an_unknown_field_is_answered_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"index_topK: no such field; known are .*index_topk"):
+        read_recipe(recipe_file(tmp_path, "index_topK: 64"), {})
+    with pytest.raises(UsageError, match=r"distil\.step: no such field; known are steps, lr$"):
+        read_recipe(recipe_file(tmp_path, "distil: {step: 64}"), {})
+
+
+def test_a_bad_flag_is_called_by_its_flag(tmp_path: Path) -> None:
+    for file in (None, recipe_file(tmp_path, "index_topk: 64")):
+        with pytest.raises(UsageError, match=r"^--index-topk 0: "):
+            read_recipe(file, {"index_topk": 0})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"index_topk: [", "not YAML (line 1"),
+        (b"- index_topk: 64", "expected a mapping"),
+        (b"just text", "expected a mapping"),
+        (b"\xff\xfe", "cannot be read"),
+    ],
+    ids=["unclosed", "list", "text", "not-utf-8"],
+)
+def test_a_file_that_is_no_recipe(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UsageError) as error:
+        read_recipe(str(path), {})
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", ""], ids=["missing", "folder"])
+def test_a_file_that_cannot_be_opened(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="recipe cannot be read"):
+        read_recipe(str(tmp_path / name), {})
