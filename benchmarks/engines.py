@@ -21,10 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"
 from stacks import attention_stack
 
 from mla2dsa.compat.tensorrt_backend import open_backend
+from mla2dsa.exporters.engine.engine_plan import EnginePlan
 from mla2dsa.exporters.engine.plugin_build import build_plugin
 from mla2dsa.exporters.engine.plugin_fields import attach, fields_of
 from mla2dsa.exporters.engine.profiles import engine_profiles
-from mla2dsa.exporters.engine.to_tensorrt import Wish, build_engine
+from mla2dsa.exporters.engine.to_tensorrt import build_engine
 
 LIMITS = {"max_batch": 4, "max_seq": 131072}
 
@@ -35,7 +36,14 @@ def measure(layers: int, sms: tuple[int, ...], backend_name: str) -> dict[str, A
     backend, plugin = open_backend(backend_name), build_plugin()
     started = time.perf_counter()
     plan = build_engine(
-        backend, model, Path(), inputs, nodes, plugin, Wish(engine_profiles(LIMITS, {}, {}, {}), ()), lambda *_: None
+        backend,
+        model,
+        Path(),
+        inputs,
+        nodes,
+        plugin,
+        EnginePlan(engine_profiles(LIMITS, {}, {}, {}), ()),
+        lambda *_: None,
     )
     seconds = time.perf_counter() - started
     size = memoryview(plan.data).nbytes

@@ -69,7 +69,7 @@ def _add_engine_options(command: argparse.ArgumentParser) -> None:
 
 def _options(args: argparse.Namespace) -> Any:
     from ..exporters.engine.profiles import read_sizes
-    from ..optimizer.build import BuildOptions
+    from ..optimizer.build_plan import BuildOptions
 
     if args.jobs is not None and args.jobs < 1:
         raise UsageError(f"--jobs {args.jobs}: expected 1 or more")
@@ -81,23 +81,24 @@ def _options(args: argparse.Namespace) -> Any:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from ..optimizer.build import build, build_onnx, plan_build
+    from ..optimizer.build import build, build_onnx
+    from ..optimizer.build_plan import plan_build
     from .show.conversion import Progress
     from .show.engines import show_build_plan, show_built, show_commands
     from .show.tables import print_json
 
-    options = _options(args)
+    plan = plan_build(args.source, args.out, _options(args))
     if args.dry_run:
-        planned = plan_build(args.source, options)
+        planned = plan.to_json()
         print_json(planned) if args.json else show_build_plan(planned)
         return 0
     if args.onnx_only:
         with Progress() as progress:
-            commands = build_onnx(args.source, args.out, options, progress.advance)
+            commands = build_onnx(plan, progress.advance)
         print_json({"out": str(args.out), "commands": commands}) if args.json else show_commands(args.out, commands)
         return 0
     with Progress() as progress:
-        built = build(args.source, args.out, options, progress.advance)
+        built = build(plan, progress.advance)
     print_json(dict(built.manifest)) if args.json else show_built(args.out, built)
     return 0
 
@@ -128,7 +129,7 @@ def _deploy(args: argparse.Namespace) -> int:
 
     options, recipe = _options(args), read_recipe_of(args)
     if args.dry_run:
-        planned = plan_deploy(args.model, recipe, options)
+        planned = plan_deploy(args.model, args.out, recipe, options)
         print_json(planned) if args.json else show_build_plan(planned)
         return 0
     with Progress() as progress:

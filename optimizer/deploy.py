@@ -5,11 +5,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..files.staging import check_target
-from .build import BuildOptions, Built, OnProgress, build, check_build, plan_build
+from .build import Built, OnProgress, build
+from .build_plan import BuildOptions, check_ready, plan_build
 from .convert import convert
 from .model.checkpoint import Checkpoint
 from .plan import prepare
@@ -30,22 +31,21 @@ def deploy(
 ) -> Built:
     """Write `out`. A dense checkpoint is converted first (and verified, as `convert` does), to `keep_checkpoint` or to a
     temporary folder beside `out`. Raises UserError as `convert` and `build` do; what can be known to fail, before converting."""
-    checkpoint = Checkpoint.open(model)
-    check_target(checkpoint.path, out, overwrite=options.overwrite)
-    if checkpoint.is_dsa():
-        return build(model, out, options, on_progress)
-    check_build(model, options, convert_first=True)
+    plan = plan_build(model, out, options, convert_first=True)
+    if Checkpoint.open(model).is_dsa():
+        return build(plan, on_progress)
+    check_ready(plan)
     with _place(out, keep_checkpoint) as converted:
         facts = {} if listener is None else {"listener": listener}
         convert(model, converted, recipe, device=device, skip_transformers=skip_transformers, **facts)
-        return build(converted, out, options, on_progress)
+        return build(replace(plan, source=converted), on_progress)
 
 
-def plan_deploy(model: str, recipe: Recipe, options: BuildOptions) -> dict[str, Any]:
-    """What `deploy` would do: as `plan_build`, and for a dense checkpoint the plan of its conversion."""
+def plan_deploy(model: str, out: Path, recipe: Recipe, options: BuildOptions) -> dict[str, Any]:
+    """What `deploy` would do: how the engine is built, and for a dense checkpoint the plan of its conversion."""
+    planned = plan_build(model, out, options, convert_first=True).to_json()
     if Checkpoint.open(model).is_dsa():
-        return plan_build(model, options)
-    planned = plan_build(model, options, convert_first=True)
+        return planned
     return {**planned, "conversion": prepare(model, recipe, False).plan.to_json()}
 
 

@@ -17,27 +17,18 @@ from ...compat.tensorrt_backend import Backend, OnProgress, load_plugins, plugin
 from ...errors import UserError
 from ...files.user_cache import cache_folder
 from ...kernels.op_spec import NODES
+from .engine_plan import EnginePlan
 from .layers import Layer, check_plugin_layers, layers_from_inspector, layers_from_log
 from .plugin_fields import PluginNode
 from .profiles import shape_of
 
 
 @dataclass(frozen=True)
-class Plan:
+class SerialisedEngine:
     """A serialised engine (anything with the buffer protocol) and its layers."""
 
     data: Any
     layers: tuple[Layer, ...]
-
-
-@dataclass(frozen=True)
-class Wish:
-    """How an engine is to be: profiles as `engine_profiles` gives them, GPU architectures (of an RTX engine), and whether
-    the plan is to contain the plugin library."""
-
-    profiles: Sequence[Mapping[str, Any]]
-    sms: Sequence[int]
-    embed_plugin: bool = False
 
 
 def build_engine(
@@ -47,11 +38,11 @@ def build_engine(
     inputs: Sequence[Mapping[str, Any]],
     nodes: Sequence[PluginNode],
     plugin: Path,
-    wish: Wish,
+    plan: EnginePlan,
     on_progress: OnProgress = lambda phase, done, total: None,
-) -> Plan:
+) -> SerialisedEngine:
     """Build and check. folder: where the model's weights lie. inputs: as the export's manifest lists them. nodes: those that
-    must be plugin layers. plugin: the library.
+    must be plugin layers. plugin: the library. plan: its profiles, architectures and embed_plugin are what counts here.
 
     Raises UserError, one line with the node and TensorRT's reason.
     """
@@ -60,16 +51,16 @@ def build_engine(
     builder = backend.trt.Builder(log)
     network = backend.network(builder)
     parser = _parse(backend, network, log, model, folder, plugin)
-    config = _config(backend, builder, inputs, plugin, wish, on_progress)
+    config = _config(backend, builder, inputs, plugin, plan, on_progress)
     timings = _TimingCache(backend, config)
     data = builder.build_serialized_network(network, config)
     del parser  # it owns the weights, and has to live until here
     if data is None:
         raise UserError(f"{backend.name} cannot build the engine: {_reason(log, plugin)}")
     timings.save()
-    layers = layers_from_log(log.layers) or _inspected(backend, log, data, wish.embed_plugin)
-    check_plugin_layers(nodes, layers, len(wish.profiles))
-    return Plan(data, tuple(layers))
+    layers = layers_from_log(log.layers) or _inspected(backend, log, data, plan.embed_plugin)
+    check_plugin_layers(nodes, layers, len(plan.profiles))
+    return SerialisedEngine(data, tuple(layers))
 
 
 def _parse(backend: Backend, network: Any, log: Any, model: onnx.ModelProto, folder: Path, plugin: Path) -> Any:
@@ -89,17 +80,17 @@ def _config(
     builder: Any,
     inputs: Sequence[Mapping[str, Any]],
     plugin: Path,
-    wish: Wish,
+    plan: EnginePlan,
     on_progress: OnProgress,
 ) -> Any:
     trt, config = backend.trt, builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)  # caches are written in place
     config.progress_monitor = backend.monitor(on_progress)
-    if wish.embed_plugin:
+    if plan.embed_plugin:
         config.plugins_to_serialize = [str(plugin)]
-    set_architectures(backend, config, wish.sms)
-    for limits in wish.profiles:
+    set_architectures(backend, config, plan.sms)
+    for limits in plan.profiles:
         profile = builder.create_optimization_profile()
         for entry in inputs:
             profile.set_shape(entry["name"], *(shape_of(entry, limits, which) for which in range(3)))

@@ -10,9 +10,10 @@ import pytest
 from dsa_checkpoints import NAMES, dsa_checkpoint
 
 from mla2dsa.errors import UserError
-from mla2dsa.exporters.engine.plugin_fields import KERNELS, PLUGINS, PROGRAM, attach
+from mla2dsa.exporters.engine.plugin_fields import KERNELS, PROGRAM, attach
 from mla2dsa.exporters.onnx_model.nodes import DOMAIN
 from mla2dsa.kernels.gpu.binaries.bundle import read_bundle
+from mla2dsa.kernels.op_spec import NODES
 from mla2dsa.optimizer.export import export
 
 pytest.importorskip("triton")
@@ -30,7 +31,7 @@ def graph_of(folder: Path) -> onnx.ModelProto:
 
 
 def ours(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    return [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in PLUGINS]
+    return [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in NODES]
 
 
 def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -64,8 +65,8 @@ def test_the_local_functions_of_plugins_are_gone_and_no_other(model: onnx.ModelP
     attached = copy_of(model)
     attach(attached, (80,))
     before = {function.name for function in model.functions}
-    assert before >= set(PLUGINS)
-    assert {function.name for function in attached.functions} == before - set(PLUGINS)
+    assert before >= set(NODES)
+    assert {function.name for function in attached.functions} == before - set(NODES)
 
 
 def test_attaching_twice_gives_the_same(model: onnx.ModelProto) -> None:

@@ -24,10 +24,11 @@ from stacks import attention_stack
 
 from mla2dsa.compat.tensorrt_backend import load_plugins, open_backend
 from mla2dsa.errors import UserError
+from mla2dsa.exporters.engine.engine_plan import EnginePlan
 from mla2dsa.exporters.engine.layers import Layer, check_plugin_layers
 from mla2dsa.exporters.engine.plugin_build import build_plugin
-from mla2dsa.exporters.engine.plugin_fields import PLUGINS, attach
-from mla2dsa.exporters.engine.to_tensorrt import Wish, build_engine
+from mla2dsa.exporters.engine.plugin_fields import attach
+from mla2dsa.exporters.engine.to_tensorrt import build_engine
 from mla2dsa.files.engine_manifest import ENGINE_MANIFEST
 from mla2dsa.kernels.gpu.binaries.bundle import read_bundle
 from mla2dsa.kernels.op_spec import NODES
@@ -73,7 +74,7 @@ def layers(folder: Path) -> list[dict[str, Any]]:
 
 def test_every_op_of_every_layer_is_a_plugin_layer(exported: Path, built: Path) -> None:
     graph = onnx.load(str(exported / "model.onnx"), load_external_data=False).graph
-    ours = {node.name for node in graph.node if node.op_type in PLUGINS}
+    ours = {node.name for node in graph.node if node.op_type in NODES}
     depth = json.loads((exported / "config.json").read_text())["num_hidden_layers"]
     assert len(ours) == 4 * depth
     plugins = [layer for layer in layers(built) if layer["type"] in ("PluginV3", "custom_layer")]
@@ -174,7 +175,7 @@ def test_a_stack_of_61_layers_of_real_width() -> None:
     profile = {"name": "prefill", "batch": [1, 1, 4], "seq": [1, 512, 512], "cache_length": [256, 4096, 131072]}
     started = time.monotonic()
     plan = build_engine(
-        backend, model, Path(), inputs, nodes, build_plugin(), Wish([profile, {**profile, "seq": [1, 1, 1]}], ())
+        backend, model, Path(), inputs, nodes, build_plugin(), EnginePlan([profile, {**profile, "seq": [1, 1, 1]}], ())
     )
     assert time.monotonic() - started < 60
     plugins = [layer for layer in plan.layers if layer.is_plugin]
@@ -213,7 +214,7 @@ def test_without_its_fields_a_node_is_refused(exported: Path) -> None:
     node.attribute.extend(kept)
     inputs = json.loads((exported / "mla2dsa-export.json").read_text())["inputs"]
     with pytest.raises(UserError, match=rf"tensorrt-rtx does not take the model: {node.name}.*field program"):
-        build_engine(backend, model, exported, inputs, nodes, build_plugin(), Wish([], ()))
+        build_engine(backend, model, exported, inputs, nodes, build_plugin(), EnginePlan([], ()))
 
 
 def test_a_node_that_is_no_plugin_layer_fails_the_build() -> None:
