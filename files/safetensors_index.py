@@ -14,20 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .dtypes import BY_SAFETENSORS
 from .json_files import FETCH_AGAIN, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _HEADER_LIMIT = 100_000_000  # the limit of the safetensors library
 
-DTYPE_BITS = {
-    **dict.fromkeys(["F64", "I64", "U64", "C64"], 64),
-    **dict.fromkeys(["F32", "I32", "U32"], 32),
-    **dict.fromkeys(["F16", "BF16", "I16", "U16"], 16),
-    **dict.fromkeys(["BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"], 8),
-    **dict.fromkeys(["F6_E2M3", "F6_E3M2"], 6),
-    "F4": 4,
-}
+DTYPE_BITS = {name: kind.bits for name, kind in BY_SAFETENSORS.items()}
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from ..errors import UsageError, UserError
 from ..exporters.engine.engine_plan import EnginePlan
 from ..exporters.engine.plugin_build import build_plugin
 from ..exporters.engine.profiles import engine_profiles
+from ..files.dtypes import MODEL_DTYPES
 from ..files.export_manifest import EXPORT_MANIFEST, is_export, read_export
 from ..files.staging import check_target
 from ..kernels.gpu.binaries.compile import ARCHITECTURES, check_architecture
-from .export import DTYPES
 from .model.checkpoint import Checkpoint
 
 
@@ -81,8 +81,8 @@ def default_sms(backend: str) -> tuple[int, ...]:
 
 
 def _architectures(options: BuildOptions) -> tuple[int, ...]:
-    if options.dtype not in DTYPES:
-        raise UsageError(f"dtype {options.dtype!r}: expected one of {', '.join(DTYPES)}")
+    if options.dtype not in MODEL_DTYPES:
+        raise UsageError(f"dtype {options.dtype!r}: expected one of {', '.join(MODEL_DTYPES)}")
     sms = default_sms(options.backend) if options.sms is None else tuple(sorted(set(options.sms)))
     if not sms:
         raise UsageError("--sm: expected at least one architecture, as 90")

@@ -45,6 +45,7 @@ import torch.utils._pytree as pytree
 
 from .. import __version__
 from ..errors import UsageError
+from ..files.dtypes import MODEL_DTYPES, torch_dtype
 from ..files.export_manifest import EXPORT_MANIFEST
 from ..files.staging import check_target, place_file, staged_folder
 from ..passes.add_cache import Cached
@@ -54,14 +55,13 @@ from .model.checkpoint import Checkpoint
 
 MANIFEST_FORMAT = 1
 FORMATS = ("onnx", "pt2")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _RUNS_ON: dict[str, dict[str, tuple[str, ...]]] = {
     "onnx": {
         "float32": ("onnxruntime-cpu", "tensorrt"),
         "float16": ("onnxruntime-cpu", "tensorrt"),
         "bfloat16": ("tensorrt",),  # onnxruntime has no bfloat16 kernels on the CPU
     },
-    "pt2": dict.fromkeys(DTYPES, ("torch",)),
+    "pt2": dict.fromkeys(MODEL_DTYPES, ("torch",)),
 }
 _BESIDE = ("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 _BESIDE_PATTERNS = ("tokenizer*", "vocab*", "chat_template*", "*.tiktoken")
@@ -94,7 +94,7 @@ def export(
     _check_usage(format, dtype, max_batch, max_seq)
     checkpoint = Checkpoint.open(model)
     check_target(checkpoint.path, out, overwrite=overwrite)
-    ready = open_cached(checkpoint, DTYPES[dtype], last_only)
+    ready = open_cached(checkpoint, torch_dtype(dtype), last_only)
     context = ready.captured.max_length
     if max_seq is not None and max_seq > context:
         raise UsageError(f"max_seq {max_seq}: the model's context is {context} tokens; pass at most that")
@@ -111,8 +111,8 @@ def export(
 def _check_usage(format: str, dtype: str, max_batch: int, max_seq: int | None) -> None:
     if format not in FORMATS:
         raise UsageError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if dtype not in MODEL_DTYPES:
+        raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(MODEL_DTYPES)}")
     if max_batch < 1:
         raise UsageError(f"max_batch {max_batch}: expected at least 1")
     if max_seq is not None and max_seq < 1:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..files.dtypes import torch_dtype
 from ..files.export_manifest import check_limits, check_weight_files, read_export
 from .caches import Caches, outputs_of, widths_of
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+_DTYPES = ("float32", "float16")  # of which onnxruntime has kernels on a CPU
 
 
 class OrtSession:
@@ -36,7 +37,7 @@ class OrtSession:
             raise UserError(
                 f"{folder}: exported as {name}, which onnxruntime cannot run; export with --dtype float32 or float16"
             )
-        return _DTYPES[name]
+        return torch_dtype(name)
 
     def step(self, ids: Tensor, positions: Tensor, slots: Tensor, key_begin: Tensor, last: Tensor) -> Tensor:
         """See `generation.Session`."""

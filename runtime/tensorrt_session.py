@@ -18,12 +18,12 @@ from torch import Tensor
 
 from ..compat.tensorrt_backend import Backend, gpu_sm, load_plugins, open_backend, plugin_error
 from ..errors import UserError
+from ..files.dtypes import torch_dtype
 from ..files.engine_manifest import check_engine, read_engine
 from ..files.sizes import FIRST_CAPACITY
 from ..kernels.op_spec import NODES
 from .caches import Caches, outputs_of, widths_of
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Range = tuple[int, int, int]
 
 
@@ -75,7 +75,7 @@ class TensorRtSession:
             )
         self.batch, self.capacity = batch, most if capacity is None else capacity
         self._check_batch()
-        self._dtype = DTYPES[manifest["dtype"]]
+        self._dtype = torch_dtype(manifest["dtype"])
         self._present = outputs_of(manifest)
         least = max(profile.cache_length[0] for profile in self._profiles)
         self._caches = Caches(

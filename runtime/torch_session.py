@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from ..errors import UserError
+from ..files.dtypes import torch_dtype
 from ..files.export_manifest import check_limits, check_weight_files, read_export
 from .caches import Caches, widths_of
 from .execute import PieceRunner
 
 CACHE_WRITE = torch.ops.mla2dsa.cache_write.default
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class TorchSession:
@@ -75,6 +75,6 @@ def open_pt2_session(folder: Path, batch: int, capacity: int | None = None, devi
         widths_of(manifest),
         batch,
         capacity,
-        DTYPES[manifest["dtype"]],
+        torch_dtype(manifest["dtype"]),
         device,
     )

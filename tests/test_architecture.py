@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "kernels/gpu": {*KERNELS, "kernels/gpu/emulator", "kernels/gpu/programs", "kernels/gpu/triton_code"},
     "kernels/gpu/triton_code": {*LOWEST, "compat"},
     "kernels/gpu/programs": {*FILES, "kernels"},
-    "kernels/gpu/emulator": {*LOWEST, "compat"},
+    "kernels/gpu/emulator": {*FILES, "compat"},
     "kernels/gpu/binaries": {*FILES, "compat", "kernels/gpu/programs", "kernels/gpu/triton_code"},
     "passes/graph": KERNELS,
     "passes/matching": {*KERNELS, "passes/graph"},

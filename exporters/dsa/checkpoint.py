@@ -31,6 +31,7 @@ from torch import Tensor
 from ... import __version__
 from ...errors import UserError
 from ...files.digests import WHOLE_HASH_LIMIT, file_digest
+from ...files.dtypes import MODEL_DTYPES, element_type, torch_dtype
 from ...files.json_files import read_json
 from ...files.safetensors_index import (
     INDEX_FILE,
@@ -55,7 +56,7 @@ _CONFIG = "config.json"
 _RENAMED = {SINGLE_FILE: "model-dense.safetensors", INDEX_FILE: "mla2dsa.source-index.json"}
 _OURS = {MANIFEST, INDEXER_SHARD, UNPROVEN_CONFIG, *_RENAMED.values()}
 _SKIPPED_FOLDERS = {".git", ".cache"}  # version control and download bookkeeping, not part of a checkpoint
-_SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_INDEXER_DTYPES = tuple(map(torch_dtype, MODEL_DTYPES))
 
 
 def write_dsa_checkpoint(
@@ -181,11 +182,11 @@ def _write_indexers(
     file: Path, weights: Mapping[str, IndexerWeights], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
 ) -> dict[str, int]:
     """Stream the new shard, one layer in memory at a time; returns bytes per tensor name."""
-    if dtype not in _SAFETENSORS_DTYPES:
-        raise UserError(f"indexer dtype {dtype}: expected one of {', '.join(map(str, _SAFETENSORS_DTYPES))}")
+    if dtype not in _INDEXER_DTYPES:
+        raise UserError(f"indexer dtype {dtype}: expected one of {', '.join(map(str, _INDEXER_DTYPES))}")
     kept = {name: torch.float32 if name.startswith("k_norm.") else dtype for name in shapes}
     layout = {
-        f"{module}.indexer.{name}": (_SAFETENSORS_DTYPES[kept[name]], shape)
+        f"{module}.indexer.{name}": (element_type(kept[name]).safetensors, shape)
         for module in weights
         for name, shape in shapes.items()
     }

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import onnx
 
 from ...errors import UserError
+from ...files.dtypes import ELEMENT_TYPES
 from ...kernels.gpu.binaries.bundle import bundled, write_bundle
 from ...kernels.gpu.binaries.compile import Compiled
 from ...kernels.gpu.binaries.manifest import kernel_name
@@ -28,12 +29,7 @@ from ..onnx_model.to_onnx import LAYER
 
 PROGRAM, KERNELS = "program", "kernels"  # names of the fields
 _TYPES = {
-    onnx.TensorProto.BFLOAT16: "bf16",
-    onnx.TensorProto.FLOAT16: "fp16",
-    onnx.TensorProto.FLOAT: "fp32",
-    onnx.TensorProto.DOUBLE: "fp64",
-    onnx.TensorProto.INT32: "i32",
-    onnx.TensorProto.INT64: "i64",
+    onnx.TensorProto.DataType.Value(kind.onnx): kind.triton for kind in ELEMENT_TYPES if kind.onnx and kind.triton
 }
 
 

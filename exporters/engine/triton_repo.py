@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from ...files.dtypes import BY_NAME
 from ...files.staging import place_file
-
-_TYPES = {"int64": "TYPE_INT64", "float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16"}
 
 
 def write_triton_repo(engine_folder: Path, manifest: Mapping[str, Any], repo: Path, name: str) -> None:
@@ -50,7 +49,9 @@ def _tensors(role: str, entries: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for entry in entries:
         dims = ", ".join("-1" if isinstance(dim, str) else str(dim) for dim in entry["shape"])
-        lines.append(f'{role} [ {{ name: "{entry["name"]}", data_type: {_TYPES[entry["dtype"]]}, dims: [ {dims} ] }} ]')
+        lines.append(
+            f'{role} [ {{ name: "{entry["name"]}", data_type: TYPE_{BY_NAME[entry["dtype"]].server}, dims: [ {dims} ] }} ]'
+        )
     return lines
 
 

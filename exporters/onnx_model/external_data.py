@@ -20,6 +20,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from ...files.dtypes import BY_NAME, MODEL_DTYPES, element_type
 from ...files.safetensors_index import TensorLocation
 from ...files.staging import place_file
 
@@ -27,8 +28,7 @@ DATA_FILE = "model.data"
 _PAGE = 4096  # lets a runtime map a large tensor on its own
 _ALIGNED = 64
 _CHUNK = 2**24
-_PLAIN = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
-_TORCH = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_PLAIN = {BY_NAME[name].safetensors: ir.DataType[BY_NAME[name].onnx] for name in MODEL_DTYPES}
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Placement:
                     stream.write(chunk)
                 continue
             value = part.load().contiguous()
-            dtype = _TORCH[value.dtype]
+            dtype = element_type(value.dtype).safetensors
             stream.write(value.view(torch.uint8).flatten().numpy().data)
         nbytes = stream.tell() - begin
         reason = "--copy-weights" if self.copy_weights else _reason(parts)

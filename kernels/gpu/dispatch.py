@@ -7,19 +7,20 @@ an indexer in float32 with more than 64 heads of more than 128 channels where sh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .. import reference, reference_fp8
 from .launch import TRITON_NAMES, Launcher
-from .programs.cache_program import cache_write_program
-from .programs.indexer_program import BUDGET_MB, indexer_guards, lightning_indexer_program
-from .programs.program import Expr
-from .programs.quantise_program import pack_latent_program, quantise_rows_program
-from .programs.sparse_program import attention_guards, sparse_mla_fp8_program, sparse_mla_program
+from .programs.cache_program import CacheWriteCase
+from .programs.indexer_program import BUDGET_MB, IndexerCase, indexer_guards
+from .programs.program import Expr, LaunchProgram
+from .programs.quantise_program import PackLatentCase, QuantiseRowsCase
+from .programs.sparse_program import AttentionCase, PackedAttentionCase, attention_guards
 from .programs.tuning import NoBlocks
 
 _FIRST_SM, _FIRST_FP8_SM = 80, 89
@@ -60,26 +61,27 @@ def sparse_mla(q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_ran
     """As `reference.sparse_mla`."""
     if q.dtype == torch.float64 or not _usable(q):
         return reference.sparse_mla(q, kv, indices, scale, kv_lora_rank)
-    facts = (TRITON_NAMES[q.dtype], q.shape[2], kv_lora_rank, q.shape[3] - kv_lora_rank, scale)
-    return _run(sparse_mla_program, (*facts, _architecture(q), _form(attention_guards(q.shape[2]), q)), q, kv, indices)[
-        0
-    ]
+    heads, rope = q.shape[2], q.shape[3] - kv_lora_rank
+    form = _form(attention_guards(heads), q)
+    case = AttentionCase(TRITON_NAMES[q.dtype], heads, kv_lora_rank, rope, scale, _architecture(q), form)
+    return _run(case, q, kv, indices)[0]
 
 
 def sparse_mla_fp8(q: Tensor, kv_packed: Tensor, indices: Tensor, scale: float) -> Tensor:
     """As `reference_fp8.sparse_mla_fp8`."""
     if q.dtype != torch.bfloat16 or not _usable(q):
         return reference_fp8.sparse_mla_fp8(q, kv_packed, indices, scale)
-    facts = (q.shape[2], scale, _architecture(q), _form(attention_guards(q.shape[2]), q), _has_fp8(q))
-    return _run(sparse_mla_fp8_program, facts, q, kv_packed, indices)[0]
+    heads, form = q.shape[2], _form(attention_guards(q.shape[2]), q)
+    return _run(PackedAttentionCase(heads, scale, _architecture(q), form, _has_fp8(q)), q, kv_packed, indices)[0]
 
 
 def cache_write(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
     """As `reference.cache_write`."""
     if torch.float64 in (cache.dtype, new.dtype) or not _usable(cache):
         return reference.cache_write(cache, new, slots)
-    facts = (TRITON_NAMES[cache.dtype], TRITON_NAMES[new.dtype], cache.shape[2], _architecture(cache))
-    return _run(cache_write_program, (*facts, TRITON_NAMES[slots.dtype]), cache, new, slots)[0]
+    dtype, new_dtype, slot_dtype = (TRITON_NAMES[tensor.dtype] for tensor in (cache, new, slots))
+    case = CacheWriteCase(dtype, new_dtype, cache.shape[2], _architecture(cache), slot_dtype)
+    return _run(case, cache, new, slots)[0]
 
 
 def quantize_fp8_rows(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
@@ -87,8 +89,7 @@ def quantize_fp8_rows(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
     if x.dtype == torch.float64 or not _usable(x) or not _has_fp8(x):
         return reference_fp8.quantize_fp8_rows(x, ue8m0)
     rows = x.reshape(-1, x.shape[-1])
-    facts = (TRITON_NAMES[x.dtype], x.shape[-1], ue8m0, _architecture(x))
-    values, scales = _run(quantise_rows_program, facts, rows)
+    values, scales = _run(QuantiseRowsCase(TRITON_NAMES[x.dtype], x.shape[-1], ue8m0, _architecture(x)), rows)
     return values.view(x.shape), scales.view(x.shape[:-1])
 
 
@@ -96,7 +97,7 @@ def pack_latent_fp8(kv: Tensor) -> Tensor:
     """As `reference_fp8.pack_latent_fp8`."""
     if kv.dtype == torch.float64 or not _usable(kv) or not _has_fp8(kv):
         return reference_fp8.pack_latent_fp8(kv)
-    return _run(pack_latent_program, (TRITON_NAMES[kv.dtype], _architecture(kv)), kv)[0]
+    return _run(PackLatentCase(TRITON_NAMES[kv.dtype], _architecture(kv)), kv)[0]
 
 
 def attention_mass(q: Tensor, kv: Tensor, key_begin: Tensor, key_end: Tensor, scale: float) -> Tensor:
@@ -112,9 +113,11 @@ def _indexer(
     form = _form(indexer_guards(heads), q)
     if key_begin.dtype != key_end.dtype:
         key_begin, key_end = key_begin.long(), key_end.long()
-    facts = (TRITON_NAMES[q.dtype], heads, width, topk, _architecture(q), form)
-    types = (len(queries_and_keys) == 3, TRITON_NAMES[weights.dtype], TRITON_NAMES[key_begin.dtype], budget_mb)
-    return _run(lightning_indexer_program, (*facts, *types), *queries_and_keys, weights, key_begin, key_end)[0]
+    case = IndexerCase(
+        TRITON_NAMES[q.dtype], heads, width, topk, _architecture(q), form, scaled=len(queries_and_keys) == 3,
+        weights=TRITON_NAMES[weights.dtype], bounds=TRITON_NAMES[key_begin.dtype], budget_mb=budget_mb,
+    )  # fmt: skip
+    return _run(case, *queries_and_keys, weights, key_begin, key_end)[0]
 
 
 def _form(guards: Mapping[str, Expr], q: Tensor) -> str:
@@ -123,14 +126,20 @@ def _form(guards: Mapping[str, Expr], q: Tensor) -> str:
     return next(form for form, guard in guards.items() if guard.value([q.shape], known) > 0)
 
 
+class Case(Hashable, Protocol):
+    """What decides an op's program; each is made once."""
+
+    def program(self) -> LaunchProgram: ...
+
+
 @lru_cache(maxsize=1024)
-def _runner(builder, facts, interpret):  # type: ignore[no-untyped-def]
-    return Launcher(builder(*facts), interpret)
+def _launcher(case: Case, interpret: bool) -> Launcher:
+    return Launcher(case.program(), interpret)
 
 
-def _run(builder: object, facts: tuple[object, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
-    runner: Launcher = _runner(builder, facts, inputs[0].device.type == "cpu")
-    return runner(*(tensor.contiguous() for tensor in inputs))
+def _run(case: Case, *inputs: Tensor) -> tuple[Tensor, ...]:
+    launcher = _launcher(case, inputs[0].device.type == "cpu")
+    return launcher(*(tensor.contiguous() for tensor in inputs))
 
 
 def _architecture(tensor: Tensor) -> int:

@@ -13,19 +13,12 @@ from typing import Any
 
 import torch
 
+from ...files.dtypes import BY_TRITON, torch_dtype
 from .programs.program import Env, Expr, Launch, LaunchProgram, Repeat, Workspace
 from .programs.program import Tensor as TensorArgument
 from .triton_code.registry import jit_function
 
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "fp8e4nv": torch.float8_e4m3fn,
-    "i32": torch.int32,
-    "i64": torch.int64,
-    "u8": torch.uint8,
-}
+DTYPES = {name: torch_dtype(kind.name) for name, kind in BY_TRITON.items()}
 TRITON_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MOST_PROGRAMS = 65535  # in the second and third dim of a grid
 _KEPT = 512  # sets of shapes whose launches are kept

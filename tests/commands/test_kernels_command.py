@@ -10,7 +10,7 @@ from command_line import Done, assert_refused, mla2dsa
 
 from mla2dsa.kernels.gpu.binaries.manifest import MANIFEST
 from mla2dsa.kernels.gpu.binaries.pack import variants_of
-from mla2dsa.kernels.gpu.programs.catalogue import catalogue
+from mla2dsa.kernels.gpu.programs import catalogue
 from mla2dsa.kernels.gpu.programs.program import LaunchProgram
 
 pytest.importorskip("triton")

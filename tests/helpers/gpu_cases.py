@@ -9,10 +9,10 @@ from op_samples import randn
 from torch import Tensor
 
 from mla2dsa.kernels.gpu.launch import TRITON_NAMES, Launcher
-from mla2dsa.kernels.gpu.programs.indexer_program import lightning_indexer_program, scores_program
+from mla2dsa.kernels.gpu.programs.indexer_program import IndexerCase, scores_program
 from mla2dsa.kernels.gpu.programs.program import LaunchProgram
 from mla2dsa.kernels.gpu.programs.sparse_program import FORMS as FORMS
-from mla2dsa.kernels.gpu.programs.sparse_program import sparse_mla_fp8_program, sparse_mla_program
+from mla2dsa.kernels.gpu.programs.sparse_program import AttentionCase, PackedAttentionCase
 from mla2dsa.kernels.gpu.programs.topk_program import topk_program
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 5e-4}  # relative RMS against float64
@@ -49,7 +49,7 @@ class Target:
     ) -> Tensor:
         names = (TRITON_NAMES[weights.dtype], TRITON_NAMES[begin.dtype])
         facts = (TRITON_NAMES[q.dtype], q.shape[2], q.shape[3], topk, self.sm, form, False, *names, budget_mb)
-        return self.run(lightning_indexer_program(*facts), q, k, weights, begin, end)
+        return self.run(IndexerCase(*facts).program(), q, k, weights, begin, end)
 
     def scores(
         self,
@@ -69,12 +69,12 @@ class Target:
 
     def sparse(self, q: Tensor, kv: Tensor, indices: Tensor, scale: float, rank: int, form: str) -> Tensor:
         facts = (TRITON_NAMES[q.dtype], q.shape[2], rank, q.shape[3] - rank, scale, self.sm, form)
-        return self.run(sparse_mla_program(*facts), q, kv, indices)
+        return self.run(AttentionCase(*facts).program(), q, kv, indices)
 
     def sparse_fp8(
         self, q: Tensor, packed: Tensor, indices: Tensor, scale: float, form: str, native: bool = True
     ) -> Tensor:
-        return self.run(sparse_mla_fp8_program(q.shape[2], scale, self.sm, form, native), q, packed, indices)
+        return self.run(PackedAttentionCase(q.shape[2], scale, self.sm, form, native).program(), q, packed, indices)
 
 
 def score_rows(batch: int, queries: int, slots: int) -> dict[str, Tensor]:

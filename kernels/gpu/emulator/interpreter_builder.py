@@ -15,14 +15,10 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter as stock
 
-_TORCH = {
-    tl.bfloat16: torch.bfloat16,
-    tl.float16: torch.float16,
-    tl.float32: torch.float32,
-    tl.float64: torch.float64,
-    tl.float8e4nv: torch.float8_e4m3fn,
-    tl.float8e5: torch.float8_e5m2,
-}
+from ....files.dtypes import BY_TRITON, torch_dtype
+
+_FLOATS = (tl.bfloat16, tl.float16, tl.float32, tl.float64, tl.float8e4nv, tl.float8e5)
+_TORCH = {kind: torch_dtype(BY_TRITON[kind.name].name) for kind in _FLOATS}
 _FLOAT8 = (tl.float8e4nv, tl.float8e5)
 _CARRIED_AS_INTEGERS = (tl.bfloat16, *_FLOAT8)
 _COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)

@@ -7,7 +7,7 @@ few queries, "batch" for few queries in each of many sequences (scores as in "de
 
 from __future__ import annotations
 
-from functools import lru_cache
+from dataclasses import dataclass
 
 from .parts import Arena, Argument, launch, power_of_two
 from .program import Expr, Launch, LaunchProgram, Repeat, Tensor, ceil_div, dim, integer, maximum, minimum, variable
@@ -28,57 +28,59 @@ def indexer_guards(heads: int) -> dict[str, Expr]:
     return {"decode": minimum(few, variable("units") - dim(0, 0) * dim(0, 1)), "batch": few, "prefill": integer(1)}
 
 
-@lru_cache(maxsize=256)
-def lightning_indexer_program(
-    dtype: str,
-    heads: int,
-    width: int,
-    topk: int,
-    sm: int,
-    form: str,
-    scaled: bool = False,
-    weights: str = "fp32",
-    bounds: str = "i64",
-    budget_mb: int = BUDGET_MB,
-) -> LaunchProgram:
+@dataclass(frozen=True)
+class IndexerCase:
     """Inputs q [B,T,heads,width], k [B,S,width], if `scaled` k_scale [B,S] float32, weights [B,T,heads], key_begin and
     key_end [B,T]; output the slots, int32 [B,T,min(topk,S)].
 
     dtype ("bf16", "fp16", "fp32", "fp8e4nv"), weights, bounds ("i32", "i64"): element types, by Triton's names.
     sm: GPU architecture, 0 for the interpreter. form: one of FORMS. budget_mb: of workspace; exceeded only if one query a sequence does.
-    Raises NoBlocks if the tuning table has no block sizes for it.
     """
-    inputs = (dtype, dtype, *(("fp32",) if scaled else ()), weights, bounds, bounds)
-    batch, tokens, slots = dim(0, 0), dim(0, 1), dim(1, 1)
-    score, select = _Scores(dtype, heads, width, sm, _SCORES[form], scaled, weights), _TOPK[form]
-    per_row = 4 * quads(slots) + scratch_per_row(select, topk, slots, sm)
-    budget = integer(budget_mb * 2**18)
-    fits = budget // maximum(1, batch * per_row)
-    whole = maximum(fits // score.step * score.step, minimum(fits, score.step))  # whole blocks of queries, if any
-    rows = minimum(tokens, maximum(1, whole))
-    memory = Arena()
-    first = variable("t")
-    tile = Rows(
-        scores=memory.take(batch * rows * 4 * quads(slots)),
-        begin=Tensor(len(inputs) - 2),
-        end=Tensor(len(inputs) - 1),
-        out=Tensor(len(inputs)),
-        bounds=bounds,
-        batch=batch,
-        tokens=tokens,
-        slots=slots,
-        width=minimum(topk, slots),
-        rows=rows,
-        first=first,
-        count=minimum(rows, tokens - first),
-    )
-    launches = (score.launch(tile), *topk_launches(select, tile, topk, memory, sm))
-    outputs = (("i32", (batch, tokens, tile.width)),)
-    reserve = 4 * maximum(batch * per_row, minimum(budget, batch * tokens * per_row)) + _PADDING
-    return LaunchProgram(inputs, outputs, memory.size, (Repeat("t", tokens, rows, launches),), reserve)
+
+    dtype: str
+    heads: int
+    width: int
+    topk: int
+    sm: int
+    form: str
+    scaled: bool = False
+    weights: str = "fp32"
+    bounds: str = "i64"
+    budget_mb: int = BUDGET_MB
+
+    def program(self) -> LaunchProgram:
+        """Raises NoBlocks if the tuning table has no block sizes for it."""
+        inputs = (self.dtype, self.dtype, *(("fp32",) if self.scaled else ()), self.weights, self.bounds, self.bounds)
+        batch, tokens, slots = dim(0, 0), dim(0, 1), dim(1, 1)
+        select = _TOPK[self.form]
+        score = _Scores(self.dtype, self.heads, self.width, self.sm, _SCORES[self.form], self.scaled, self.weights)
+        per_row = 4 * quads(slots) + scratch_per_row(select, self.topk, slots, self.sm)
+        budget = integer(self.budget_mb * 2**18)
+        fits = budget // maximum(1, batch * per_row)
+        whole = maximum(fits // score.step * score.step, minimum(fits, score.step))  # whole blocks of queries, if any
+        rows = minimum(tokens, maximum(1, whole))
+        memory = Arena()
+        first = variable("t")
+        tile = Rows(
+            scores=memory.take(batch * rows * 4 * quads(slots)),
+            begin=Tensor(len(inputs) - 2),
+            end=Tensor(len(inputs) - 1),
+            out=Tensor(len(inputs)),
+            bounds=self.bounds,
+            batch=batch,
+            tokens=tokens,
+            slots=slots,
+            width=minimum(self.topk, slots),
+            rows=rows,
+            first=first,
+            count=minimum(rows, tokens - first),
+        )
+        launches = (score.launch(tile), *topk_launches(select, tile, self.topk, memory, self.sm))
+        outputs = (("i32", (batch, tokens, tile.width)),)
+        reserve = 4 * maximum(batch * per_row, minimum(budget, batch * tokens * per_row)) + _PADDING
+        return LaunchProgram(inputs, outputs, memory.size, (Repeat("t", tokens, rows, launches),), reserve)
 
 
-@lru_cache(maxsize=64)
 def scores_program(
     dtype: str,
     heads: int,
@@ -89,7 +91,7 @@ def scores_program(
     weights: str = "fp32",
     bounds: str = "i64",
 ) -> LaunchProgram:
-    """The scores alone, for tests and benchmarks. Inputs as `lightning_indexer_program`; output [B,T,S rounded up to 4]
+    """The scores alone, for tests and benchmarks. Inputs as `IndexerCase`; output [B,T,S rounded up to 4]
     float32, of which only what lies in a query's range is written."""
     inputs = (dtype, dtype, *(("fp32",) if scaled else ()), weights, bounds, bounds)
     batch, tokens, slots = dim(0, 0), dim(0, 1), dim(1, 1)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from ....errors import UserError
 from ...op_spec import OP_SPECS, OpSpec
-from .cache_program import cache_write_program
-from .indexer_program import indexer_guards, lightning_indexer_program
+from .cache_program import CacheWriteCase
+from .indexer_program import IndexerCase, indexer_guards
 from .program import Expr, LaunchProgram, Variant, dim, integer, minimum
-from .sparse_program import attention_guards, sparse_mla_program
+from .sparse_program import AttentionCase, attention_guards
 from .tuning import NoBlocks
 
 Rule = Expr | None  # what a dim of an input has to be; None: any size
@@ -150,7 +150,7 @@ def _indexer(types: Sequence[str], sizes: Mapping[str, int], attributes: Attribu
         raise UserError(f"LightningIndexer: key_begin is {begin} and key_end {end}, expected the same type")
     heads, width, topk = _static("HI", sizes), _static("dI", sizes), int(attributes["topk"])
     return {
-        form: (guard, lightning_indexer_program(dtype, heads, width, topk, sm, form, False, weights, begin))
+        form: (guard, IndexerCase(dtype, heads, width, topk, sm, form, False, weights, begin).program())
         for form, guard in indexer_guards(heads).items()
     }
 
@@ -158,12 +158,12 @@ def _indexer(types: Sequence[str], sizes: Mapping[str, int], attributes: Attribu
 def _attention(types: Sequence[str], sizes: Mapping[str, int], attributes: Attributes, sm: int) -> Built:
     heads, width, rank = _static("H", sizes), _static("D", sizes), int(attributes["kv_lora_rank"])
     facts = (types[0], heads, rank, width - rank, float(attributes["scale"]), sm)
-    return {form: (guard, sparse_mla_program(*facts, form)) for form, guard in attention_guards(heads).items()}
+    return {form: (guard, AttentionCase(*facts, form).program()) for form, guard in attention_guards(heads).items()}
 
 
 def _cache(types: Sequence[str], sizes: Mapping[str, int], attributes: Attributes, sm: int) -> Built:
     dtype, new, slots = types
-    return {"all": (integer(1), cache_write_program(dtype, new, _static("d", sizes), sm, slots))}
+    return {"all": (integer(1), CacheWriteCase(dtype, new, _static("d", sizes), sm, slots).program())}
 
 
 _BUILDERS: dict[str, Callable[[Sequence[str], Mapping[str, int], Attributes, int], Built]] = {

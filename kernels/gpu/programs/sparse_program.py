@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
 from .parts import Arena, Argument, launch, power_of_two
 from .program import Expr, Launch, LaunchProgram, Tensor, Workspace, ceil_div, dim, integer, maximum, minimum, variable
@@ -29,22 +28,45 @@ def attention_guards(heads: int) -> dict[str, Expr]:
     return {"decode": minimum(_MOST_UNITS, variable("units")) - programs, "prefill": integer(1)}
 
 
-@lru_cache(maxsize=256)
-def sparse_mla_program(dtype: str, heads: int, rank: int, rope: int, scale: float, sm: int, form: str) -> LaunchProgram:
+@dataclass(frozen=True)
+class AttentionCase:
     """Inputs q [B,T,heads,rank+rope], kv [B,S,rank+rope], indices int32 [B,T,K]; output [B,T,heads,rank] of the same
-    dtype ("bf16", "fp16", "fp32"). sm: GPU architecture, 0 for the interpreter.
-    Raises NoBlocks if the tuning table has no block sizes for it."""
-    sizes = {"RANK": rank, "RANK_P": power_of_two(rank, 16), "ROPE": rope, "ROPE_P": power_of_two(rope, 16)}
-    return _Attention("sparse_mla", dtype, dtype, heads, rank, rope, scale, sm, sizes).program(form)
+    dtype ("bf16", "fp16", "fp32"). sm: GPU architecture, 0 for the interpreter. form: one of FORMS."""
+
+    dtype: str
+    heads: int
+    rank: int
+    rope: int
+    scale: float
+    sm: int
+    form: str
+
+    def program(self) -> LaunchProgram:
+        """Raises NoBlocks if the tuning table has no block sizes for it."""
+        rank, rope = self.rank, self.rope
+        sizes = {"RANK": rank, "RANK_P": power_of_two(rank, 16), "ROPE": rope, "ROPE_P": power_of_two(rope, 16)}
+        attention = _Attention("sparse_mla", self.dtype, self.dtype, self.heads, rank, rope, self.scale, self.sm, sizes)
+        return attention.program(self.form)
 
 
-@lru_cache(maxsize=256)
-def sparse_mla_fp8_program(heads: int, scale: float, sm: int, form: str, native: bool | None = None) -> LaunchProgram:
+@dataclass(frozen=True)
+class PackedAttentionCase:
     """Inputs q bf16 [B,T,heads,576], kv u8 [B,S,656], indices int32 [B,T,K]; output bf16 [B,T,heads,512].
     native: whether the GPU has the type e4m3; if None, what its architecture says."""
-    native = sm >= _NATIVE_FP8 if native is None else native
-    attention = _Attention("sparse_mla_fp8", "bf16", "u8", heads, FP8_RANK, FP8_ROPE, scale, sm, {"NATIVE": native})
-    return attention.program(form)
+
+    heads: int
+    scale: float
+    sm: int
+    form: str
+    native: bool | None = None
+
+    def program(self) -> LaunchProgram:
+        native = self.sm >= _NATIVE_FP8 if self.native is None else self.native
+        constants = {"NATIVE": native}
+        attention = _Attention(
+            "sparse_mla_fp8", "bf16", "u8", self.heads, FP8_RANK, FP8_ROPE, self.scale, self.sm, constants
+        )
+        return attention.program(self.form)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mla2dsa.kernels import reference, reference_fp8
 from mla2dsa.kernels.gpu import dispatch
-from mla2dsa.kernels.gpu.programs.indexer_program import lightning_indexer_program
+from mla2dsa.kernels.gpu.programs.indexer_program import IndexerCase
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice")  # numpy, in the interpreter
@@ -83,7 +83,7 @@ def test_indexer_slots(form: str, dtype: str) -> None:
         q.to(torch.float8_e4m3fn), k.to(torch.float8_e4m3fn), k_scale, weights, begin, end, 13
     )
     cast = torch.float8_e4m3fn if dtype == "fp8e4nv" else torch.bfloat16
-    program = lightning_indexer_program(dtype, 5, 40, 13, 0, form, True)
+    program = IndexerCase(dtype, 5, 40, 13, 0, form, True).program()
     assert torch.equal(INTERPRETER.run(program, q.to(cast), k.to(cast), k_scale, weights, begin, end), want)
 
 

@@ -9,13 +9,15 @@ import pytest
 import torch
 from gpu_cases import FORMS
 
+from mla2dsa.kernels.gpu.dispatch import _launcher
 from mla2dsa.kernels.gpu.launch import Launcher
-from mla2dsa.kernels.gpu.programs.catalogue import FAMILIES, catalogue, tuning
+from mla2dsa.kernels.gpu.programs import tuning
+from mla2dsa.kernels.gpu.programs.catalogue import FAMILIES, catalogue
 from mla2dsa.kernels.gpu.programs.indexer_program import FORMS as INDEXER_FORMS
-from mla2dsa.kernels.gpu.programs.indexer_program import lightning_indexer_program
+from mla2dsa.kernels.gpu.programs.indexer_program import IndexerCase
 from mla2dsa.kernels.gpu.programs.program import Expr, LaunchProgram, Repeat, Tensor, Workspace
-from mla2dsa.kernels.gpu.programs.quantise_program import quantise_rows_program
-from mla2dsa.kernels.gpu.programs.sparse_program import sparse_mla_program
+from mla2dsa.kernels.gpu.programs.quantise_program import QuantiseRowsCase
+from mla2dsa.kernels.gpu.programs.sparse_program import AttentionCase
 from mla2dsa.kernels.gpu.programs.tuning import NoBlocks, blocks
 from mla2dsa.kernels.gpu.triton_code.registry import KERNELS, jit_function
 
@@ -56,7 +58,9 @@ def test_variants_name_the_arguments_of_their_kernels() -> None:
 
 
 def test_a_program_is_built_once() -> None:
-    assert catalogue(90)["sparse_mla.bf16.h16.r512.d64.decode"] is catalogue(90)["sparse_mla.bf16.h16.r512.d64.decode"]
+    launchers = [_launcher(AttentionCase("bf16", 16, 512, 64, 0.1, 90, "decode"), False) for _ in range(2)]
+    assert launchers[0] is launchers[1]
+    assert launchers[0] is not _launcher(AttentionCase("bf16", 16, 512, 64, 0.2, 90, "decode"), False)
 
 
 @pytest.mark.parametrize("form", INDEXER_FORMS)
@@ -65,7 +69,7 @@ def test_a_program_is_built_once() -> None:
     ("batch", "queries", "slots"), [(1, 4096, 131072), (1, 1, 1 << 20), (4, 900, 5000), (2, 70000, 3)]
 )
 def test_indexer_stays_in_its_budget(form: str, budget_mb: int, batch: int, queries: int, slots: int) -> None:
-    program = lightning_indexer_program("bf16", 32, 128, 2048, 90, form, budget_mb=budget_mb)
+    program = IndexerCase("bf16", 32, 128, 2048, 90, form, budget_mb=budget_mb).program()
     shapes: list[tuple[int, ...]] = [(batch, queries, 32, 128), (batch, slots, 128), (batch, queries, 32)]
     shapes += [(batch, queries)] * 2 + [(batch, queries, min(2048, slots))]
     size = program.workspace.value(shapes)
@@ -152,7 +156,7 @@ def test_table_knows_every_kernel_and_nothing_else() -> None:
 
 
 def test_runner_refuses_other_tensors() -> None:
-    runner = Launcher(quantise_rows_program("bf16", 8, False, 0), interpret=True)
+    runner = Launcher(QuantiseRowsCase("bf16", 8, False, 0).program(), interpret=True)
     with pytest.raises(ValueError, match="takes 1 tensors, got 2"):
         runner(torch.zeros(2, 8), torch.zeros(2, 8))
     with pytest.raises(ValueError, match="input 0 of the program must be contiguous and torch"):
@@ -163,13 +167,13 @@ def test_runner_refuses_other_tensors() -> None:
 
 def test_runner_refuses_more_than_a_launch_can_have() -> None:
     pytest.importorskip("triton")
-    runner = Launcher(lightning_indexer_program("bf16", 1, 32, 4, 90, "batch", bounds="i32"))
+    runner = Launcher(IndexerCase("bf16", 1, 32, 4, 90, "batch", bounds="i32").program())
     with pytest.raises(ValueError, match=r"indexer_decode would need \(1, 1, 70000\) programs .* too many"):
         runner._plan(((70000, 1, 1, 32), (70000, 8, 32), (70000, 1, 1), (70000, 1), (70000, 1)))
 
 
 def test_runner_refuses_sizes_beyond_32_bits() -> None:
     pytest.importorskip("triton")
-    runner = Launcher(sparse_mla_program("bf16", 1, 16, 0, 1.0, 90, "prefill"))
+    runner = Launcher(AttentionCase("bf16", 1, 16, 0, 1.0, 90, "prefill").program())
     with pytest.raises(ValueError, match="S is 2147483648 for tensors of shape"):
         runner._plan(((1, 1, 1, 16), (1, 1 << 31, 16), (1, 1, 4)))
