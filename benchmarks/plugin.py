@@ -38,15 +38,14 @@ def timed(run: Callable[[], object]) -> tuple[float, float]:
 
 
 def measure(name: str, shape: tuple[int, int, int], repeat: int) -> dict[str, Any]:
-    from test_op_program import attention, indexer
-    from test_plugin_gpu import Running, sm
-    from test_plugin_launches import cache_write_of, tensors
+    from plugin_running import Running, sm
+    from plugin_samples import attention, cache_write_of, indexer, tensors
 
     from mla2dsa.kernels.gpu.launch import Launcher
 
     op = {
-        "LightningIndexer": indexer(sms=(sm(),)),
-        "SparseMLA": attention(sms=(sm(),)),
+        "LightningIndexer": indexer(64, 128, 2048, sms=(sm(),)),
+        "SparseMLA": attention(128, 512, 64, sms=(sm(),)),
         "CacheWrite": cache_write_of(576, (sm(),)),
     }[name]
     inputs = [tensor.zero_().cuda() for tensor in tensors(op, *shape)]

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import INDEXER, assert_one_line, contents, dense_checkpoint, random_indexers
+from checkpoints import INDEXER, Interrupting, assert_one_line, contents, dense_checkpoint, random_indexers
 from places import HELPERS
 
 from mla2dsa.errors import UsageError, UserError
 from mla2dsa.exporters.dsa.checkpoint import strip, write_dsa_checkpoint
 from mla2dsa.files import staging
 from mla2dsa.files.staging import place_file, staged_folder
-from mla2dsa.kernels.spec import IndexerWeights
 
 
 @pytest.fixture
@@ -30,19 +29,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def convert(source: Path, out: Path, weights: Any = None, overwrite: bool = False) -> Path:
     weights = weights or random_indexers(source)
     return write_dsa_checkpoint(source, out, weights, INDEXER, manifest={}, overwrite=overwrite)
-
-
-class Interrupting(dict[str, IndexerWeights]):
-    """Indexers that do something when the second is fetched: shards are linked by then, the new one is half written."""
-
-    def __init__(self, weights: dict[str, IndexerWeights], action: Callable[[], object]) -> None:
-        super().__init__(weights)
-        self.action = action
-
-    def __getitem__(self, name: str) -> IndexerWeights:
-        if name.startswith("model.layers.1."):
-            self.action()
-        return super().__getitem__(name)
 
 
 def throw(error: BaseException) -> Callable[..., Any]:
@@ -134,8 +120,7 @@ def test_on_another_disk(source: Path, tmp_path: Path, size: str, expected: list
 KILLED = """
     import os, signal, sys
     from pathlib import Path
-    from checkpoints import INDEXER, random_indexers
-    from test_staging import Interrupting
+    from checkpoints import INDEXER, Interrupting, random_indexers
     from mla2dsa.exporters.dsa.checkpoint import write_dsa_checkpoint
     source, out = Path(sys.argv[1]), Path(sys.argv[2])
     weights = Interrupting(random_indexers(source), lambda: os.kill(os.getpid(), signal.SIGKILL))

@@ -125,3 +125,16 @@ def assert_one_line(error: pytest.ExceptionInfo[UserError], *parts: object) -> N
     assert len(str(error.value).splitlines()) == 1
     for part in parts:
         assert str(part) in str(error.value)
+
+
+class Interrupting(dict[str, IndexerWeights]):
+    """Indexers that do something when the second is fetched: shards are linked by then, the new one is half written."""
+
+    def __init__(self, weights: dict[str, IndexerWeights], action: Callable[[], object]) -> None:
+        super().__init__(weights)
+        self.action = action
+
+    def __getitem__(self, name: str) -> IndexerWeights:
+        if name.startswith("model.layers.1."):
+            self.action()
+        return super().__getitem__(name)

@@ -101,6 +101,11 @@ class Mla(nn.Module):
         return self.o(out.transpose(1, 2).reshape(*x.shape[:2], -1))
 
 
+class NoPe(Mla):
+    def rotate(self, x: Tensor, pos: Tensor) -> Tensor:
+        return x
+
+
 class Model(nn.Module):
     """x + self_attn(x), so that the attention has a module path."""
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import indexer_weights
-from handwritten import SCALE, Dims, Mla, Model, build, export, inputs, rms
+from handwritten import SCALE, Dims, Mla, Model, NoPe, build, export, inputs, rms
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -188,11 +188,6 @@ class ComplexRope(Mla):
         angle = (pos.unsqueeze(-1).to(x.dtype) / steps)[:, None]
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
         return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
-
-
-class NoPe(Mla):
-    def rotate(self, x: Tensor, pos: Tensor) -> Tensor:
-        return x
 
 
 class FilledBuffer(Mla):

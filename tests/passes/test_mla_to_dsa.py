@@ -12,7 +12,7 @@ from families import FAMILIES, MAX_LENGTH, build, dynamic_shapes, export, export
 from handwritten import Dims, Mla
 from handwritten import export as export_handwritten
 from handwritten import inputs as handwritten_inputs
-from test_find_mla_refused import Gqa, Sliding3
+from refused_variants import Gqa, Sliding3
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, exported, inputs
-from handwritten import Dims, Mla, Model, build, export
+from handwritten import Dims, Mla, Model, NoPe, build, export
 from handwritten import inputs as handwritten_inputs
-from test_find_mla import NoPe
-from test_find_mla_refused import Sliding3
+from refused_variants import Sliding3
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 

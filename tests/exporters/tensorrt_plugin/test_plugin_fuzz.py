@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import plugin_samples as real
 import pytest
-import test_plugin_launches as real
 from plugin_harness import case, has_sanitizers, replay
 from plugin_texts import TYPES, kernels, shapes, text
 

@@ -5,26 +5,17 @@ No TensorRT is needed, only a driver: the harness and the library are those of t
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from typing import Any
-
 import pytest
-import test_plugin_launches as real
 import torch
 from gpu_cases import TOLERANCE, selection
 from op_samples import randn
-from plugin_harness import Harness
+from plugin_running import Running, sm
+from plugin_samples import cache_write_of
 from torch import Tensor
 
 from mla2dsa.kernels import reference
-from mla2dsa.kernels.gpu.binaries.bundle import bundled, write_bundle
-from mla2dsa.kernels.gpu.binaries.cache import compile_cached
 from mla2dsa.kernels.gpu.binaries.compile import ARCHITECTURES
-from mla2dsa.kernels.gpu.binaries.manifest import kernel_name
-from mla2dsa.kernels.gpu.launch import DTYPES
-from mla2dsa.kernels.gpu.programs.op_program import OpProgram, op_program, spec_of
-from mla2dsa.kernels.gpu.programs.plugin_text import write_op
+from mla2dsa.kernels.gpu.programs.op_program import op_program, spec_of
 
 
 def why_not() -> str:
@@ -36,56 +27,6 @@ def why_not() -> str:
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(why_not()), reason=why_not() or "there is one")]
 OPEN = (None, None)
-
-
-def plugin(op: OpProgram) -> Harness:
-    """With the real driver. The stand-in must not have come first, so this runs in a process of its own (pytest -m gpu)."""
-    if "MLA2DSA_LIBCUDA" in os.environ:
-        pytest.skip("the stand-in for the driver is loaded in this process; run pytest -m gpu")
-    made: dict[Any, dict[int, Any]] = {}
-    for variant, sm in op.binaries():
-        made.setdefault(variant, {})[sm] = compile_cached(variant, sm)
-    kernels = {kernel_name(variant): bundled(variant, by_sm) for variant, by_sm in made.items()}
-    return Harness.real(op.op, write_op(op, kernel_name).encode(), write_bundle(kernels)).attach()
-
-
-class Running:
-    """A plugin with its tensors on the GPU; `once` puts one run on the current stream."""
-
-    def __init__(self, op: OpProgram, inputs: Sequence[Tensor], alias: bool = False) -> None:
-        self._plugin = plugin(op)
-        self._inputs = [tensor.cuda().contiguous() for tensor in inputs]
-        shapes = [tuple(tensor.shape) for tensor in self._inputs]
-        (kind, dims), *_ = op.outputs
-        shape = tuple(size.value(shapes) for size in dims)
-        self.output = self._inputs[0] if alias else torch.full(shape, -7, dtype=DTYPES[kind], device="cuda")
-        self._kinds = [*(kind for kind, _ in op.inputs), kind]
-        self._shapes = [*shapes, shape]
-        self._plugin.shapes(self._kinds, len(shapes), self._shapes)
-        size = self._plugin.workspace(self._kinds, len(shapes), self._shapes)
-        self._workspace = torch.empty(max(size, 256), dtype=torch.uint8, device="cuda")
-
-    def once(self) -> None:
-        pointers = [*(tensor.data_ptr() for tensor in self._inputs), self.output.data_ptr()]
-        stream = torch.cuda.current_stream().cuda_stream
-        self._plugin.enqueue(self._kinds, len(self._inputs), self._shapes, pointers, self._workspace.data_ptr(), stream)
-
-    def result(self, graph: bool) -> Tensor:
-        self.once()
-        torch.cuda.synchronize()
-        if graph:
-            self.output.fill_(-7) if self.output is not self._inputs[0] else None
-            captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured):
-                self.once()
-            captured.replay()
-            torch.cuda.synchronize()
-        return self.output.cpu()
-
-
-def sm() -> int:
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
 
 
 CASES = [(1, 1, 8192), (1, 1, 131072), (8, 1, 32768), (150, 1, 4096), (1, 512, 8192), (2, 700, 5000), (1, 4096, 40_000)]
@@ -147,4 +88,4 @@ def test_cache_write(batch: int, queries: int, slots: int, alias: bool, graph: b
     where = torch.stack([torch.randperm(slots)[:queries] for _ in range(batch)])
     where[:, 0] = slots  # outside
     want = reference.cache_write(cache, new, where)
-    assert torch.equal(Running(real.cache_write_of(576, (sm(),)), (cache, new, where), alias).result(graph), want)
+    assert torch.equal(Running(cache_write_of(576, (sm(),)), (cache, new, where), alias).result(graph), want)

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_plugin_launches as real
 from places import HELPERS
+from plugin_samples import OPS
+from plugin_samples import fields as fields_of
 
 from mla2dsa.exporters.engine.plugin_build import build_plugin
 
@@ -36,9 +37,9 @@ def fields(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The fields of a real op of each kind."""
     folder = tmp_path_factory.mktemp("fields")
     for name in ("indexer-h8-d128-k64", "attention-h16-r64-fp16", "cache-d576"):
-        program, kernels, _ = real.fields(name)
-        (folder / f"{real.OPS[name].op}-{name}.program").write_bytes(program)
-        (folder / f"{real.OPS[name].op}-{name}.kernels").write_bytes(kernels)
+        program, kernels, _ = fields_of(name)
+        (folder / f"{OPS[name].op}-{name}.program").write_bytes(program)
+        (folder / f"{OPS[name].op}-{name}.kernels").write_bytes(kernels)
     return folder
 
 

@@ -19,7 +19,7 @@ from mla2dsa.kernels.gpu.binaries import cache
 from mla2dsa.kernels.gpu.binaries.compile import Compiled, compile_variant, describe
 from mla2dsa.kernels.gpu.binaries.manifest import MANIFEST, Pack, kernel_name, read_pack, variant_fields
 from mla2dsa.kernels.gpu.binaries.pack import pack, variants_of
-from mla2dsa.kernels.gpu.programs.catalogue import catalogue
+from mla2dsa.kernels.gpu.programs.catalogue import FAMILIES, catalogue
 from mla2dsa.kernels.gpu.programs.program import LaunchProgram, Variant
 
 MAX_SPILLED = 16  # bytes, where kernels have been tuned
@@ -272,7 +272,7 @@ def test_a_pack_may_be_moved(tmp_path: Path) -> None:
 
 
 def some_of_the_catalogue(sm: int) -> dict[str, LaunchProgram]:
-    return {name: program for name, program in catalogue.catalogue(sm).items() if name.startswith("pack_latent")}
+    return {name: program for name, program in catalogue(sm).items() if name.startswith("pack_latent")}
 
 
 def test_processes_make_the_same_pack(tmp_path: Path) -> None:
@@ -284,22 +284,22 @@ def test_processes_make_the_same_pack(tmp_path: Path) -> None:
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
-@pytest.mark.parametrize("sm", catalogue.FAMILIES)
+@pytest.mark.parametrize("sm", FAMILIES)
 def test_every_kernel_of_the_catalogue_compiles(sm: int) -> None:
     """The longest test there is: some fifty compilations. Limits are checked by the compiler itself."""
-    made = {variant: cache.compile_cached(variant, sm) for variant in variants_of(catalogue.catalogue(sm))}
+    made = {variant: cache.compile_cached(variant, sm) for variant in variants_of(catalogue(sm))}
     assert len(made) > 30
     spilling = {describe(variant): it.spilled for variant, it in made.items() if it.spilled > MAX_SPILLED}
     if sm in (80, 90):
         assert not spilling
 
 
-@pytest.mark.parametrize("sm", catalogue.FAMILIES)
+@pytest.mark.parametrize("sm", FAMILIES)
 def test_every_program_of_the_catalogue_survives_as_text(sm: int) -> None:
     from mla2dsa.kernels.gpu.programs.program_text import read_program, write_program
 
-    by_name = {kernel_name(variant): variant for variant in variants_of(catalogue.catalogue(sm))}
-    for program in catalogue.catalogue(sm).values():
+    by_name = {kernel_name(variant): variant for variant in variants_of(catalogue(sm))}
+    for program in catalogue(sm).values():
         lines = write_program(program, kernel_name)
         again = read_program(lines, by_name)
         assert write_program(again, kernel_name) == lines
@@ -308,5 +308,5 @@ def test_every_program_of_the_catalogue_survives_as_text(sm: int) -> None:
 
 
 def test_kernels_have_distinct_names() -> None:
-    variants = {variant for sm in catalogue.FAMILIES for variant in variants_of(catalogue.catalogue(sm))}
+    variants = {variant for sm in FAMILIES for variant in variants_of(catalogue(sm))}
     assert len({kernel_name(variant) for variant in variants}) == len(variants)
