@@ -40,7 +40,7 @@ def test_tiny_run(copy: Path, tmp_path: Path) -> None:
 
 def test_a_failed_check_is_an_exit_code(copy: Path) -> None:
     """A combine kernel that forgets one split: the checks have to see it."""
-    file = copy / "kernels" / "gpu" / "combine_kernel.py"
+    file = copy / "kernels" / "gpu" / "triton_code" / "combine_kernel.py"
     broken = file.read_text().replace("part < splits", "part < splits - 1")
     assert broken != file.read_text()
     file.write_text(broken)
