@@ -42,20 +42,22 @@ def check_indexer(bench: Bench) -> None:
             seen = reference.in_range(begin, end, slots).cpu()
             bench.check(f"scores, {form}, {dtype}", relative_rms(got[..., :slots].cpu()[seen], want[seen]), limit)
             for about, values in (("as they are", got), ("rounded, many ties", got.round())):
-                select = Launcher(topk_program(topk, bench.sm, form, "i32"), bench.tiny)
-                chosen, again = select(values, begin, end)[0], select(values, begin, end)[0]
-                ranked = (
-                    values[..., :slots].cpu().masked_fill(~seen, -torch.inf).sort(dim=-1, descending=True, stable=True)
-                )
-                best = (
-                    ranked.indices[..., :topk]
-                    .masked_fill(ranked.values[..., :topk] == -torch.inf, slots)
-                    .sort(-1)
-                    .values
-                )
-                expected = best.masked_fill(best == slots, -1)
-                bench.check(f"top-k, {form}, scores of {dtype} {about}", float((chosen.cpu() != expected).sum()), 0)
-                bench.check(f"top-k, {form}, twice the same", float((chosen != again).sum()), 0)
+                _check_topk(bench, form, f"{dtype} {about}", values, (begin, end, seen), topk)
+
+
+def _check_topk(
+    bench: Bench, form: str, about: str, values: Tensor, ranges: tuple[Tensor, Tensor, Tensor], topk: int
+) -> None:
+    """values: scores [B,T,S rounded up]. ranges: key_begin, key_end, and the keys [B,T,S] that lie in between."""
+    begin, end, seen = ranges
+    slots = seen.shape[-1]
+    select = Launcher(topk_program(topk, bench.sm, form, "i32"), bench.tiny)
+    chosen, again = select(values, begin, end)[0], select(values, begin, end)[0]
+    ranked = values[..., :slots].cpu().masked_fill(~seen, -torch.inf).sort(dim=-1, descending=True, stable=True)
+    best = ranked.indices[..., :topk].masked_fill(ranked.values[..., :topk] == -torch.inf, slots).sort(-1).values
+    expected = best.masked_fill(best == slots, -1)
+    bench.check(f"top-k, {form}, scores of {about}", float((chosen.cpu() != expected).sum()), 0)
+    bench.check(f"top-k, {form}, twice the same", float((chosen != again).sum()), 0)
 
 
 def check_attention(bench: Bench) -> None:

@@ -204,7 +204,7 @@ def show(found: dict[str, Any], baseline: dict[str, Any] | None) -> str:
     return f"{start} {figures} {prefill:14.2f} {decode:13.2f}"
 
 
-def main() -> None:
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, nargs="+", default=[1024, 4096, 8192, 16384])
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
@@ -215,7 +215,11 @@ def main() -> None:
     parser.add_argument("--memory-gb", type=float, default=20.0, help="of one process")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = options()
     if args.folder:
         measure(args.folder, args.only[0], args.length[0], args.tokens, args.threads)
         return

@@ -92,8 +92,8 @@ def distil(
     if not samples:
         raise UserError("distillation needs at least one calibration sequence; none was given")
     oracle = mean_recall(oracle_scores, held_out, config.index_topk)
-    best, best_step, plateau, end = start, 0, None, schedule.steps
-    curve = [CurvePoint(0, math.nan, _held_out_recall(start, config, held_out))]
+    seen = _Course(start, _held_out_recall(start, config, held_out))
+    plateau, end = None, schedule.steps
     student, row_scale = _student(start)
     optimizer = torch.optim.Adam(vars(student).values(), betas=BETAS)
     losses: list[float] = []
@@ -106,17 +106,31 @@ def distil(
         if step % schedule.eval_every and step != end:
             continue
         snapshot = _detached(_folded(student, row_scale))
-        point = CurvePoint(step, sum(losses) / len(losses), _held_out_recall(snapshot, config, held_out))
-        if point.recall > max(seen.recall for seen in curve):
-            best, best_step = snapshot, step
-        curve.append(point)
+        seen.add(step, sum(losses) / len(losses), snapshot, _held_out_recall(snapshot, config, held_out))
         losses.clear()
-        if plateau is None and _settled(curve):
+        if plateau is None and _settled(seen.curve):
             plateau, end = step, min(end, step + COOL_STEPS)
-        if step == end or point.recall >= oracle - ORACLE_MARGIN:
+        if step == end or seen.curve[-1].recall >= oracle - ORACLE_MARGIN:
             break
-    recalls = [point.recall for point in curve]
-    return Distilled(_detached(best), recalls[0], max(recalls), best_step, curve[-1].step, tuple(curve))
+    return seen.result()
+
+
+class _Course:
+    """The curve so far, and the best snapshot on it: the earliest of equals."""
+
+    def __init__(self, start: IndexerWeights, recall: float) -> None:
+        self.curve = [CurvePoint(0, math.nan, recall)]
+        self._best, self._best_step = start, 0
+
+    def add(self, step: int, loss: float, snapshot: IndexerWeights, recall: float) -> None:
+        if recall > max(point.recall for point in self.curve):
+            self._best, self._best_step = snapshot, step
+        self.curve.append(CurvePoint(step, loss, recall))
+
+    def result(self) -> Distilled:
+        recalls = [point.recall for point in self.curve]
+        last = self.curve[-1].step
+        return Distilled(_detached(self._best), recalls[0], max(recalls), self._best_step, last, tuple(self.curve))
 
 
 def _order(count: int, schedule: DistilSchedule) -> Iterator[int]:
