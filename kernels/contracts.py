@@ -1,6 +1,6 @@
 """What each op demands of its arguments: checked once, by the fake (symbolic shapes) and by the real implementation.
 
-Every failed check raises ValueError naming the argument. Dims are related with `torch._check_value`, which under
+Every failed check raises ValueError naming the argument. Dims are related with `check_value`, which under
 torch.export ties dynamic dims to each other without specialising them.
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ..compat.torch_private import check_value
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTS = (torch.int32, torch.int64)
@@ -26,7 +28,7 @@ def check_lightning_indexer(
     for dim in range(3):
         match("weights", weights, dim, "q", q, dim)
     check_range(key_begin, key_end, q)
-    torch._check_value(topk > 0, lambda: f"topk must be positive, got {topk}")
+    check_value(topk > 0, lambda: f"topk must be positive, got {topk}")
 
 
 def check_sparse_mla(q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_rank: int) -> None:
@@ -38,8 +40,8 @@ def check_sparse_mla(q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lo
     match("kv", kv, 2, "q", q, 3)
     match("indices", indices, 0, "q", q, 0)
     match("indices", indices, 1, "q", q, 1)
-    torch._check_value(kv_lora_rank > 0, lambda: f"kv_lora_rank must be positive, got {kv_lora_rank}")
-    torch._check_value(
+    check_value(kv_lora_rank > 0, lambda: f"kv_lora_rank must be positive, got {kv_lora_rank}")
+    check_value(
         kv_lora_rank <= kv.shape[2],
         lambda: f"kv_lora_rank is {kv_lora_rank}, but a row of kv has only {kv.shape[2]} channels",
     )
@@ -76,7 +78,7 @@ def check_dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) 
     match("k", k, 3, "q", q, 3)
     match("v", v, 2, "k", k, 2)
     if mask is None:
-        torch._check_value(
+        check_value(
             q.shape[2] == k.shape[2],
             lambda: f"mask is None (causal), which needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}",
         )
@@ -104,7 +106,7 @@ def check_moe_experts(
     match("gate_up_proj", gate_up_proj, 2, "hidden", hidden, 1)
     match("down_proj", down_proj, 0, "gate_up_proj", gate_up_proj, 0)
     match("down_proj", down_proj, 1, "hidden", hidden, 1)
-    torch._check_value(
+    check_value(
         gate_up_proj.shape[1] == 2 * down_proj.shape[2],
         lambda: f"gate_up_proj {_shape(gate_up_proj)} must hold twice the {down_proj.shape[2]} channels of down_proj",
     )
@@ -136,7 +138,7 @@ def _like(name: str, tensor: Tensor, ndim: int, model_name: str, model: Tensor) 
 
 
 def match(name: str, tensor: Tensor, dim: int, other_name: str, other: Tensor, other_dim: int) -> None:
-    torch._check_value(
+    check_value(
         tensor.shape[dim] == other.shape[other_dim],
         lambda: (
             f"{name} has shape {_shape(tensor)}, its dim {dim} must be {other.shape[other_dim]}"

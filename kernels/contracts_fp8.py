@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..compat.torch_private import check_value
 from .contracts import FLOATS, check_range, match, typed
 
 FLOAT8 = (torch.float8_e4m3fn,)
@@ -13,9 +14,9 @@ ROW_BYTES, WIDTH = 656, 576
 
 def check_quantize_fp8_rows(x: Tensor) -> None:
     """x [...,d], at least one dim, d > 0."""
-    torch._check_value(x.ndim > 0, lambda: "x must have at least one dim")
+    check_value(x.ndim > 0, lambda: "x must have at least one dim")
     typed("x", x, x.ndim, FLOATS)
-    torch._check_value(x.shape[-1] > 0, lambda: f"x has rows without channels, its shape is {list(x.shape)}")
+    check_value(x.shape[-1] > 0, lambda: f"x has rows without channels, its shape is {list(x.shape)}")
 
 
 def check_lightning_indexer_fp8(
@@ -33,13 +34,13 @@ def check_lightning_indexer_fp8(
     for dim in range(3):
         match("weights", weights, dim, "q", q, dim)
     check_range(key_begin, key_end, q)
-    torch._check_value(topk > 0, lambda: f"topk must be positive, got {topk}")
+    check_value(topk > 0, lambda: f"topk must be positive, got {topk}")
 
 
 def check_pack_latent_fp8(kv: Tensor) -> None:
     """kv [B,S,576]."""
     typed("kv", kv, 3, FLOATS)
-    torch._check_value(kv.shape[2] == WIDTH, lambda: f"a row of kv must have {WIDTH} channels, got {list(kv.shape)}")
+    check_value(kv.shape[2] == WIDTH, lambda: f"a row of kv must have {WIDTH} channels, got {list(kv.shape)}")
 
 
 def check_sparse_mla_fp8(q: Tensor, kv_packed: Tensor, indices: Tensor) -> None:
@@ -47,8 +48,8 @@ def check_sparse_mla_fp8(q: Tensor, kv_packed: Tensor, indices: Tensor) -> None:
     typed("q", q, 4, FLOATS)
     typed("kv_packed", kv_packed, 3, (torch.uint8,), q)
     typed("indices", indices, 3, (torch.int32,), q)
-    torch._check_value(q.shape[3] == WIDTH, lambda: f"a head of q must have {WIDTH} channels, got {list(q.shape)}")
-    torch._check_value(
+    check_value(q.shape[3] == WIDTH, lambda: f"a head of q must have {WIDTH} channels, got {list(q.shape)}")
+    check_value(
         kv_packed.shape[2] == ROW_BYTES,
         lambda: f"a row of kv_packed must have {ROW_BYTES} bytes, got {list(kv_packed.shape)}",
     )

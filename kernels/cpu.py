@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..compat.torch_private import cpu_multiplies_bfloat16
 from . import amx
 from .reference import accumulation_dtype, in_range, rankable, softmax_or_zero
 from .reference import cache_write as cache_write  # indexed assignment is as fast as it gets
@@ -211,4 +212,4 @@ def has_bfloat16_gemm(dtype: torch.dtype) -> bool:
     """Whether tensors of this dtype are bfloat16 and this machine multiplies them faster than float32."""
     if dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
         return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return cpu_multiplies_bfloat16()

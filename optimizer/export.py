@@ -41,9 +41,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 
 from .. import __version__
+from ..compat import torch_private
 from ..errors import UsageError
 from ..files.dtypes import MODEL_DTYPES, torch_dtype
 from ..files.export_manifest import EXPORT_MANIFEST
@@ -138,7 +138,7 @@ def _write_pt2(ready: CachedModel, folder: Path, copy_weights: bool) -> Mapping[
     signature = program.module_call_graph[0].signature
     assert signature is not None
     presents = output_names(ready.cached)[1:]
-    signature.out_spec = pytree.tree_structure((0, dict.fromkeys(presents, 0)))  # was a class of transformers
+    signature.out_spec = torch_private.structure((0, dict.fromkeys(presents, 0)))  # was a class of transformers
     load = ready.source.loader(program)
     for name, declared in list(program.state_dict.items()):
         value = load(name)

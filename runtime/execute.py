@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
+from ..compat.torch_private import expression, is_metadata_assert
 from ..passes.graph.graph_eval import CannotEvaluate, concrete, linear_parts, value
 
 Loader = Callable[[str], Tensor]
@@ -145,7 +146,7 @@ def _flat_outputs(program: ExportedProgram) -> list[Node]:
 def _cut(program: ExportedProgram, cores: set[str], weights: set[Node]) -> list[Piece]:
     nodes = [
         n for n in program.graph.nodes
-        if n.op not in ("placeholder", "output") and "_assert_tensor_metadata" not in str(n.target)
+        if n.op not in ("placeholder", "output") and not is_metadata_assert(n.target)
     ]  # fmt: skip
     position = {node: i for i, node in enumerate(nodes)}  # not of the output: it is given what was seen on the way
     last = {node: max((position[u] for u in node.users if u in position), default=position[node]) for node in nodes}
@@ -181,7 +182,7 @@ def _elements(node: Node) -> int:
             continue
         try:
             sizes = [
-                concrete(s, dict.fromkeys(s.node.expr.free_symbols, _TYPICAL)) if isinstance(s, torch.SymInt) else s
+                concrete(s, dict.fromkeys(expression(s).free_symbols, _TYPICAL)) if isinstance(s, torch.SymInt) else s
                 for s in part.shape
             ]
         except CannotEvaluate:

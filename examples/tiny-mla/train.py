@@ -192,7 +192,7 @@ def train(model: nn.Module, data: Tensor, stages: list[Stage], args: argparse.Na
 
 def save(model: DeepseekV3ForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     """A plain Hugging Face folder in bfloat16."""
-    model.config._attn_implementation = "eager"  # the training-time attention is not known to other programs
+    model.set_attn_implementation("eager")  # the training-time attention is not known to other programs
     model.to(torch.bfloat16).save_pretrained(out)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=EOT, eos_token=EOT, pad_token=EOT, model_max_length=CONTEXT

@@ -26,6 +26,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from ... import __version__
+from ...compat import torch_private
 from ...errors import UserError
 from .external_data import Placement, Stored
 from .functions import local_function
@@ -201,7 +202,7 @@ def _finish(model: ir.Model, activation: str | None, functions: bool) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[Any]:
     """The exporter's warnings are about packages and types that do not concern a language model."""
-    logger = logging.getLogger("torch.onnx._internal.exporter")
+    logger = torch_private.onnx_exporter_log()
     level = logger.level
     logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():

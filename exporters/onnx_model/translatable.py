@@ -15,6 +15,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
 
+from ...compat import torch_private
+
 aten = torch.ops.aten
 
 
@@ -61,11 +63,8 @@ def _fakes(program: ExportedProgram) -> dict[str, Tensor]:
 
 
 def _unknown(graph: Graph, known: frozenset[Any]) -> bool:
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-    registry = ONNXRegistry.from_torchlib()
     targets = {node.target for node in graph.nodes if node.op == "call_function"}
-    return any(target not in known and not registry.get_decomps(target) for target in targets)
+    return not torch_private.onnx_exporter_knows(targets - known)
 
 
 def _make_functional(graph: Graph) -> bool:

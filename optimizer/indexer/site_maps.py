@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ...compat import torch_private
 from ...errors import UserError
 from ...passes.graph.graph_eval import (
     CannotEvaluate,
@@ -131,7 +132,7 @@ def _latent_rows(site: MlaSite, names: NameOf, load: Load) -> tuple[Tensor, Tens
     cone = ancestors(site.latent, stop=lambda n: n is site.kv_a)
     env = dict.fromkeys(node_symbols([*cone, site.kv_a]), width)
     batch = [s for s in shape(site.kv_a)[:1] if isinstance(s, torch.SymInt)]
-    env |= {symbol: 1 for size in batch for symbol in size.node.expr.free_symbols}
+    env |= {symbol: 1 for size in batch for symbol in torch_private.expression(size).free_symbols}
     units = torch.eye(width, dtype=torch.float64) * _UNIT
     feed: dict[Node, Tensor] = {site.kv_a: units.view(concrete_shape(site.kv_a, env))}
     for node in cone:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from ...compat import torch_private, transformers_private
 from ...errors import UserError
 from . import hf_interfaces
 
@@ -49,7 +50,7 @@ def capture(
     hf_interfaces.register()
     hf_config = read_config(config)
     model_class = _model_class(hf_config, config)
-    with _quiet(), hf_interfaces.capturable_experts():
+    with _quiet(), hf_interfaces.capturable_experts(hf_config):
         model = _fake_model(model_class, hf_config, attention, dtype, device)
         max_length = int(getattr(hf_config.get_text_config(), "max_position_embeddings", 0) or 2**17)
         program = _export(model, max_length, device)
@@ -76,8 +77,7 @@ def read_config(config: Mapping[str, Any]) -> Any:
 def _model_class(hf_config: Any, config: Mapping[str, Any]) -> Any:
     import transformers
 
-    by_type = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(hf_config.model_type)
-    names = [*(config.get("architectures") or []), by_type]
+    names = [*(config.get("architectures") or []), transformers_private.causal_lm_class_name(hf_config.model_type)]
     for name in names:
         found = getattr(transformers, name, None) if isinstance(name, str) else None
         if found is not None and name.endswith("ForCausalLM"):
@@ -88,17 +88,15 @@ def _model_class(hf_config: Any, config: Mapping[str, Any]) -> Any:
 
 
 def _fake_model(model_class: Any, hf_config: Any, attention: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
     for part in {id(c): c for c in (hf_config, hf_config.get_text_config())}.values():
-        part._attn_implementation = hf_interfaces.NAME if attention == "anchor" else attention
-        part._experts_implementation = hf_interfaces.NAME
+        transformers_private.choose(
+            part, hf_interfaces.NAME if attention == "anchor" else attention, hf_interfaces.NAME
+        )
         part.use_cache = False
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), torch.device(device):
+        with torch_private.fake_tensors(), torch.device(device):
             model: torch.nn.Module = model_class(hf_config)
     except UserError:
         raise
@@ -112,12 +110,10 @@ def _fake_model(model_class: Any, hf_config: Any, attention: str, dtype: torch.d
 
 
 def _export(model: torch.nn.Module, max_length: int, device: str) -> ExportedProgram:
-    from torch._guards import detect_fake_mode
     from torch.export import Dim
 
-    mode = detect_fake_mode(list(model.parameters()))
     batch, length = 2, 7  # 0 and 1 would be specialised
-    with mode:  # type: ignore[union-attr]
+    with torch_private.fake_mode_of(model.parameters()):
         inputs = {
             name: torch.ones(batch, length, dtype=torch.int64, device=device)
             for name in ("input_ids", "attention_mask", "position_ids")
@@ -145,23 +141,20 @@ def _export(model: torch.nn.Module, max_length: int, device: str) -> ExportedPro
 def _computed_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
     """Real values of the buffers that are not in any checkpoint, computed by the model's own initialisation."""
     buffers: dict[str, Tensor] = {}
+    stored = model.state_dict().keys()
     for prefix, module in model.named_modules():
-        names = [n for n in module._non_persistent_buffers_set if module._buffers.get(n) is not None]
-        for name in names:
-            fake = module._buffers[name]
-            module._buffers[name] = torch.full(
-                fake.shape, float("nan") if fake.is_floating_point() else -1, dtype=fake.dtype
-            )
-        if names:
-            with torch.no_grad():
-                model._init_weights(module)  # type: ignore[operator]
-        for name in names:
-            value = module._buffers[name]
+        computed = {f"{prefix}.{name}".lstrip("."): (name, fake) for name, fake in module.named_buffers(recurse=False)}
+        computed = {full: found for full, found in computed.items() if full not in stored}
+        for name, fake in computed.values():
+            blank = float("nan") if fake.is_floating_point() else -1
+            setattr(module, name, torch.full(fake.shape, blank, dtype=fake.dtype))
+        if computed:
+            transformers_private.initialise(model, module)
+        for full, (name, _) in computed.items():
+            value = getattr(module, name)
             if value is None or not bool(torch.isfinite(value).all()):
-                raise UserError(
-                    f"{prefix}.{name} is not in checkpoints and transformers does not say how to compute it"
-                )
-            buffers[f"{prefix}.{name}" if prefix else name] = value
+                raise UserError(f"{full} is not in checkpoints and transformers does not say how to compute it")
+            buffers[full] = value
     return buffers
 
 
@@ -175,7 +168,7 @@ def _without_fakes(program: ExportedProgram, buffers: Mapping[str, Tensor]) -> E
     for name in list(program.constants):
         if name in buffers:
             program.constants[name] = buffers[name]
-    program._example_inputs = None
+    program.example_inputs = None
     return program
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
+from ...compat import transformers_private
 from ...errors import UserError
 from ...kernels import ops  # noqa: F401  (registers torch.ops.mla2dsa)
 
@@ -24,13 +24,7 @@ _LOST = ("indices", "sliding_window", "softcap", "position_bias", "s_aux", "sink
 
 def register() -> None:
     """Make NAME a valid attention, mask and experts implementation of transformers."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
-    ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
+    transformers_private.register(NAME, _attention, _mask, _experts)
 
 
 def _attention(
@@ -54,12 +48,8 @@ def _mask(
     batch_size: int, q_length: int, kv_length: int, mask_function: Callable[..., Any] | None = None, **others: Any
 ) -> Tensor | None:
     """Causal & key padding as plain ops. Any other pattern is left to transformers, for find_mla to judge."""
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
-
-    if mask_function is not None and mask_function is not causal_mask_function:
-        others["allow_is_causal_skip"] = False
-        judged: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, mask_function=mask_function, **others)
-        return judged
+    if mask_function is not None and not transformers_private.is_plain_causal(mask_function):
+        return transformers_private.explicit_mask(batch_size, q_length, kv_length, mask_function, **others)
     device = others.get("device", "cpu")
     rows = torch.arange(q_length, device=device) + others.get("q_offset", 0)
     columns = torch.arange(kv_length, device=device) + others.get("kv_offset", 0)
@@ -71,15 +61,9 @@ def _mask(
 
 
 def _experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    from transformers.integrations.moe import _default_apply_gate
-
-    unread = [f for f in ("has_bias", "is_transposed", "has_post_expert_norm") if getattr(module, f, False)]
-    unread += [f for f in ("has_gate", "is_concatenated") if not getattr(module, f, True)]
-    gate = getattr(type(module), "_apply_gate", _default_apply_gate)
-    if unread or gate is not _default_apply_gate:
-        raise UserError(
-            f"{type(module).__name__}: experts with {', '.join(unread) or 'a gate of their own'} cannot be captured yet"
-        )
+    unread = transformers_private.unusual_experts(module)
+    if unread:
+        raise UserError(f"{type(module).__name__}: experts with {', '.join(unread)} cannot be captured yet")
     return _run_experts(module, hidden_states, top_k_index, top_k_weights)
 
 
@@ -116,12 +100,10 @@ def _longcat_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, to
 
 
 @contextlib.contextmanager
-def capturable_experts() -> Iterator[None]:
+def capturable_experts(hf_config: Any) -> Iterator[None]:
     """While it lasts, experts that ignore transformers' registry (a Python loop torch.export cannot follow) use ours."""
-    try:
-        from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
-    except ImportError:  # a transformers without LongCat has nothing to patch
+    if hf_config.get_text_config().model_type != "longcat_flash":
         yield
         return
-    with mock.patch.object(LongcatFlashExperts, "forward", _longcat_experts):
+    with transformers_private.longcat_experts(_longcat_experts):
         yield

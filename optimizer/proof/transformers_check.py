@@ -4,34 +4,36 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
+from ...compat.torch_private import topk_rule
 from ...errors import UserError
 from ..model.checkpoint import Checkpoint
 from .check import relative_difference
 
 
-class LowestSlotTies(TorchFunctionMode):
+def lowest_slot_ties() -> AbstractContextManager[None]:
     """transformers' indexer breaks exact ties of its top-k as torch.topk happens to; ours takes the lowest slot.
 
-    ReLU makes ties at zero common, so for a comparison its 3-D `topk` gets our rule. Nothing else is touched.
+    ReLU makes ties at zero common, so for a comparison each 3-D top-k gets our rule. Nothing else is touched.
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.topk and args[0].dim() == 3:
-            count = args[1] if len(args) > 1 else kwargs["k"]
-            ordered = torch.sort(args[0], dim=-1, descending=True, stable=True)
-            return torch.return_types.topk((ordered.values[..., :count], ordered.indices[..., :count]))
-        return func(*args, **(kwargs or {}))
+    def rule(scores: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+        if scores.dim() != 3:
+            return None
+        ordered = torch.sort(scores, dim=-1, descending=True, stable=True)
+        return ordered.values[..., :count], ordered.indices[..., :count]
+
+    return topk_rule(rule)
 
 
-class SameSelection(TorchFunctionMode):
+class SameSelection:
     """Makes transformers' indexers take the slots our graph took, and measures how far those are from their own choice.
 
     Two implementations round differently, so where two keys score all but equally each may take another one; what such a
@@ -44,20 +46,41 @@ class SameSelection(TorchFunctionMode):
     """
 
     def __init__(self, selections: Sequence[Tensor]) -> None:
-        super().__init__()
         self._selections = list(selections)
         self.used = 0
         self.shortfall = 0.0
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.topk and args[0].dim() == 3 and args[0].shape[-1] == args[0].shape[-2]:
-            return self._take_ours(args[0], args[1] if len(args) > 1 else kwargs["k"])
-        return func(*args, **(kwargs or {}))
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """While it lasts, a top-k of scores [1, T, T] is one of ours, in order. Raises UserError unless there is one a layer."""
+        self.used = 0
+        with topk_rule(self._rule):
+            yield
+        if self.used != len(self._selections):
+            import transformers
 
-    def _take_ours(self, scores: Tensor, count: int) -> Any:
-        """scores: [1, T, T], -inf for keys a query may not see; rows with fewer keys than `count` take all of them."""
-        ours = self._selections[self.used].to(scores.device)
+            raise UserError(
+                f"transformers {transformers.__version__} selected keys {self.used} times with a top-k of scores [1, tokens, tokens],"
+                f" expected {len(self._selections)}, once a layer: its indexer works in another way than the one mla2dsa was tested"
+                " with; install the transformers that constraints.txt names, or pass --skip-transformers"
+            )
+
+    def _rule(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+        if scores.dim() != 3 or scores.shape[0] != 1 or scores.shape[1] != scores.shape[2]:
+            return None  # a router's
         self.used += 1
+        if self.used > len(self._selections):
+            return None  # counted, and refused at the end
+        ours = self._selections[self.used - 1].to(scores.device)
+        if ours.shape != (*scores.shape[:2], count):
+            raise UserError(
+                f"layer {self.used} of transformers' model selects {count} of {scores.shape[2]} keys, our graph {ours.shape[2]} of"
+                f" {ours.shape[1]}: config.json and the graph disagree on index_topk"
+            )
+        return self._take(ours, scores, count)
+
+    def _take(self, ours: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """scores: [1, T, T], -inf for keys a query may not see; rows with fewer keys than `count` take all of them."""
         last = torch.topk(scores, count, dim=-1).values[..., -1]
         chosen = scores.gather(-1, ours.clamp(min=0).long()).masked_fill(ours < 0, torch.inf)
         largest = scores.masked_fill(scores == -torch.inf, 0).abs().amax(-1).clamp_min(torch.finfo(scores.dtype).tiny)
@@ -67,7 +90,7 @@ class SameSelection(TorchFunctionMode):
         self.shortfall = worst if worst != worst else max(self.shortfall, worst)
         hidden = scores.shape[-1] - 1  # an unused place: a key in the future of every row that has one
         indices = ours.masked_fill(ours < 0, hidden).long()
-        return torch.return_types.topk((scores.gather(-1, indices), indices))
+        return scores.gather(-1, indices), indices
 
 
 def refuse_if_too_large(checkpoint: Checkpoint) -> None:
@@ -128,7 +151,7 @@ def loading_faults(info: Mapping[str, Any]) -> list[str]:
 @torch.no_grad()
 def logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """[B, T, vocab] without a cache, ties broken by lowest slot."""
-    with LowestSlotTies():
+    with lowest_slot_ties():
         out: Tensor = model(**batch, use_cache=False).logits
     return out
 
@@ -139,11 +162,10 @@ def parity(
 ) -> tuple[float, float]:
     """(relative difference of the logits over equal selections, shortfall of our selections) on one sequence.
 
-    expected: our logits [1, T, vocab]; selections: our indices per layer [1, T, K]. NaN where a layer chose nothing alike.
+    expected: our logits [1, T, vocab]; selections: our indices per layer [1, T, K]. Raises UserError when transformers does
+    not select keys once a layer.
     """
-    mode = SameSelection(selections)
-    with mode:
+    selection = SameSelection(selections)
+    with selection.taken():
         found: Tensor = model(**batch, use_cache=False).logits
-    if mode.used != len(selections):
-        return float("nan"), float("nan")
-    return relative_difference(found, expected), mode.shortfall
+    return relative_difference(found, expected), selection.shortfall

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
-from torch._dynamo.source import ConstantSource
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
@@ -20,10 +18,9 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.fx.node import map_arg
-from torch.utils._sympy.value_ranges import ValueRanges
 
+from ...compat import torch_private
 from .graph_eval import value
 
 aten = torch.ops.aten
@@ -49,7 +46,7 @@ class ProgramEditor:
         self._state = dict(program.state_dict)
         self._constants = dict(program.constants)
         self._placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
-        self.fake_mode = next(v.fake_mode for n in self._placeholders if hasattr(v := value(n), "fake_mode"))
+        self.fake_mode = torch_private.fake_mode_of(value(n) for n in self._placeholders)
         self._first_user_input = next(i for i, s in enumerate(self._input_specs) if s.kind == InputKind.USER_INPUT)
         self._added: dict[str, Node] = {}  # a module that is called twice adds its tensors once
         self._new_inputs: list[Node] = []
@@ -119,10 +116,9 @@ class ProgramEditor:
 
     def new_size(self, name: str, hint: int = 64) -> torch.SymInt:
         """A new dynamic size, at least 1."""
-        env, source = self.fake_mode.shape_env, ConstantSource(f"__{name}")
-        symbol = env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
-        self._ranges[symbol] = ValueRanges(1, 2**31 - 1)
-        return env.create_symintnode(symbol, hint=hint, source=source)
+        size = torch_private.new_size(self.fake_mode, f"__{name}", hint)
+        self._ranges[torch_private.expression(size)] = torch_private.size_range(1, 2**31 - 1)
+        return size
 
     def add_output(self, name: str, node: Node) -> None:
         """The finished program then returns (what it returned before, {name: value, ...})."""
@@ -136,7 +132,7 @@ class ProgramEditor:
         """Drop metadata asserts and everything nobody reads any more; returns the number of nodes removed."""
         count = len(self.graph.nodes)
         for node in list(self.graph.nodes):
-            if "_assert_tensor_metadata" in str(node.target):
+            if torch_private.is_metadata_assert(node.target):
                 self.graph.erase_node(node)
         # torch keeps dropout and SDPA as impure (random); unread, they would keep the dense attention alive and computed
         self.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure(impure_random=False))
@@ -163,10 +159,10 @@ class ProgramEditor:
         """The calling convention with the added inputs and outputs."""
         signature = self._program.module_call_graph[0].signature
         assert signature is not None
-        args, kwargs = pytree.tree_unflatten(list(range(signature.in_spec.num_leaves)), signature.in_spec)
+        args, kwargs = torch_private.positions(signature.in_spec)
         kept = {name: leaf for name, leaf in kwargs.items() if name not in self._dropped}
         kwargs = {**kept, **{node.name: 0 for node in self._new_inputs}}
-        result = pytree.tree_unflatten(list(range(signature.out_spec.num_leaves)), signature.out_spec)
+        result = torch_private.positions(signature.out_spec)
         if self._new_outputs:
             result = (result, dict.fromkeys(self._new_outputs, 0))
             self._output_specs += [
@@ -177,7 +173,7 @@ class ProgramEditor:
             *(n for n in signature.forward_arg_names or [] if n not in self._dropped),
             *(node.name for node in self._new_inputs),
         ]
-        in_spec, out_spec = pytree.tree_structure((args, kwargs)), pytree.tree_structure(result)
+        in_spec, out_spec = torch_private.structure((args, kwargs)), torch_private.structure(result)
         return ModuleCallEntry(fqn="", signature=ModuleCallSignature([], [], in_spec, out_spec, names))
 
 
@@ -186,8 +182,7 @@ def _uncompiled(original: GraphModule, graph: Graph) -> GraphModule:
     module = GraphModule(torch.nn.Module(), Graph())
     for node in graph.find_nodes(op="get_attr"):
         setattr(module, node.target, getattr(original, node.target))
-    module._graph = graph
-    graph.owning_module = module
+    torch_private.put_graph(module, graph)
     return module
 
 
@@ -227,7 +222,7 @@ def _fingerprint(arg: Any) -> Any:
     if isinstance(arg, Tensor):
         return ("tensor", _fingerprint(tuple(arg.shape)), _fingerprint(arg.stride()), arg.dtype, arg.device)
     if isinstance(arg, torch.SymInt):
-        return ("size", arg.node.expr)
+        return ("size", torch_private.expression(arg))
     if isinstance(arg, tuple | list):
         return tuple(_fingerprint(item) for item in arg)
     if isinstance(arg, dict):

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ...compat import torch_private
+
 aten = torch.ops.aten
 
 END = 2**31  # from here on a number is no length: the end of a slice, or what hides a key
 
 CASTS = {
     aten.to.dtype,
-    aten._to_copy.default,
+    torch_private.cast_op(),
     aten.to.device,
     aten.to.dtype_layout,
     aten.to.other,
@@ -34,7 +36,7 @@ BLANK = UNINITIALISED | {
     aten.zeros_like.default,
 }  # fresh memory, to be filled
 MOVES = CASTS | BLANK | {
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int, aten.permute.default,
+    aten.view.default, aten.reshape.default, torch_private.view_op(), aten.transpose.int, aten.permute.default,
     aten.expand.default, aten.clone.default, aten.contiguous.default, aten.alias.default, aten.slice.Tensor,
     aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default, aten.cat.default, aten.slice_scatter.default,
     aten.copy.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default,
@@ -69,7 +71,7 @@ def carries_tensors(node: Node) -> bool:
 
 def symbols(size: Any) -> set[sympy.Symbol]:
     """Free symbols of one size (empty for a plain int)."""
-    return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
+    return set(torch_private.expression(size).free_symbols) if isinstance(size, torch.SymInt) else set()
 
 
 def node_symbols(nodes: Iterable[Node]) -> list[sympy.Symbol]:
@@ -89,7 +91,7 @@ def concrete(size: Any, env: Mapping[sympy.Symbol, int]) -> int:
     missing = symbols(size) - set(env)
     if missing:
         raise CannotEvaluate(f"size {size} has no value here")
-    return int(size.node.expr.xreplace({s: sympy.Integer(v) for s, v in env.items()}))
+    return int(torch_private.expression(size).xreplace({s: sympy.Integer(v) for s, v in env.items()}))
 
 
 def concrete_shape(node: Node, env: Mapping[sympy.Symbol, int]) -> list[int]:
@@ -167,7 +169,7 @@ def integers(arg: Any) -> list[int]:
     if isinstance(arg, Node):
         arg = value(arg)
     if isinstance(arg, torch.SymInt):
-        return [int(n) for n in arg.node.expr.atoms(sympy.Integer)]
+        return [int(n) for n in torch_private.expression(arg).atoms(sympy.Integer)]
     if isinstance(arg, tuple | list):
         return [number for item in arg for number in integers(item)]
     return [arg] if isinstance(arg, int) and not isinstance(arg, bool) else []

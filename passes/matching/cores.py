@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from ...compat import torch_private
 from ..graph.graph_eval import CASTS, is_tensor, shape, symbols
 from .sites import Core, NoMatch
 
 aten = torch.ops.aten
 
-SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
+SOFTMAX = {aten.softmax.int, *torch_private.softmax_ops()}
 _WHERES = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
 SDPA = aten.scaled_dot_product_attention.default
 ANCHOR = "mla2dsa.dense_attention.default"
@@ -114,7 +115,7 @@ def _weighted_sum(softmax: Node) -> tuple[Node, Node]:
     """Forward from the softmax to ``matmul(probabilities, v)``."""
     node = softmax
     while True:
-        users = [u for u in node.users if "_assert_tensor_metadata" not in str(u.target)]
+        users = [u for u in node.users if not torch_private.is_metadata_assert(u.target)]
         if len(users) != 1:
             raise NoMatch("the attention probabilities have another reader than the sum over values", softmax)
         user = users[0]

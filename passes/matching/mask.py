@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ...compat import torch_private
 from ..graph.graph_eval import (
     END,
     CannotEvaluate,
@@ -191,8 +192,8 @@ def _is_size(node: Node) -> bool:
 
 
 def _bind_size(size: object, number: int, env: dict[sympy.Symbol, int]) -> None:
-    if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
-        env.setdefault(size.node.expr, number)
+    if isinstance(size, torch.SymInt) and torch_private.expression(size).is_Symbol:
+        env.setdefault(torch_private.expression(size), number)
 
 
 def _noise(probe: _Probe, numbers: list[int]) -> Tensor:

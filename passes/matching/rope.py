@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ...compat import torch_private
 from ..graph.graph_eval import (
     CASTS,
     CannotEvaluate,
@@ -76,7 +77,7 @@ def _after_scaling(table: Node) -> Node:
     """Past the casts and constant factors (YaRN's attention factor) that some models put on the table."""
     while True:
         after = [u for u in table.users if u.target in CASTS or _times_number(u)]
-        if len(after) != 1 or len([u for u in table.users if "_assert" not in str(u.target)]) != 1:
+        if len(after) != 1 or len([u for u in table.users if not torch_private.is_metadata_assert(u.target)]) != 1:
             return table
         table = after[0]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mla2dsa.errors import UserError
 from mla2dsa.optimizer.model.cached_model import open_torch_session
-from mla2dsa.optimizer.proof.transformers_check import LowestSlotTies
+from mla2dsa.optimizer.proof.transformers_check import lowest_slot_ties
 from mla2dsa.runtime import generation
 from mla2dsa.runtime.generation import Sampling, Session, generate
 
@@ -46,7 +46,7 @@ def of_transformers(folder: Path, ids: list[int], count: int = NEW) -> list[int]
     from transformers import DeepseekV32ForCausalLM
 
     model = DeepseekV32ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with LowestSlotTies(), torch.no_grad():
+    with lowest_slot_ties(), torch.no_grad():
         out = model.generate(
             torch.tensor([ids]),
             max_new_tokens=count,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ....compat import triton_private
 from ....errors import UsageError, UserError
 from ..programs.program import Variant
 from .ptxas import Assembled, assemble_best, installed
@@ -85,11 +86,12 @@ def find_kernel(variant: Variant, functions: Mapping[str, Any] | None = None) ->
         raise UserError(f"kernel {variant.kernel} is not known, expected one of {', '.join(sorted(known))}")
     function = jit_function(variant.kernel) if functions is None else functions[variant.kernel]
     constants = {name for name, _ in variant.constants}
-    wanted = [name for name in function.arg_names if name not in constants]
+    takes = triton_private.parameters(function)
+    wanted = [name for name in takes if name not in constants]
     given = [name for name, _ in variant.arguments]
-    if given != wanted or not constants <= set(function.arg_names):
+    if given != wanted or not constants <= set(takes):
         raise UserError(
-            f"kernel {variant.kernel} takes ({', '.join(function.arg_names)}), the variant gives ({', '.join(given)})"
+            f"kernel {variant.kernel} takes ({', '.join(takes)}), the variant gives ({', '.join(given)})"
             f" and constants ({', '.join(sorted(constants))})"
         )
     unknown = variant.aligned - set(given)
@@ -99,42 +101,21 @@ def find_kernel(variant: Variant, functions: Mapping[str, Any] | None = None) ->
 
 
 def _to_ptx(function: Any, variant: Variant, sm: int) -> tuple[str, dict[str, Any]]:
-    """Triton's stages up to PTX, run one by one: no driver is asked, nothing is written to Triton's own cache."""
-    from triton import knobs
-    from triton._C.libtriton import ir
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
-
-    target = GPUTarget("cuda", sm, 32)
-    backend = make_backend(target)
-    options = backend.parse_options(
-        {
-            "num_warps": variant.num_warps,
-            "num_stages": variant.num_stages,
-            "ptx_version": PTX_VERSION,
-            "enable_fp_fusion": True,
-            "debug": False,
-        }
-    )
-    signature = dict.fromkeys(function.arg_names, "constexpr") | dict(variant.arguments)
-    aligned = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in sorted(variant.aligned)}
-    source = ASTSource(fn=function, signature=signature, constexprs=dict(variant.constants), attrs=aligned)
-    context = ir.context()
-    ir.load_dialects(context)
-    backend.load_dialects(context)
-    metadata: dict[str, Any] = dict(options.__dict__)
-    stages: dict[str, Any] = {}
-    with knobs.compilation.scope():
-        knobs.compilation.disable_line_info = True  # a cubin is a third of the size, and names no file of this machine
-        backend.add_stages(stages, options, source.language)
-        codegen, modules = backend.get_codegen_implementation(options), backend.get_module_map()
-        try:
-            module = source.make_ir(target, options, codegen, modules, context)
-            for name in ("ttir", "ttgir", "llir", "ptx"):
-                module = stages[name](module, metadata)
-        except Exception as error:
-            raise UserError(f"{_where(variant, sm)}: Triton does not compile it: {_first_line(error)}") from error
-    return str(module), metadata
+    """PTX, and what Triton says of it: no driver is asked, nothing is written to Triton's own cache."""
+    options = {
+        "num_warps": variant.num_warps,
+        "num_stages": variant.num_stages,
+        "ptx_version": PTX_VERSION,
+        "enable_fp_fusion": True,
+        "debug": False,
+    }
+    types, constants = dict(variant.arguments), dict(variant.constants)
+    try:
+        return triton_private.to_ptx(function, sm, options, types, constants, frozenset(variant.aligned))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{_where(variant, sm)}: Triton does not compile it: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

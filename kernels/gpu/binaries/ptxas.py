@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ....compat.triton_private import bundled_assemblers
 from ....errors import UserError
 
 _VARIABLES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
@@ -59,10 +60,7 @@ def installed() -> tuple[Ptxas, ...]:
 
 
 def _candidates() -> Iterable[Path]:
-    import triton
-
-    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    yield from sorted(bundled.glob("ptxas*"))
+    yield from sorted(bundled_assemblers().glob("ptxas*"))
     yield from (Path(os.environ[name]) for name in _VARIABLES if os.environ.get(name))
     roots = [*(os.environ[name] for name in _TOOLKITS if os.environ.get(name)), "/usr/local/cuda"]
     yield from (Path(root) / "bin" / "ptxas" for root in roots)

@@ -8,6 +8,8 @@ import textwrap
 from types import ModuleType
 from typing import Any
 
+from ....compat.triton_private import is_jit, python_function
+
 
 def source_hash(function: Any) -> str:
     """sha256 over a jit function, the jit functions it calls (not triton's), and the module constants they read.
@@ -23,11 +25,12 @@ def source_hash(function: Any) -> str:
 
 
 def _collect(function: Any, seen: dict[str, str]) -> None:
-    name = f"{function.fn.__module__}.{function.fn.__qualname__}"
+    python = python_function(function)
+    name = f"{python.__module__}.{python.__qualname__}"
     if name in seen:
         return
-    seen[name] = _text(function)
-    for used, value in sorted(_names(function.fn).items()):
+    seen[name] = _text(python)
+    for used, value in sorted(_names(python).items()):
         if _is_jit(value):
             _collect(value, seen)
         elif _is_constant(value):
@@ -36,7 +39,7 @@ def _collect(function: Any, seen: dict[str, str]) -> None:
 
 def _text(function: Any) -> str:
     """From `def` on: decorators do not change what is compiled."""
-    source = textwrap.dedent(inspect.getsource(function.fn))
+    source = textwrap.dedent(inspect.getsource(function))
     return source[source.index("def ") :].rstrip()
 
 
@@ -52,8 +55,7 @@ def _names(function: Any) -> dict[str, Any]:
 
 
 def _is_jit(value: Any) -> bool:
-    function = getattr(value, "fn", None)
-    return inspect.isfunction(function) and not function.__module__.startswith("triton.")
+    return is_jit(value) and not python_function(value).__module__.startswith("triton.")
 
 
 def _is_constant(value: Any) -> bool:

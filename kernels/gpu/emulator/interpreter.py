@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
-from triton.runtime import interpreter as stock
-from triton.runtime.jit import JITFunction, type_canonicalisation_dict
 
-from .interpreter_builder import Builder, EmulatedMemory, Reduce, Scan
+from ....compat import triton_private
+from ....compat.triton_private import python_function, type_named
+from .interpreter_builder import Builder, EmulatedMemory, Reduce, Scan, stock
 
 _LAUNCH_OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg"}  # mean nothing here
 _LOCK = threading.RLock()
@@ -78,14 +78,13 @@ class InterpretedKernel:
             return value
         declared = self._types.get(name)
         if isinstance(value, torch.Tensor):
-            held = type_canonicalisation_dict[str(value.dtype).removeprefix("torch.")]
-            element = tl.str_to_ty(declared or f"*{held}", None)
-            return tl.tensor(stock.TensorHandle(np.array([value.data_ptr()], dtype=np.uint64), element), element)
+            element = type_named(declared or f"*{triton_private.name_of_dtype(value.dtype)}")
+            return tl.tensor(stock.Handle(np.array([value.data_ptr()], dtype=np.uint64), element), element)
         if not isinstance(value, bool | int | float):
             raise TypeError(f"argument {name} is a {type(value).__name__}, expected a tensor or a number")
-        kind = tl.str_to_ty(declared or _natural_type(value), None)
-        number = np.array([value], dtype=stock._get_np_dtype(kind))
-        return tl.tensor(stock.TensorHandle(number, kind), kind)
+        kind = type_named(declared or _natural_type(value))
+        number = np.array([value], dtype=stock.numpy_type(kind))
+        return tl.tensor(stock.Handle(number, kind), kind)
 
 
 def _natural_type(value: bool | int | float) -> str:
@@ -96,12 +95,13 @@ def _natural_type(value: bool | int | float) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-class _Twin(stock.InterpretedFunction):  # type: ignore[misc]  # triton has no types
+class _Twin(stock.Function):  # type: ignore[misc, name-defined]  # triton has no types
     """An interpreted jit function: as Triton's, but calling it as a helper patches nothing (the launch has)."""
 
     def __init__(self, function: Any, scope: dict[str, Any]) -> None:
-        super().__init__(_with_globals(function.fn, scope))
-        self.signature = inspect.signature(function.fn)
+        python = python_function(function)
+        super().__init__(_with_globals(python, scope))
+        self.signature = inspect.signature(python)
         annotations = {name: parameter.annotation for name, parameter in self.signature.parameters.items()}
         self.constants = {name for name, annotation in annotations.items() if _is_constexpr(annotation)}
 
@@ -118,7 +118,7 @@ _SCOPES: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}  # by id of a mod
 
 
 def _is_jit(value: Any) -> bool:
-    return type(value) is JITFunction or isinstance(value, stock.InterpretedFunction)
+    return triton_private.is_jit(value) or isinstance(value, stock.Function)
 
 
 def _is_constexpr(annotation: Any) -> bool:
@@ -131,8 +131,9 @@ def _twin(function: Any) -> _Twin:
     if not _is_jit(function):
         raise TypeError(f"{function!r} is not a @triton.jit function")
     if id(function) not in _TWINS:
-        scope = _scope(function.fn.__globals__)
-        outer = inspect.getclosurevars(function.fn).nonlocals
+        python = python_function(function)
+        scope = _scope(python.__globals__)
+        outer = inspect.getclosurevars(python).nonlocals
         if outer:  # a kernel defined in a function: the interpreter would lose what it closes over
             scope = scope | {name: _translated(value) for name, value in outer.items()}
         _TWINS[id(function)] = (function, _Twin(function, scope))
@@ -172,10 +173,8 @@ def _interpreting(kernel: str, arguments: Mapping[str, Any]) -> Iterator[Builder
     holders = _holders()
     before = [(holder, dict(vars(holder))) for holder in holders]
     try:
-        stock.interpreter_builder, stock.ReduceOps, stock.ScanOps = builder, Reduce, Scan
-        stock.interpreter_semantic = stock.TritonSemantic(builder)
-        _set_semantic(stock.interpreter_semantic)
-        stock._patch_lang(_sees_language)
+        _set_semantic(stock.use(builder, Reduce, Scan))
+        stock.patch_language()
         # Triton 3.6 converts an array of one element to int, which numpy 2.4 no longer does.
         tl.tensor.__index__ = lambda self: int(self.handle.data.item())
         for holder in holders:
@@ -190,9 +189,7 @@ def _interpreting(kernel: str, arguments: Mapping[str, Any]) -> Iterator[Builder
 
 def _holders() -> list[Any]:
     """Whatever is changed while a kernel runs: triton.language, and modules through which kernels call jit functions."""
-    holders: list[Any] = [stock, tl, tl.core, tl.math, tl.standard, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base]
-    if hasattr(tl, "condition"):
-        holders.append(tl.condition)
+    holders = [stock.module, *triton_private.language_parts()]
     for module, _ in list(_SCOPES.values()):
         for value in list(module.values()):
             if inspect.ismodule(value) and value not in holders and any(map(_is_jit, list(vars(value).values()))):
@@ -213,12 +210,4 @@ def _set_semantic(semantic: Any) -> None:
     for _, scope in _SCOPES.values():
         scope["interpreter_semantic"] = semantic
     for _, twin in _TWINS.values():
-        twin.fn.__globals__["interpreter_semantic"] = semantic
-
-
-def _language_scope() -> Callable[[], None]:
-    """A function whose globals show triton.language both ways, which is how Triton decides what to patch."""
-    return types.FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core})
-
-
-_sees_language = _language_scope()
+        python_function(twin).__globals__["interpreter_semantic"] = semantic

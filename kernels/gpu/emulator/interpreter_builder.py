@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
-from triton.runtime import interpreter as stock
 
+from ....compat import triton_private
 from ....files.dtypes import BY_TRITON, torch_dtype
+
+stock = triton_private.interpreter()
 
 _FLOATS = (tl.bfloat16, tl.float16, tl.float32, tl.float64, tl.float8e4nv, tl.float8e5)
 _TORCH = {kind: torch_dtype(BY_TRITON[kind.name].name) for kind in _FLOATS}
@@ -102,10 +104,10 @@ def _extent(tensor: torch.Tensor) -> int:
 
 def _as_mask(handle: Any) -> Any:
     """As bool: the product of a scalar and a row of one element is an int32 in Triton's interpreter."""
-    return stock.TensorHandle(np.asarray(handle.data, dtype=bool), tl.int1)
+    return stock.Handle(np.asarray(handle.data, dtype=bool), tl.int1)
 
 
-class Builder(stock.InterpreterBuilder):  # type: ignore[misc]  # triton has no types
+class Builder(stock.Builder):  # type: ignore[misc, name-defined]  # triton has no types
     """Every operation Triton's language has, on numpy arrays."""
 
     def __init__(self, memory: EmulatedMemory) -> None:
@@ -113,7 +115,7 @@ class Builder(stock.InterpreterBuilder):  # type: ignore[misc]  # triton has no 
         self._memory = memory
 
     def get_bf16(self, value: float) -> Any:
-        return stock.TensorHandle(convert(np.array([value], np.float32), tl.float32, tl.bfloat16), tl.bfloat16)
+        return stock.Handle(convert(np.array([value], np.float32), tl.float32, tl.bfloat16), tl.bfloat16)
 
     def create_masked_load(self, ptrs: Any, mask: Any, other: Any, *policy: Any, **named: Any) -> Any:
         self._memory.check("reads", ptrs.data, mask.data, _itemsize(ptrs))
@@ -123,7 +125,7 @@ class Builder(stock.InterpreterBuilder):  # type: ignore[misc]  # triton has no 
         size = _itemsize(ptrs)
         self._memory.check("writes", ptrs.data, mask.data, size)
         if value.data.itemsize != size:  # Triton would write as many bytes as numpy happens to hold
-            value = stock.TensorHandle(value.data.astype(stock._get_np_dtype(ptrs.get_element_ty())), value.dtype)
+            value = stock.Handle(value.data.astype(stock.numpy_type(ptrs.get_element_ty())), value.dtype)
         return super().create_masked_store(ptrs, value, _as_mask(mask), *policy, **named)
 
     def create_atomic_rmw(self, rmwOp: Any, ptr: Any, val: Any, mask: Any, *rest: Any) -> Any:
@@ -137,21 +139,21 @@ class Builder(stock.InterpreterBuilder):  # type: ignore[misc]  # triton has no 
     def cast_impl(self, src: Any, dst_type: Any) -> Any:
         source, target = src.dtype.scalar, dst_type.scalar
         if source in _TORCH and target in _TORCH:
-            return stock.TensorHandle(convert(src.data, source, target), target)
+            return stock.Handle(convert(src.data, source, target), target)
         if source == tl.bfloat16:
-            return super().cast_impl(stock.TensorHandle(widened(src.data, source), tl.float32), dst_type)
+            return super().cast_impl(stock.Handle(widened(src.data, source), tl.float32), dst_type)
         if target == tl.bfloat16:
-            return stock.TensorHandle(convert(src.data.astype(np.float32), tl.float32, target), target)
+            return stock.Handle(convert(src.data.astype(np.float32), tl.float32, target), target)
         return super().cast_impl(src, dst_type)
 
     def create_fp_to_fp(self, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
         source, target = src.dtype.scalar, dst_type.scalar
-        if rounding_mode == stock._ir.ROUNDING_MODE.RTZ:
+        if rounding_mode == stock.truncates:
             if (source, target) != (tl.float32, tl.bfloat16):
                 raise NotImplementedError(f"{source} to {target} rounded to zero is not emulated")
-            return stock.TensorHandle((src.data.view(np.uint32) >> 16).astype(np.uint16), target)
+            return stock.Handle((src.data.view(np.uint32) >> 16).astype(np.uint16), target)
         if source in _TORCH and target in _TORCH:
-            return stock.TensorHandle(convert(src.data, source, target), target)
+            return stock.Handle(convert(src.data, source, target), target)
         return super().create_fp_to_fp(src, dst_type, rounding_mode)
 
     def binary_op(self, lhs: Any, rhs: Any, op: Any) -> Any:
@@ -189,12 +191,12 @@ class Builder(stock.InterpreterBuilder):  # type: ignore[misc]  # triton has no 
         if not a.dtype.is_floating() or a.dtype.scalar == tl.float64:
             return super().create_dot(a, b, d, input_precision, max_num_imprecise_acc)
         left, right = widened(a.data, a.dtype.scalar), widened(b.data, b.dtype.scalar)
-        if a.dtype.scalar == tl.float32 and input_precision == stock._ir.INPUT_PRECISION.TF32:
+        if a.dtype.scalar == tl.float32 and input_precision == stock.tf32:
             left, right = as_tf32(left), as_tf32(right)
         product = torch.matmul(torch.from_numpy(np.array(left)), torch.from_numpy(np.array(right))).numpy()
         kind = d.dtype.scalar
         total = product + widened(d.data, kind)
-        return stock.TensorHandle(convert(total, tl.float32, kind) if kind in _TORCH else total, kind)
+        return stock.Handle(convert(total, tl.float32, kind) if kind in _TORCH else total, kind)
 
     def create_histogram(self, data: Any, bins: int, mask: Any) -> Any:
         """Values outside [0, bins) are not counted (Triton before 3.9 counts `bins` in the last bin)."""
@@ -202,10 +204,10 @@ class Builder(stock.InterpreterBuilder):  # type: ignore[misc]  # triton has no 
         if mask is not None:
             counted &= mask.data
         counts = np.bincount(data.data[counted].astype(np.int64), minlength=bins)
-        return stock.TensorHandle(counts.astype(np.int32), tl.int32)
+        return stock.Handle(counts.astype(np.int32), tl.int32)
 
 
-class Reduce(stock.ReduceOps):  # type: ignore[misc]
+class Reduce(stock.Reduce):  # type: ignore[misc, name-defined]  # triton has no types
     """tl.reduce, where numpy can do it at once; bfloat16 in float32, rounded at the end."""
 
     def sum(self, input: Any) -> Any:
@@ -217,7 +219,7 @@ class Reduce(stock.ReduceOps):  # type: ignore[misc]
         return (_narrowed(found[0], input), found[1]) if isinstance(found, tuple) else _narrowed(found, input)
 
 
-class Scan(stock.ScanOps):  # type: ignore[misc]
+class Scan(stock.Scan):  # type: ignore[misc, name-defined]  # triton has no types
     """tl.associative_scan, likewise."""
 
     def cumsum(self, input: Any) -> Any:
@@ -231,21 +233,21 @@ def _rounded(op: Callable[..., Any], *args: Any) -> Any:
     """The result of a float32 operation, as bfloat16, or as a truth value."""
     result = op(*args)
     if op in _COMPARISONS:
-        return stock.TensorHandle(result, tl.int1)
-    return stock.TensorHandle(convert(result.astype(np.float32), tl.float32, tl.bfloat16), tl.bfloat16)
+        return stock.Handle(result, tl.int1)
+    return stock.Handle(convert(result.astype(np.float32), tl.float32, tl.bfloat16), tl.bfloat16)
 
 
 def _wide(tensor: Any) -> Any:
     if tensor.dtype != tl.bfloat16:
         return tensor
-    handle = stock.TensorHandle(widened(tensor.handle.data, tl.bfloat16), tl.float32)
+    handle = stock.Handle(widened(tensor.handle.data, tl.bfloat16), tl.float32)
     return tl.core.tensor(handle, _with_element(tensor.type, tl.float32))
 
 
 def _narrowed(result: Any, like: Any) -> Any:
     if like.dtype != tl.bfloat16 or result.dtype != tl.float32:
         return result
-    handle = stock.TensorHandle(convert(result.handle.data, tl.float32, tl.bfloat16), tl.bfloat16)
+    handle = stock.Handle(convert(result.handle.data, tl.float32, tl.bfloat16), tl.bfloat16)
     return tl.core.tensor(handle, _with_element(result.type, tl.bfloat16))
 
 

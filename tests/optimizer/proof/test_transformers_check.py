@@ -1,10 +1,15 @@
 """Comparing with transformers over equal selections: ours are taken, and held against its own scores."""
 
+from collections.abc import Callable
+from typing import Any
+
+import families
 import pytest
 import torch
 from torch import Tensor
 
-from mla2dsa.optimizer.proof.transformers_check import LowestSlotTies, SameSelection
+from mla2dsa.errors import UserError
+from mla2dsa.optimizer.proof.transformers_check import SameSelection, lowest_slot_ties, parity
 
 NEVER = -torch.inf
 
@@ -33,11 +38,11 @@ BEST = selection([[0, -1], [0, 1], [0, 1], [0, 2]])
     ids=["same", "near-tie", "wrong", "fewer", "fewer-of-few"],
 )
 def test_shortfall(ours: Tensor, shortfall: float) -> None:
-    mode = SameSelection([ours])
-    with mode:
+    selection = SameSelection([ours])
+    with selection.taken():
         taken = SCORES.topk(2, dim=-1).indices
-    assert mode.shortfall == pytest.approx(shortfall, abs=1e-6)
-    assert mode.used == 1
+    assert selection.shortfall == pytest.approx(shortfall, abs=1e-6)
+    assert selection.used == 1
     real = ours >= 0
     assert torch.equal(taken[real], ours[real].long())
     assert bool(
@@ -48,22 +53,131 @@ def test_shortfall(ours: Tensor, shortfall: float) -> None:
 def test_a_nan_score_is_not_zero_shortfall() -> None:
     scores = SCORES.clone()
     scores[0, 3, 0] = torch.nan
-    mode = SameSelection([BEST])
-    with mode:
+    selection = SameSelection([BEST])
+    with selection.taken():
         scores.topk(2, dim=-1)
-    assert not mode.shortfall <= 1.0
+    assert not selection.shortfall <= 1.0
 
 
-def test_routers_are_left_alone() -> None:
+@pytest.mark.parametrize("shape", [(5, 4, 2), (5, 4, 4), (5, 4)], ids=["groups", "as-many-groups", "experts"])
+def test_routers_are_left_alone(shape: tuple[int, ...]) -> None:
     """Group routing uses a 3-D topk too, of [tokens, groups, experts in a group]."""
-    routed = torch.rand(5, 4, 2)
-    mode = SameSelection([])
-    with mode:
+    routed = torch.rand(shape)
+    selection = SameSelection([])
+    with selection.taken():
         found = routed.topk(2, dim=-1)
     assert torch.equal(found.values, routed.topk(2, dim=-1).values)
-    assert mode.used == 0
+    assert selection.used == 0
 
 
 def test_ties_go_to_the_lowest_slot() -> None:
-    with LowestSlotTies():
+    with lowest_slot_ties():
         assert torch.zeros(1, 3, 64).topk(5, dim=-1).indices.tolist() == [[list(range(5))] * 3]
+
+
+def select(same: SameSelection, calls: int, count: int = 2) -> None:
+    with same.taken():
+        for _ in range(calls):
+            SCORES.topk(count, dim=-1)
+
+
+@pytest.mark.parametrize(("layers", "calls"), [(2, 1), (1, 2), (1, 0), (0, 1)])
+def test_selecting_more_or_less_than_once_a_layer_is_refused(layers: int, calls: int) -> None:
+    same = SameSelection([BEST] * layers)
+    said = rf"^transformers \S+ selected keys {calls} times .* expected {layers}, once a layer"
+    with pytest.raises(UserError, match=said):
+        select(same, calls)
+
+
+def test_selecting_another_number_of_keys_is_refused() -> None:
+    with pytest.raises(UserError, match=r"layer 1 .* selects 3 of 4 keys, our graph 2 of 4"):
+        select(SameSelection([BEST]), 1, count=3)
+
+
+def _out(scores: Tensor, count: int) -> Tensor:
+    place = (scores.new_empty(0), torch.empty(0, dtype=torch.int64))
+    torch.topk(scores, count, out=place)
+    return place[1]
+
+
+CALLS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "method": lambda scores, count: scores.topk(count, dim=-1).indices,
+    "method-by-name": lambda scores, count: scores.topk(k=count, dim=2, largest=True, sorted=False)[1],
+    "class": lambda scores, count: torch.Tensor.topk(scores, count).indices,
+    "function": lambda scores, count: torch.topk(scores, count, dim=-1).indices,
+    "function-by-name": lambda scores, count: torch.topk(input=scores, k=count, dim=2)[1],
+    "out": _out,
+    "op": lambda scores, count: torch.ops.aten.topk(scores, count)[1],
+    "overload": lambda scores, count: torch.ops.aten.topk.default(scores, k=count)[1],
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_our_selection_is_taken_however_topk_is_called(call: Callable[[Tensor, int], Tensor]) -> None:
+    worst = selection([[3, 2], [3, 2], [1, 3], [3, 1]])
+    same = SameSelection([worst])
+    with same.taken():
+        assert torch.equal(call(SCORES, 2), worst.long())
+    assert same.used == 1
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_ties_go_to_the_lowest_slot_however_topk_is_called(call: Callable[[Tensor, int], Tensor]) -> None:
+    with lowest_slot_ties():
+        assert call(torch.zeros(1, 3, 64), 5).tolist() == [[list(range(5))] * 3]
+
+
+@pytest.mark.parametrize("options", [{"largest": False}, {"dim": 1}, {"dim": 0, "k": 1}], ids=str)
+def test_another_topk_is_left_alone(options: dict[str, int]) -> None:
+    arguments = {"k": 2, **options}
+    same = SameSelection([])
+    with same.taken(), lowest_slot_ties():
+        assert torch.equal(SCORES.topk(**arguments).values, torch.topk(SCORES, **arguments).values)
+    assert same.used == 0
+
+
+TOKENS, TOPK = 12, 4
+
+
+def inputs() -> dict[str, Tensor]:
+    ids = torch.randint(1, 64, (1, TOKENS), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(TOKENS)[None]}
+
+
+@pytest.fixture
+def model() -> Any:
+    return families.build("deepseek_v32", index_topk=TOPK)
+
+
+def own_choice(model: Any) -> tuple[Tensor, list[Tensor]]:
+    """(logits, the slots every indexer took, -1 for one in the future)."""
+    taken: list[Tensor] = []
+    seen = torch.arange(TOKENS)[None, :, None]
+    for layer in model.model.layers:
+        layer.self_attn.indexer.register_forward_hook(
+            lambda *call: taken.append(call[-1].masked_fill(call[-1] > seen, -1))
+        )
+    with torch.no_grad():
+        return model(**inputs(), use_cache=False).logits, taken
+
+
+def test_parity_with_transformers_itself(model: Any) -> None:
+    logits, taken = own_choice(model)
+    assert parity(model, inputs(), logits, taken) == (0.0, 0.0)
+
+
+def test_parity_takes_our_selection(model: Any) -> None:
+    """The latest keys instead of the best: scored worse, and other logits."""
+    logits, taken = own_choice(model)
+    latest = (torch.arange(TOKENS)[:, None] - torch.arange(TOPK))[None].clamp(min=-1).int()
+    difference, shortfall = parity(model, inputs(), logits, [latest for _ in taken])
+    assert difference > 1e-3
+    assert 0.01 < shortfall < torch.inf
+
+
+def test_an_indexer_that_selects_without_topk_is_refused(model: Any) -> None:
+    logits, taken = own_choice(model)
+    indexer = model.model.layers[0].self_attn.indexer
+    indexer.forward = lambda *args, **kwargs: taken[0].clamp(min=0)
+    with pytest.raises(UserError, match=r"selected keys 1 times .* expected 2, once a layer.*--skip-transformers"):
+        parity(model, inputs(), logits, taken)

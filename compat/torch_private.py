@@ -1,0 +1,190 @@
+"""What we use of torch without its promise. Each function raises `MovedError` when this torch does not have the name any more."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule
+
+from .private_names import Library
+
+TORCH = Library(
+    "torch",
+    ">=2.11,<2.14",
+    names={
+        "torch:_check_value": "relates dynamic sizes, and raises ValueError",
+        "torch:ops.aten._assert_tensor_metadata.default": "an assert that torch.export adds to a graph",
+        "torch:ops.aten._safe_softmax.default": "what a graph's softmax may be",
+        "torch:ops.aten._softmax.default": "what a graph's softmax may be",
+        "torch:ops.aten._to_copy.default": "what a graph's cast may be",
+        "torch:ops.aten._unsafe_view.default": "what a graph's view may be",
+        "torch:ops.mkldnn._is_mkldnn_bf16_supported": "whether the CPU multiplies bfloat16",
+        "torch._dynamo.source:ConstantSource": "where a new dynamic size comes from",
+        "torch._subclasses:FakeTensor": "shapes without memory",
+        "torch._subclasses:FakeTensorMode": "shapes without memory",
+        "torch.fx.experimental.symbolic_shapes:DimDynamic": "the kind of a new dynamic size",
+        "torch.fx.experimental.symbolic_shapes:ShapeEnv": "where dynamic sizes are made",
+        "torch.fx.experimental.symbolic_shapes:ShapeEnv.create_symbol": "a new dynamic size",
+        "torch.fx.experimental.symbolic_shapes:ShapeEnv.create_symintnode": "a new dynamic size",
+        "torch.onnx._internal.exporter:": "the name of the ONNX exporter's log",
+        "torch.onnx._internal.exporter._registration:ONNXRegistry.from_torchlib": "the ops that the ONNX exporter knows",
+        "torch.onnx._internal.exporter._registration:ONNXRegistry.get_decomps": "the ops that the ONNX exporter knows",
+        "torch.utils._python_dispatch:TorchDispatchMode": "sees every call of an op",
+        "torch.utils._pytree:tree_structure": "how inputs and outputs are nested",
+        "torch.utils._pytree:tree_unflatten": "how inputs and outputs are nested",
+        "torch.utils._sympy.value_ranges:ValueRanges": "the range of a new dynamic size",
+    },
+    attributes={
+        "FakeTensor.fake_mode": "the mode of a program's fake values",
+        "FakeTensorMode.shape_env": "where dynamic sizes are made",
+        "GraphModule._graph": "a module whose code is not generated",
+        "SymInt.node": "the formula of a size",
+        "SymNode.expr": "the formula of a size",
+        "TreeSpec.num_leaves": "how inputs and outputs are nested",
+    },
+)
+
+
+def check_value(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
+    """Raise ValueError(message()) unless `condition` holds. Under torch.export, a condition between sizes becomes known."""
+    TORCH.find("torch:_check_value")(condition, message)
+
+
+def expression(size: torch.SymInt) -> sympy.Expr:
+    """The formula of a dynamic size."""
+    try:
+        formula: sympy.Expr = size.node.expr
+    except AttributeError as error:
+        raise TORCH.moved("SymInt.node.expr") from error
+    return formula
+
+
+def fake_tensors() -> AbstractContextManager[Any]:
+    """While it lasts, new tensors have no memory, and may have dynamic sizes."""
+    env = TORCH.find("torch.fx.experimental.symbolic_shapes:ShapeEnv")()
+    mode: AbstractContextManager[Any] = TORCH.find("torch._subclasses:FakeTensorMode")(
+        allow_non_fake_inputs=True, shape_env=env
+    )
+    return mode
+
+
+def fake_mode_of(values: Iterable[Any]) -> Any:
+    """The mode that the first fake tensor among `values` belongs to: within it, new tensors go with that one.
+
+    Raises ValueError when there is none.
+    """
+    fake = TORCH.find("torch._subclasses:FakeTensor")
+    first = next((value for value in values if isinstance(value, fake)), None)
+    if first is None:
+        raise ValueError("no value of this program is a fake tensor: it was not made by torch.export")
+    return TORCH.get(first, "FakeTensor.fake_mode")
+
+
+def new_size(fake_mode: Any, name: str, hint: int) -> torch.SymInt:
+    """A new dynamic size among the fake tensors of `fake_mode`, at least 0; `hint`: an example."""
+    symbolic = "torch.fx.experimental.symbolic_shapes:"
+    kind = TORCH.find(symbolic + "DimDynamic").DYNAMIC
+    create, wrap = (TORCH.find(f"{symbolic}ShapeEnv.{name}") for name in ("create_symbol", "create_symintnode"))
+    env, source = (
+        TORCH.get(fake_mode, "FakeTensorMode.shape_env"),
+        TORCH.find("torch._dynamo.source:ConstantSource")(name),
+    )
+    symbol = create(env, hint, source, dynamic_dim=kind, do_not_specialize_zero_one=True)
+    size: torch.SymInt = wrap(env, symbol, hint=hint, source=source)
+    return size
+
+
+def size_range(low: int, high: int) -> Any:
+    """What `ExportedProgram.range_constraints` holds for a size that is from `low` to `high`."""
+    return TORCH.find("torch.utils._sympy.value_ranges:ValueRanges")(low, high)
+
+
+def structure(tree: Any) -> Any:
+    """How `tree` (tuples, lists, dicts) is nested: a spec as the signatures of modules hold."""
+    return TORCH.find("torch.utils._pytree:tree_structure")(tree)
+
+
+def positions(spec: Any) -> Any:
+    """The tree of a spec, with the number of each leaf, from 0, in its place."""
+    return TORCH.find("torch.utils._pytree:tree_unflatten")(list(range(TORCH.get(spec, "TreeSpec.num_leaves"))), spec)
+
+
+def put_graph(module: GraphModule, graph: Graph) -> None:
+    """`module.graph = graph`, but no Python code is generated for it: that takes longer than most passes."""
+    TORCH.set(module, "GraphModule._graph", graph)
+    graph.owning_module = module
+
+
+def is_metadata_assert(target: Any) -> bool:
+    """Whether a node's target is torch.export's assert of a tensor's dtype, device and layout."""
+    return target is TORCH.find("torch:ops.aten._assert_tensor_metadata.default")
+
+
+def cast_op() -> Any:
+    """What `Tensor.to` is in a decomposed graph."""
+    return TORCH.find("torch:ops.aten._to_copy.default")
+
+
+def view_op() -> Any:
+    """What `Tensor.reshape` of fresh memory is in a decomposed graph."""
+    return TORCH.find("torch:ops.aten._unsafe_view.default")
+
+
+def softmax_ops() -> frozenset[Any]:
+    """What a softmax is in a decomposed graph."""
+    return frozenset(TORCH.find(f"torch:ops.aten.{name}.default") for name in ("_softmax", "_safe_softmax"))
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether oneDNN, which must be available, has bfloat16 products on this CPU."""
+    return bool(TORCH.find("torch:ops.mkldnn._is_mkldnn_bf16_supported")())
+
+
+def onnx_exporter_log() -> logging.Logger:
+    """Where torch.onnx.export(dynamo=True) writes its warnings."""
+    return logging.getLogger(TORCH.find("torch.onnx._internal.exporter:").__name__)
+
+
+def onnx_exporter_knows(targets: Iterable[Any]) -> bool:
+    """Whether torch.onnx.export has a translation for each of these ops of its own."""
+    registration = "torch.onnx._internal.exporter._registration:ONNXRegistry"
+    registry = TORCH.find(f"{registration}.from_torchlib")()
+    decompositions = TORCH.find(f"{registration}.get_decomps")
+    return all(decompositions(registry, target) for target in targets)
+
+
+TopkRule = Callable[[Tensor, int], tuple[Tensor, Tensor] | None]
+
+
+@contextmanager
+def topk_rule(rule: TopkRule) -> Iterator[None]:
+    """While it lasts, each top-k of the largest along the last dim is rule(tensor, k) -> (values, indices int64).
+
+    However it is called: torch.topk, Tensor.topk, torch.ops.aten.topk, with or without `out`. None: torch's own.
+    """
+
+    def dispatch(self: Any, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if op not in (torch.ops.aten.topk.default, torch.ops.aten.topk.values):
+            return op(*args, **kwargs)
+        given = {**dict(zip(("self", "k", "dim", "largest", "sorted"), args, strict=False)), **kwargs}
+        tensor, last = given["self"], given.get("dim", -1) in (-1, given["self"].dim() - 1)
+        chosen = rule(tensor, int(given["k"])) if last and given.get("largest", True) else None
+        if chosen is None:
+            return op(*args, **kwargs)
+        if op is torch.ops.aten.topk.default:
+            return chosen
+        return tuple(
+            given[name].resize_(part.shape).copy_(part)
+            for name, part in zip(("values", "indices"), chosen, strict=True)
+        )
+
+    base = TORCH.find("torch.utils._python_dispatch:TorchDispatchMode")
+    with type("TopkRule", (base,), {"__torch_dispatch__": dispatch})():
+        yield
