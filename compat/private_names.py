@@ -36,6 +36,8 @@ class Library:
             for part in path.split(".") if path else ():
                 found = getattr(found, part)
         except (ModuleNotFoundError, AttributeError) as error:
+            if isinstance(error, ModuleNotFoundError) and error.name == self.name:
+                raise  # it is not installed
             raise self.moved(name.replace(":", ".").rstrip(".")) from error
         return found
 

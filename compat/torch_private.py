@@ -44,8 +44,7 @@ TORCH = Library(
         "FakeTensor.fake_mode": "the mode of a program's fake values",
         "FakeTensorMode.shape_env": "where dynamic sizes are made",
         "GraphModule._graph": "a module whose code is not generated",
-        "SymInt.node": "the formula of a size",
-        "SymNode.expr": "the formula of a size",
+        "SymInt.node.expr": "the formula of a size",
         "TreeSpec.num_leaves": "how inputs and outputs are nested",
     },
 )

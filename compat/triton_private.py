@@ -28,9 +28,7 @@ TRITON = Library(
         "triton.compiler:make_backend": "kernels are compiled without a driver",
         "triton.knobs:compilation.disable_line_info": "binaries name no file of this machine",
         "triton.knobs:compilation.scope": "settings are put back",
-        "triton.language:core": "what kernels are written in is swapped for the interpreter's",
         "triton.language:core.tensor_descriptor_base": "what kernels are written in is swapped for the interpreter's",
-        "triton.language:math": "what kernels are written in is swapped for the interpreter's",
         "triton.language:standard": "what kernels are written in is swapped for the interpreter's",
         "triton.language:str_to_ty": "types by name",
         "triton.runtime.jit:JITFunction": "what @triton.jit makes",
@@ -117,7 +115,7 @@ class Interpreter:
 
         seen = {
             "tl": tl,
-            "core": TRITON.find("triton.language:core"),
+            "core": tl.core,
         }  # what Triton patches is what a kernel's globals show
         TRITON.find(_INTERPRETER + "_patch_lang")(FunctionType((lambda: None).__code__, seen))
 
@@ -157,8 +155,8 @@ def language_parts() -> list[Any]:
     """The modules and classes of triton.language that the interpreter changes, triton.language first."""
     import triton.language as tl
 
-    inner = ("core", "math", "standard", "core.tensor_descriptor_base")
-    own = [tl, *(TRITON.find(f"triton.language:{name}") for name in inner), tl.tensor, tl.dtype]
+    inner = (TRITON.find(f"triton.language:{name}") for name in ("standard", "core.tensor_descriptor_base"))
+    own = [tl, tl.core, tl.math, *inner, tl.tensor, tl.dtype]
     return [*own, *([tl.condition] if hasattr(tl, "condition") else [])]  # from Triton 3.7 on
 
 

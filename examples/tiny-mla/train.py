@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from corpus import EOT, read_documents, stdlib
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedTokenizerFast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface, DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 1024
 CONTEXT = 1024  # what the checkpoint declares; a final stage at 2048 did not make it useful there
@@ -108,7 +107,7 @@ def model_config() -> DeepseekV3Config:
 
 def build_model(init: Path | None) -> DeepseekV3ForCausalLM:
     """A fresh float32 model, or the one saved in `init`."""
-    ALL_ATTENTION_FUNCTIONS.register("tiny_causal", causal_attention)
+    AttentionInterface.register("tiny_causal", causal_attention)
     if init is None:
         return DeepseekV3ForCausalLM(model_config())
     return DeepseekV3ForCausalLM.from_pretrained(init, dtype=torch.float32, attn_implementation="tiny_causal")

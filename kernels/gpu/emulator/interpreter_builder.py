@@ -241,14 +241,14 @@ def _wide(tensor: Any) -> Any:
     if tensor.dtype != tl.bfloat16:
         return tensor
     handle = stock.Handle(widened(tensor.handle.data, tl.bfloat16), tl.float32)
-    return tl.core.tensor(handle, _with_element(tensor.type, tl.float32))
+    return tl.tensor(handle, _with_element(tensor.type, tl.float32))
 
 
 def _narrowed(result: Any, like: Any) -> Any:
     if like.dtype != tl.bfloat16 or result.dtype != tl.float32:
         return result
     handle = stock.Handle(convert(result.handle.data, tl.float32, tl.bfloat16), tl.bfloat16)
-    return tl.core.tensor(handle, _with_element(result.type, tl.bfloat16))
+    return tl.tensor(handle, _with_element(result.type, tl.bfloat16))
 
 
 def _with_element(kind: Any, element: Any) -> Any:

@@ -145,7 +145,8 @@ def test_longcats_zero_experts_return_their_input() -> None:
     from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 
     torch.manual_seed(0)
-    experts = LongcatFlashExperts(families.config("longcat_flash"))
+    config = families.config("longcat_flash")
+    experts = LongcatFlashExperts(config)
     for weight in experts.parameters():
         torch.nn.init.normal_(weight, std=0.2)
     hidden, share = torch.randn(64, 64), torch.rand(64, 2)
@@ -153,7 +154,7 @@ def test_longcats_zero_experts_return_their_input() -> None:
     assert (ids >= experts.num_routed_experts).sum() > 20
     with torch.no_grad():
         expected = experts(hidden, ids, share)
-        with hf_interfaces.capturable_experts():
+        with hf_interfaces.capturable_experts(config):
             got = experts(hidden, ids, share)
     assert_close(got, expected)
 
@@ -162,9 +163,11 @@ def test_longcat_is_left_as_it_was() -> None:
     from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 
     own = LongcatFlashExperts.forward
-    with hf_interfaces.capturable_experts():
+    with hf_interfaces.capturable_experts(families.config("longcat_flash")):
         assert LongcatFlashExperts.forward is not own
     assert LongcatFlashExperts.forward is own
+    with hf_interfaces.capturable_experts(families.config("deepseek_v3")):
+        assert LongcatFlashExperts.forward is own
     with pytest.raises(UserError):
         capture(config_dict("longcat_flash", hidden_act="mish"))
     assert LongcatFlashExperts.forward is own
