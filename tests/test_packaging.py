@@ -11,6 +11,8 @@ from email.parser import Parser
 from pathlib import Path, PurePosixPath
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from places import ROOT
 
 from mla2dsa.errors import UserError
@@ -169,11 +171,37 @@ def test_env_runs_from_the_repository_root() -> None:
     assert "transformers" in run(sys.executable, "-m", "mla2dsa", "env", cwd=ROOT)
 
 
-def test_constraints_pin_every_dependency() -> None:
+def pins() -> dict[str, str]:
+    """What constraints.txt pins: version by canonical name."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = dict(line.lower().replace("_", "-").split("==") for line in lines if line and not line.startswith("#"))
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def requirements(*extras: str) -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
-    names = {requirement.split(">=")[0].strip().lower().replace("_", "-") for requirement in wanted}
-    assert names <= pins.keys(), f"constraints.txt lacks {sorted(names - pins.keys())}"
-    assert pins["torch"] == "2.13.0", "a local version (+cpu) would shut out every other build"
+    texts = [*project["dependencies"], *(text for extra in extras for text in project["optional-dependencies"][extra])]
+    return [Requirement(text) for text in texts]
+
+
+def test_constraints_pin_every_dependency() -> None:
+    names = {canonicalize_name(requirement.name) for requirement in requirements("test")}
+    assert names <= pins().keys(), f"constraints.txt lacks {sorted(names - pins().keys())}"
+    assert pins()["torch"] == "2.13.0", "a local version (+cpu) would shut out every other build"
+
+
+@pytest.mark.parametrize("requirement", requirements("tensorrt", "rtx", "test"), ids=str)
+def test_pin_lies_within_its_bounds(requirement: Requirement) -> None:
+    pin = pins().get(canonicalize_name(requirement.name))
+    if pin is None:
+        assert requirement.name == "tensorrt", "not pinned: only TensorRT is, for it needs a GPU"
+        return
+    assert requirement.specifier.contains(pin), (
+        f"constraints.txt pins {requirement.name} {pin}: outside of {requirement.specifier}"
+    )
+
+
+@pytest.mark.parametrize("requirement", requirements("tensorrt", "rtx"), ids=str)
+def test_what_users_install_is_bounded_on_both_sides(requirement: Requirement) -> None:
+    operators = {bound.operator for bound in requirement.specifier}
+    assert operators == {">=", "<"}, f"{requirement}: say the oldest and, exclusive, the newest version that was tested"
