@@ -1,4 +1,4 @@
-# mla2dsa: make install | demo | test | test-triton | lint | clean. Everything but clean installs first, once.
+# mla2dsa: make install | demo | test | test-triton | test-newest | lint | clean. Everything but clean installs first, once.
 # Another Python (3.11 or newer): make install PYTHON=python3.13
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ TYPED := .mypy_cache/package
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo lean test test-triton lint clean distclean
+.PHONY: install demo lean test test-triton test-newest lint clean distclean
 
 install: $(INSTALLED)
 
@@ -66,6 +66,20 @@ test-triton: install
 	  PYTHONPATH="$$folder" $(BIN)/python -c 'import triton; print("triton", triton.__version__, triton.__path__[0])'; \
 	  PYTHONPATH="$$folder" $(BIN)/pytest -n 2 -q $(TRITON_TESTS); \
 	done
+
+# The newest release of every library that we build on, whatever constraints.txt pins: what falls here will fall for users next.
+# With all that they need, in a folder put before site-packages; torch alone stays the pinned one (none of these needs it).
+# The upper bounds in pyproject.toml follow from this run.
+NEWEST := transformers huggingface-hub safetensors onnx onnx-ir onnxruntime onnxscript pydantic pyyaml rich triton
+NEWEST_TESTS := tests/compat tests/optimizer tests/passes tests/runtime tests/exporters tests/commands $(TRITON_TESTS)
+
+test-newest: install
+	@set -e; folder="$(abspath $(VENV))/newest"; \
+	rm -rf "$$folder"; mkdir -p "$$folder"; grep '^torch==' constraints.txt > "$$folder/torch.txt"; \
+	$(BIN)/pip install --quiet --target "$$folder" -c "$$folder/torch.txt" $(NEWEST); \
+	test ! -e "$$folder/torch" || { echo "pip brought a torch along: constraints.txt pins the one to test with" >&2; exit 1; }; \
+	$(BIN)/pip list --path "$$folder"; \
+	PYTHONPATH="$$folder" $(BIN)/pytest -n 2 $(NEWEST_TESTS) $(PYTEST_ARGS)
 
 # mypy needs the package under its own name, whatever the checkout folder is called: a folder of links.
 lint: install
