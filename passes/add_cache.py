@@ -20,8 +20,9 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from .graph.editor import ProgramEditor
-from .graph.graph_eval import linear_parts, shape, value
+from .graph.arguments import node_arg, operation
+from .graph.editor import GraphBuilder, ProgramEditor
+from .graph.graph_eval import linear_input, linear_parts, shape, value
 
 aten = torch.ops.aten
 dsa = torch.ops.mla2dsa
@@ -87,7 +88,8 @@ class AddCache(PassBase):
         editor = self._editor
         build = editor.builder(before=selector)
         attend = next(user for user in selector.users if user.target is dsa.sparse_mla.default)
-        query, keys, weights, old_begin, old_end, topk = selector.args
+        query, _, weights, old_begin, old_end, topk = selector.args
+        keys, rows = node_arg(selector, 1, "k"), node_arg(attend, 1, "kv")
         if (old_begin, old_end) not in ranges:
             sizes = [build.size(slots, 0), build.size(slots, 1)]
             first = build(aten.expand.default, build(aten.unsqueeze.default, begin, 1), sizes)
@@ -95,17 +97,16 @@ class AddCache(PassBase):
         index_key = self._write(build, f"index_key_{number}", keys, slots)
         selector.args = (query, index_key, weights, *ranges[old_begin, old_end], topk)
         _refresh(selector, editor)
-        rows: Any
-        rows_query, rows, *others = attend.args
+        rows_query, _, *others = attend.args
         latent = self._write(editor.builder(before=attend), f"latent_{number}", rows, slots)
         attend.args = (rows_query, latent, *others)
         widths = int(shape(rows)[-1]), int(shape(keys)[-1])
         self.caches.append(CacheSpec(layer, f"latent_{number}", f"index_key_{number}", *widths))
 
-    def _write(self, build: object, name: str, rows: Node, slots: Node) -> Node:
+    def _write(self, build: GraphBuilder, name: str, rows: Node, slots: Node) -> Node:
         editor = self._editor
         past = editor.add_input(f"past_{name}", (self._batch, self._capacity, int(shape(rows)[-1])), value(rows).dtype)
-        present: Node = build(dsa.cache_write.default, past, rows, slots)  # type: ignore[operator]
+        present = build(dsa.cache_write.default, past, rows, slots)
         editor.add_output(f"present_{name}", present)
         return present
 
@@ -113,7 +114,7 @@ class AddCache(PassBase):
         """Project only the hidden state of each row's last token: prefill would write [B, T, vocab] otherwise."""
         editor = self._editor
         head = next(n for n in reversed(editor.graph.nodes) if linear_parts(n) is not None)
-        hidden = linear_parts(head)[0]  # type: ignore[index]
+        hidden = linear_input(head)
         build = editor.builder(before=head)
         last = editor.add_input("last", (self._batch,), torch.int64)
         index = build(aten.view.default, last, [build.size(last, 0), 1, 1])
@@ -135,7 +136,7 @@ def _refresh(node: Node, editor: ProgramEditor) -> None:
     """Recompute a fake value after the node's inputs changed shape."""
     with editor.fake_mode:
         args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), value)
-        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+        node.meta["val"] = operation(node)(*args, **kwargs)
 
 
 def add_cache(program: ExportedProgram, layers: list[str], last_only: bool = False) -> Cached:

@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
 from torch.fx import Graph, Node
 
+from .graph.arguments import UnexpectedArgument, int_arg, node_arg
 from .graph.graph_eval import (
     BLANK,
     CASTS,
@@ -31,6 +32,7 @@ from .graph.graph_eval import (
     integers,
     is_move,
     is_tensor,
+    linear_input,
     linear_parts,
     nearest_linears,
     node_symbols,
@@ -46,7 +48,7 @@ from .matching.writes import WriteGuard
 aten = torch.ops.aten
 
 # Ops that take a part of one axis, and where they say which axis.
-_CUTS = {
+_CUTS: dict[object, int] = {
     aten.slice.Tensor: 1, aten.narrow.default: 1, aten.select.int: 1, aten.slice_scatter.default: 2,
     aten.select_scatter.default: 2, aten.split.Tensor: 2, aten.split_with_sizes.default: 2, aten.chunk.default: 2,
 }  # fmt: skip
@@ -83,7 +85,7 @@ def find_mla_in(graph: Graph, signature: ExportGraphSignature, constants: Mappin
             if not isinstance(core, Core):
                 raise NoMatch(core[1], core[0])
             sites.append(matcher.match(core, index))
-        except NoMatch as miss:
+        except (NoMatch, UnexpectedArgument) as miss:
             misses.append(Miss(_module_path(node, index), index, str(miss), (miss.node or node).name))
     return Found(tuple(sites), tuple(misses))
 
@@ -167,14 +169,13 @@ def _movement(root: Node) -> tuple[dict[Node, None], dict[Node, None]]:
 def _behind_keys_and_values(core: Core) -> _Behind:
     moving_k, leaves_k = _movement(core.k)
     _, leaves_v = _movement(core.v)
-    ups = [leaf for leaf in leaves_v if linear_parts(leaf)]
+    ups = [(leaf, parts) for leaf in leaves_v if (parts := linear_parts(leaf))]
     if len(leaves_v) != 1 or len(ups) != 1:
         kinds = ", ".join(sorted({str(leaf.target) for leaf in leaves_v}))
         raise NoMatch(f"values are not one projection's output moved around (they come from {kinds})", core.v)
-    kv_b = ups[0]
+    kv_b, (latent, weight, bias) = ups[0]
     if kv_b not in leaves_k:
         raise NoMatch("keys and values do not share one up-projection: not MLA", core.k)
-    latent, weight, bias = linear_parts(kv_b)  # type: ignore[misc]
     if bias is not None:
         raise NoMatch("the latent's up-projection has a bias", kv_b)
     return _Behind(kv_b, latent, weight, _shared_key(core.k, kv_b, moving_k))
@@ -212,7 +213,7 @@ def _shared_key(key: Node, kv_b: Node, moving: dict[Node, None]) -> Node:
         raise NoMatch(f"keys have {len(frontier)} parts that do not come from the latent, expected one (k_pe)", key)
     k_pe = next(iter(frontier))
     while k_pe in moving and k_pe.target in _BROADCASTS:
-        k_pe = k_pe.args[0]  # type: ignore[assignment]
+        k_pe = node_arg(k_pe, 0, "self")
     return k_pe
 
 
@@ -247,10 +248,10 @@ def _longest_cut(core: Core) -> int:
     numbers = [0]
     for node in [*_movement(core.k)[0], *_movement(core.v)[0]]:
         at = _CUTS.get(node.target)
-        if at is None or not isinstance(source := node.args[0], Node):
+        if at is None:
             continue
-        axis = node.args[at] if len(node.args) > at else 0
-        if symbols(shape(source)[axis]):  # type: ignore[index]
+        axis = int_arg(node, at, "dim", default=0)
+        if symbols(shape(node_arg(node, 0, "self"))[axis]):
             numbers += [abs(n) for n in integers([*node.args[1:at], *node.args[at + 1 :]]) if abs(n) < END]
     return max(numbers)
 
@@ -324,7 +325,7 @@ def _shared_projection(latent: Node, k_pe: Node) -> tuple[Node, Node]:
     kv_a, rope_a = nearest_linears(latent)[0], nearest_linears(k_pe)[0]
     if kv_a is not rope_a:
         raise NoMatch("the latent and k_pe come from different projections: not MLA", k_pe)
-    hidden = linear_parts(kv_a)[0]  # type: ignore[index]
+    hidden = linear_input(kv_a)
     if len(shape(hidden)) != 3:
         raise NoMatch("the hidden state is not [batch, tokens, hidden_size]", hidden)
     return kv_a, hidden
@@ -335,16 +336,16 @@ def _query_path(query: Node, hidden: Node) -> tuple[Node | None, Node | None]:
     projections = nearest_linears(query)
     if len(projections) != 1:
         raise NoMatch(f"queries come from {len(projections)} projections, expected one", query)
-    source = linear_parts(projections[0])[0]  # type: ignore[index]
+    source = linear_input(projections[0])
     if _uncast(source) is _uncast(hidden):
         return projections[0], None
     below = nearest_linears(source)
-    if len(below) == 1 and _uncast(linear_parts(below[0])[0]) is _uncast(hidden):  # type: ignore[index]
+    if len(below) == 1 and _uncast(linear_input(below[0])) is _uncast(hidden):
         return projections[0], source
     raise NoMatch("queries and latent do not start at the same hidden state", query)
 
 
 def _uncast(node: Node) -> Node:
     while node.op == "call_function" and node.target in CASTS and is_move(node):
-        node = node.args[0]  # type: ignore[assignment]
+        node = node_arg(node, 0, "self")
     return node

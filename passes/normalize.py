@@ -14,11 +14,13 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from .graph.arguments import argument, int_arg, node_arg
 from .graph.graph_eval import BLANK
 
 aten = torch.ops.aten
 
 _END = 2**63 - 1
+_SLICE = {1: "dim", 2: "start", 3: "end", 4: "step"}
 
 
 class Normalize(PassBase):
@@ -42,24 +44,26 @@ class Normalize(PassBase):
 
 def _inline_grad_region(graph_module: GraphModule, call: Node) -> None:
     """Gradients do not exist in an inference graph, so switching them off has no meaning: keep the body only."""
-    _, body_ref, *inputs = call.args
-    body: GraphModule = getattr(graph_module, str(body_ref.target))  # type: ignore[union-attr]
+    body_ref = node_arg(call, 1, "wrapped_func")
+    body: GraphModule = getattr(graph_module, str(body_ref.target))
     placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
-    mapping: dict[Node, Node] = dict(zip(placeholders, inputs, strict=True))  # type: ignore[arg-type]
+    mapping = {inner: node_arg(call, 2 + number, inner.name) for number, inner in enumerate(placeholders)}
     with graph_module.graph.inserting_before(call):
         for node in body.graph.nodes:
             if node.op not in ("placeholder", "output"):
                 mapping[node] = graph_module.graph.node_copy(node, lambda n: mapping[n])
-    (results,) = next(n for n in body.graph.nodes if n.op == "output").args
+    output = next(n for n in body.graph.nodes if n.op == "output")
+    returned = output.args[0] if isinstance(output.args[0], tuple | list) else output.args
+    results = [mapping[item] for item in returned if isinstance(item, Node)]
     for user in list(call.users):
         if user.target is operator.getitem:
-            user.replace_all_uses_with(mapping[results[user.args[1]]])  # type: ignore[index]
+            user.replace_all_uses_with(results[int_arg(user, 1, "index")])
             graph_module.graph.erase_node(user)
     if call.users:
-        call.replace_all_uses_with(mapping[results if isinstance(results, Node) else results[0]])  # type: ignore[index]
+        call.replace_all_uses_with(results[0])
     graph_module.graph.erase_node(call)
-    if not body_ref.users:  # type: ignore[union-attr]
-        graph_module.graph.erase_node(body_ref)  # type: ignore[arg-type]
+    if not body_ref.users:
+        graph_module.graph.erase_node(body_ref)
 
 
 def _fill_functionally(graph: Graph, buffer: Node, order: dict[Node, int]) -> int:
@@ -80,7 +84,7 @@ def _fill_functionally(graph: Graph, buffer: Node, order: dict[Node, int]) -> in
         return 0
     current = buffer
     for view, write in fills:
-        dim, start, end, step = [*view.args[1:], *[None] * (5 - len(view.args))]
+        dim, start, end, step = (argument(view, place, name) for place, name in _SLICE.items())
         bounds = (dim or 0, start or 0, _END if end is None else end, step or 1)
         with graph.inserting_before(write):
             scattered = graph.call_function(aten.slice_scatter.default, (current, write.args[1], *bounds))

@@ -21,6 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from ...compat import torch_private
+from .arguments import items_arg
 from .graph_eval import value
 
 aten = torch.ops.aten
@@ -45,7 +46,7 @@ class ProgramEditor:
         self._output_specs = list(signature.output_specs)
         self._state = dict(program.state_dict)
         self._constants = dict(program.constants)
-        self._placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
+        self._placeholders: list[Node] = [n for n in self.graph.nodes if n.op == "placeholder"]
         self.fake_mode = torch_private.fake_mode_of(value(n) for n in self._placeholders)
         self._first_user_input = next(i for i, s in enumerate(self._input_specs) if s.kind == InputKind.USER_INPUT)
         self._added: dict[str, Node] = {}  # a module that is called twice adds its tensors once
@@ -123,7 +124,7 @@ class ProgramEditor:
     def add_output(self, name: str, node: Node) -> None:
         """The finished program then returns (what it returned before, {name: value, ...})."""
         self._new_outputs[name] = node
-        self._output.args = ((*self._output.args[0], node),)  # type: ignore[misc]
+        self._output.args = ((*items_arg(self._output, 0, "results"), node),)
 
     def builder(self, before: Node) -> GraphBuilder:
         return GraphBuilder(self, before)
@@ -195,7 +196,8 @@ class GraphBuilder:
 
     def __init__(self, editor: ProgramEditor, before: Node) -> None:
         self.editor, self._before = editor, before
-        self._provenance = {k: before.meta[k] for k in ("nn_module_stack", "source_fn_stack") if k in before.meta}
+        provenance = ("nn_module_stack", "source_fn_stack")
+        self._provenance: dict[str, Any] = {k: before.meta[k] for k in provenance if k in before.meta}
 
     def __call__(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         with self.editor.graph.inserting_before(self._before):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ...compat import torch_private
+from .arguments import UnexpectedArgument, node_arg, operation, optional_node
 
 aten = torch.ops.aten
 
@@ -140,7 +141,7 @@ def _run(node: Node, memo: Mapping[Node, Any], env: Mapping[sympy.Symbol, int], 
         return _cast(args[0], val.dtype)
     kwargs.pop("pin_memory", None)
     try:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return operation(node)(*args, **kwargs)
     except Exception as error:  # whatever an op says to sizes it does not take
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CannotEvaluate(f"{node.name} cannot be run on its own: {line}") from error
@@ -203,8 +204,15 @@ def linear_parts(node: Node) -> tuple[Node, Node, Node | None] | None:
     """(input, weight, bias) when the node is a linear layer, else None."""
     if node.op != "call_function" or node.target is not aten.linear.default:
         return None
-    args = [*node.args, *node.kwargs.values()]
-    return args[0], args[1], args[2] if len(args) > 2 else None  # type: ignore[return-value]
+    return node_arg(node, 0, "input"), node_arg(node, 1, "weight"), optional_node(node, 2, "bias")
+
+
+def linear_input(node: Node) -> Node:
+    """What a linear layer reads. Raises UnexpectedArgument when the node is none."""
+    parts = linear_parts(node)
+    if parts is None:
+        raise UnexpectedArgument(node, "target", node.target, "a linear layer")
+    return parts[0]
 
 
 def nearest_linears(root: Node) -> list[Node]:

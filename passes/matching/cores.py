@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ...compat import torch_private
+from ..graph.arguments import (
+    UnexpectedArgument,
+    argument,
+    flag_arg,
+    int_arg,
+    ints_arg,
+    node_arg,
+    number_arg,
+    optional_node,
+    optional_number,
+)
 from ..graph.graph_eval import CASTS, is_tensor, shape, symbols
 from .sites import Core, NoMatch
 
@@ -20,7 +30,7 @@ SDPA = aten.scaled_dot_product_attention.default
 ANCHOR = "mla2dsa.dense_attention.default"
 # Fused kernels some captures contain already: an attention we must not overlook, although we do not read it.
 OPAQUE = ("flash_attention", "efficient_attention", "flex_attention", "_scaled_dot_product", "cudnn_attention")
-_SDPA_ARGS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_Step = tuple[Node, float, Node | None, bool]  # source, factor, mask, mask_hides
 
 
 def find_cores(graph: Graph) -> list[Core | tuple[Node, str]]:
@@ -33,17 +43,16 @@ def find_cores(graph: Graph) -> list[Core | tuple[Node, str]]:
             found += [(node, f"attention stands in a nested graph ({users})") for _ in find_cores(inner)]
         if node.op != "call_function":
             continue
-        reader = _reader(node)
-        if reader is None:
-            continue
         try:
-            found.append(reader(node))
-        except NoMatch as miss:
+            reader = _reader(node)
+            if reader is not None:
+                found.append(reader(node))
+        except (NoMatch, UnexpectedArgument) as miss:
             found.append((miss.node or node, str(miss)))
     return found
 
 
-def _reader(node: Node) -> Any:
+def _reader(node: Node) -> Callable[[Node], Core] | None:
     if node.target is SDPA:
         return _sdpa
     name = str(node.target)
@@ -72,7 +81,7 @@ def _is_over_tokens(softmax: Node) -> bool:
     sizes = shape(softmax)
     if len(sizes) == 4 and not any(symbols(size) for size in sizes[1:]):
         return True
-    return len(sizes) >= 3 and bool(symbols(sizes[int(softmax.args[1])]))  # type: ignore[call-overload]
+    return len(sizes) >= 3 and bool(symbols(sizes[int_arg(softmax, 1, "dim")]))
 
 
 def _opaque(node: Node) -> Core:
@@ -80,34 +89,28 @@ def _opaque(node: Node) -> Core:
 
 
 def _sdpa(node: Node) -> Core:
-    args = dict(zip(_SDPA_ARGS, node.args, strict=False)) | dict(node.kwargs)
-    if args.get("dropout_p"):
+    if number_arg(node, 4, "dropout_p", default=0.0):
         raise NoMatch("attention dropout is on: export the model in eval mode", node)
-    query = args["query"]
-    scale = args.get("scale") or float(shape(query)[-1]) ** -0.5
+    query, key, val = (node_arg(node, place, name) for place, name in enumerate(("query", "key", "value")))
+    scale = optional_number(node, 6, "scale")
     return Core(
-        "sdpa",
-        query,
-        args["key"],
-        args["value"],
-        node,
-        scale,
-        args.get("attn_mask"),
-        False,
-        bool(args.get("is_causal")),
-    )
+        kind="sdpa", q=query, k=key, v=val, out=node,
+        scale=float(shape(query)[-1]) ** -0.5 if scale is None else scale,
+        mask=optional_node(node, 3, "attn_mask"), is_causal=flag_arg(node, 5, "is_causal"),
+    )  # fmt: skip
 
 
 def _anchor(node: Node) -> Core:
-    query, key, val, mask, scale = node.args
-    return Core("anchor", query, key, val, node, float(scale), mask, False, mask is None)  # type: ignore[arg-type]
+    query, key, val = (node_arg(node, place, name) for place, name in enumerate(("query", "key", "value")))
+    mask, scale = optional_node(node, 3, "mask"), number_arg(node, 4, "scale")
+    return Core("anchor", query, key, val, node, scale, mask, is_causal=mask is None)
 
 
 def _eager(softmax: Node) -> Core:
-    if int(softmax.args[1]) not in (-1, len(shape(softmax)) - 1):  # type: ignore[call-overload]
+    if int_arg(softmax, 1, "dim") not in (-1, len(shape(softmax)) - 1):
         raise NoMatch("softmax is not over the keys", softmax)
     out, val = _weighted_sum(softmax)
-    query, key, scale, mask, hides = _scores(softmax.args[0])  # type: ignore[arg-type]
+    query, key, scale, mask, hides = _scores(node_arg(softmax, 0, "self"))
     return Core("eager", query, key, val, out, scale, mask, hides)
 
 
@@ -120,8 +123,8 @@ def _weighted_sum(softmax: Node) -> tuple[Node, Node]:
             raise NoMatch("the attention probabilities have another reader than the sum over values", softmax)
         user = users[0]
         if user.target is aten.matmul.default and user.args[0] is node:
-            return user, user.args[1]  # type: ignore[return-value]
-        if user.target is aten.dropout.default and user.args[1] and user.args[2]:
+            return user, node_arg(user, 1, "other")
+        if user.target is aten.dropout.default and number_arg(user, 1, "p") and flag_arg(user, 2, "train"):
             raise NoMatch("attention dropout is on: export the model in eval mode", user)
         if user.target not in CASTS and user.target not in (
             aten.clone.default,
@@ -149,36 +152,49 @@ def _scores(node: Node) -> tuple[Node, Node, float, Node | None, bool]:
             if scale != 1.0:
                 raise NoMatch("attention scores are scaled after the mask", passed)
             mask, hides = new_mask, new_hides
-    query, transposed = node.args
+    query, transposed = node_arg(node, 0, "self"), node_arg(node, 1, "other")
     if not _swaps_last_two(transposed):
         raise NoMatch("attention scores are not q times k transposed", node)
-    return query, transposed.args[0], scale, mask, hides  # type: ignore[union-attr, return-value]
+    return query, node_arg(transposed, 0, "self"), scale, mask, hides
 
 
-def _score_step(node: Node, mask_free: bool) -> tuple[Node, float, Node | None, bool] | None:
-    """One op between the product and the softmax: (source, factor, mask, mask_hides), or None when unknown."""
-    first, *rest = node.args
+def _score_step(node: Node, mask_free: bool) -> _Step | None:
+    """One op between the product and the softmax, or None when it is unknown."""
     if node.target in CASTS or node.target in (aten.clone.default, aten.alias.default):
-        return first, 1.0, None, False  # type: ignore[return-value]
-    number = rest[0] if rest and isinstance(rest[0], int | float) else None
-    if number is not None and node.target in (aten.mul.Tensor, aten.mul.Scalar):
-        return first, float(number), None, False  # type: ignore[return-value]
-    if number and node.target in (aten.div.Tensor, aten.div.Scalar):
-        return first, 1.0 / number, None, False  # type: ignore[return-value]
-    if not mask_free:
+        return node_arg(node, 0, "self"), 1.0, None, False
+    factor = _factor(node)
+    if factor is not None:
+        return node_arg(node, 0, "self"), factor, None, False
+    return _mask_step(node) if mask_free else None
+
+
+def _factor(node: Node) -> float | None:
+    """What an op multiplies the scores with, when that is a plain number."""
+    number = argument(node, 1, "other")
+    if not isinstance(number, int | float):
         return None
-    if node.target is aten.add.Tensor and isinstance(rest[0], Node) and is_tensor(rest[0]) and not node.kwargs:
-        return first, 1.0, rest[0], False  # type: ignore[return-value]
-    if node.target is aten.masked_fill.Scalar and float(rest[1]) <= -1e4:  # type: ignore[arg-type]
-        return first, 1.0, rest[0], True  # type: ignore[return-value]
-    if node.target in _WHERES and _is_hiding_constant(rest[1]):
-        return rest[0], 1.0, first, False  # type: ignore[return-value]
-    if node.target in _WHERES and _is_hiding_constant(rest[0]):
-        return rest[1], 1.0, first, True  # type: ignore[return-value]
+    if node.target in (aten.mul.Tensor, aten.mul.Scalar):
+        return float(number)
+    return 1.0 / number if number and node.target in (aten.div.Tensor, aten.div.Scalar) else None
+
+
+def _mask_step(node: Node) -> _Step | None:
+    """An op that puts a mask on the scores."""
+    if node.target is aten.add.Tensor and not node.kwargs:
+        mask = argument(node, 1, "other")
+        return (node_arg(node, 0, "self"), 1.0, mask, False) if isinstance(mask, Node) and is_tensor(mask) else None
+    if node.target is aten.masked_fill.Scalar and number_arg(node, 2, "value") <= -1e4:
+        return node_arg(node, 0, "self"), 1.0, node_arg(node, 1, "mask"), True
+    if node.target not in _WHERES:
+        return None
+    if _is_hiding_constant(argument(node, 2, "other")):
+        return node_arg(node, 1, "self"), 1.0, node_arg(node, 0, "condition"), False
+    if _is_hiding_constant(argument(node, 1, "self")):
+        return node_arg(node, 2, "other"), 1.0, node_arg(node, 0, "condition"), True
     return None
 
 
-def _is_hiding_constant(node: Any) -> bool:
+def _is_hiding_constant(node: object) -> bool:
     if not isinstance(node, Node):
         return isinstance(node, int | float) and node <= -1e4
     fills = (aten.full.default, aten.scalar_tensor.default, aten.full_like.default)
@@ -186,16 +202,15 @@ def _is_hiding_constant(node: Any) -> bool:
     return node.target in fills and bool(numbers) and float(numbers[-1]) <= -1e4
 
 
-def _swaps_last_two(node: Any) -> bool:
-    if not isinstance(node, Node):
-        return False
+def _swaps_last_two(node: Node) -> bool:
     rank = len(shape(node))
     if node.target is aten.mT.default:
         return True
     if node.target is aten.transpose.int:
-        return {int(d) % rank for d in node.args[1:3]} == {rank - 1, rank - 2}  # type: ignore[arg-type]
+        axes = {int_arg(node, 1, "dim0") % rank, int_arg(node, 2, "dim1") % rank}
+        return axes == {rank - 1, rank - 2}
     if node.target is aten.permute.default:
-        order = [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr, arg-type]
+        order = [axis % rank for axis in ints_arg(node, 1, "dims")]
         return order == [*range(rank - 2), rank - 1, rank - 2]
     return False
 

@@ -29,7 +29,7 @@ from .sites import NoMatch, Rope
 
 aten = torch.ops.aten
 
-_TABLES = {aten.cos.default: "cos", aten.sin.default: "sin", aten.polar.default: "polar"}
+_TABLES: dict[object, str] = {aten.cos.default: "cos", aten.sin.default: "sin", aten.polar.default: "polar"}
 
 
 def read_k_pe(k_pe: Node, kv_a: Node) -> tuple[Rope | None, tuple[int, ...]]:
@@ -56,7 +56,7 @@ def find_tables(node: Node) -> dict[str, Node]:
     """The rotary table nodes that reach `node` without a projection between: {"cos", "sin"}, {"polar"}, or {}."""
     tables: dict[str, Node] = {}
     for source in ancestors(node, stop=lambda n: linear_parts(n) is not None or n.target in _TABLES):
-        kind = _TABLES.get(source.target)  # type: ignore[arg-type]
+        kind = _TABLES.get(source.target)
         if kind is not None:
             if kind in tables:
                 raise NoMatch("k_pe is rotated by two tables", source)

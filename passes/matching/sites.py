@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -98,20 +96,6 @@ class MlaSite:
     def q_input(self) -> Node:
         """What the indexer's query projection reads."""
         return self.q_resid if self.q_resid is not None else self.hidden
-
-    def mapped(self, nodes: Mapping[Node, Node]) -> MlaSite:
-        """The same site on a copy of the graph; `nodes` maps old nodes to new ones."""
-
-        def moved(thing: object) -> object:
-            if isinstance(thing, Node):
-                return nodes[thing]
-            if isinstance(thing, Core | Rope):
-                return dataclasses.replace(
-                    thing, **{f.name: moved(getattr(thing, f.name)) for f in dataclasses.fields(thing)}
-                )
-            return thing
-
-        return dataclasses.replace(self, **{f.name: moved(getattr(self, f.name)) for f in dataclasses.fields(self)})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
