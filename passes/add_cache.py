@@ -12,17 +12,20 @@ the query's own is never seen, so stale rows, ragged batches and chunks need no 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx import Node
 
+from ..errors import UserError
 from .graph.arguments import node_arg, operation
 from .graph.editor import GraphBuilder, ProgramEditor
 from .graph.graph_eval import linear_input, linear_parts, shape, value
+from .manager import BrokenPass, Pass, Report, Run, Work, run_passes
+from .mla_to_dsa import Rewritten
 
 aten = torch.ops.aten
 dsa = torch.ops.mla2dsa
@@ -48,69 +51,116 @@ class Cached:
     last_only: bool
 
 
-class AddCache(PassBase):
-    """The pass over an editor's graph module. last_only: logits [B, 1, vocab] at `last` [B] instead of all tokens."""
+@dataclass(frozen=True)
+class Caches:
+    """What the pass added, in graph order, and which tokens have logits."""
 
-    def __init__(self, editor: ProgramEditor, layers: list[str], last_only: bool) -> None:
-        self._editor, self._layers, self._last_only = editor, layers, last_only
-        self.caches: list[CacheSpec] = []
+    specs: tuple[CacheSpec, ...]
+    last_only: bool
 
-    def call(self, graph_module: GraphModule) -> PassResult:
-        editor = self._editor
-        ids = next(n for n in editor.user_inputs if n.name == "input_ids")
-        batch, length = value(ids).shape
+
+@dataclass(frozen=True)
+class AddCache(Pass):
+    """last_only: logits [B, 1, vocab] at `last` [B] instead of all tokens.
+
+    layers: names of the DSA layers in graph order; None takes them from `mla_to_dsa`, which then has to run before.
+    """
+
+    last_only: bool = False
+    layers: tuple[str, ...] | None = None
+    name: ClassVar[str] = "add_cache"
+
+    def requires(self, work: Work) -> None:
+        layers, selectors = self._layers(work), _selectors(work.editor)
+        if len(layers) != len(selectors):
+            raise UserError(f"{len(layers)} layers are named, but this program has {len(selectors)} DSA layers")
+        if not any(node.name == "input_ids" for node in work.editor.user_inputs):
+            raise UserError("this program has no input called input_ids, which the caches take their sizes from")
+
+    def run(self, work: Work) -> Report:
+        adder = _CacheAdder(work.editor)
+        for number, (layer, selector) in enumerate(zip(self._layers(work), _selectors(work.editor), strict=True)):
+            adder.cache_layer(number, layer, selector)
+        if self.last_only:
+            adder.keep_last()
+        adder.drop_mask()
+        widths = sorted({(spec.latent_width, spec.index_key_width) for spec in adder.specs})
+        return Report(
+            did=(f"{2 * len(adder.specs)} caches added, (latent, index key) {', '.join(map(str, widths))} wide",),
+            details=tuple(f"{spec.layer}: {spec.latent}, {spec.index_key}" for spec in adder.specs),
+            fact=Caches(tuple(adder.specs), self.last_only),
+        )
+
+    def ensures(self, work: Work) -> None:
+        """Both DSA ops of every layer read a cache, every cache is given out, and nobody asks for a mask."""
+        outputs = set(work.editor.output.all_input_nodes)
+        for selector in _selectors(work.editor):
+            for reader, name in ((selector, "k"), (_attention_of(selector), "kv")):
+                cache = node_arg(reader, 1, name)
+                if cache.target is not dsa.cache_write.default or cache not in outputs:
+                    raise BrokenPass(self.name, "a DSA op reads no cache, or one that is not given out", reader.name)
+        mask = next((node for node in work.editor.user_inputs if node.name == "attention_mask"), None)
+        if mask is not None:
+            raise BrokenPass(self.name, "the attention mask is still an input", mask.name)
+
+    def _layers(self, work: Work) -> tuple[str, ...]:
+        if self.layers is not None:
+            return self.layers
+        return tuple(change.name for change in work.fact(Rewritten).changes)
+
+
+def _selectors(editor: ProgramEditor) -> list[Node]:
+    return [node for node in editor.graph.nodes if node.target is dsa.lightning_indexer.default]
+
+
+def _attention_of(selector: Node) -> Node:
+    return next(user for user in selector.users if user.target is dsa.sparse_mla.default)
+
+
+class _CacheAdder:
+    """What one run of the pass shares between its layers."""
+
+    def __init__(self, editor: ProgramEditor) -> None:
+        self.specs: list[CacheSpec] = []
+        self._editor = editor
+        self._ids = next(n for n in editor.user_inputs if n.name == "input_ids")
+        self._batch, length = value(self._ids).shape
         self._capacity = editor.new_size("cache_length")
-        self._batch = batch
-        slots = editor.add_input("slots", (batch, length), torch.int64)
-        begin = editor.add_input("key_begin", (batch,), torch.int64)
-        selectors = [n for n in editor.graph.nodes if n.target is dsa.lightning_indexer.default]
-        ranges: dict[Any, tuple[Node, Node]] = {}
-        for number, (layer, selector) in enumerate(zip(self._layers, selectors, strict=True)):
-            self._cache_layer(number, layer, selector, slots, begin, ranges)
-        if self._last_only:
-            self._keep_last()
-        self._drop_mask(ids)
-        return PassResult(graph_module, True)
+        self._slots = editor.add_input("slots", (self._batch, length), torch.int64)
+        self._begin = editor.add_input("key_begin", (self._batch,), torch.int64)
+        self._ranges: dict[Any, tuple[Node, Node]] = {}
 
-    def _drop_mask(self, ids: Node) -> None:
-        """Only its sizes are still read, and input_ids has the same."""
-        mask = next((n for n in self._editor.user_inputs if n.name == "attention_mask"), None)
-        if mask is not None:
-            for user in [u for u in mask.users if u.target is aten.sym_size.int]:
-                user.replace_input_with(mask, ids)
-        self._editor.remove_dead()
-        if mask is not None:
-            self._editor.drop_input(mask.name)
-
-    def _cache_layer(
-        self, number: int, layer: str, selector: Node, slots: Node, begin: Node, ranges: dict[Any, tuple[Node, Node]]
-    ) -> None:
-        editor = self._editor
-        build = editor.builder(before=selector)
-        attend = next(user for user in selector.users if user.target is dsa.sparse_mla.default)
-        query, _, weights, old_begin, old_end, topk = selector.args
+    def cache_layer(self, number: int, layer: str, selector: Node) -> None:
+        build = self._editor.builder(before=selector)
+        attend = _attention_of(selector)
+        query, _, weights, *old_range, topk = selector.args
         keys, rows = node_arg(selector, 1, "k"), node_arg(attend, 1, "kv")
-        if (old_begin, old_end) not in ranges:
-            sizes = [build.size(slots, 0), build.size(slots, 1)]
-            first = build(aten.expand.default, build(aten.unsqueeze.default, begin, 1), sizes)
-            ranges[old_begin, old_end] = first, build(aten.add.Tensor, slots, 1)
-        index_key = self._write(build, f"index_key_{number}", keys, slots)
-        selector.args = (query, index_key, weights, *ranges[old_begin, old_end], topk)
-        _refresh(selector, editor)
+        visible = self._range(build, tuple(old_range))
+        index_key = self._write(build, f"index_key_{number}", keys)
+        selector.args = (query, index_key, weights, *visible, topk)
+        _refresh(selector, self._editor)
         rows_query, _, *others = attend.args
-        latent = self._write(editor.builder(before=attend), f"latent_{number}", rows, slots)
+        latent = self._write(self._editor.builder(before=attend), f"latent_{number}", rows)
         attend.args = (rows_query, latent, *others)
         widths = int(shape(rows)[-1]), int(shape(keys)[-1])
-        self.caches.append(CacheSpec(layer, f"latent_{number}", f"index_key_{number}", *widths))
+        self.specs.append(CacheSpec(layer, f"latent_{number}", f"index_key_{number}", *widths))
 
-    def _write(self, build: GraphBuilder, name: str, rows: Node, slots: Node) -> Node:
-        editor = self._editor
-        past = editor.add_input(f"past_{name}", (self._batch, self._capacity, int(shape(rows)[-1])), value(rows).dtype)
-        present = build(dsa.cache_write.default, past, rows, slots)
-        editor.add_output(f"present_{name}", present)
+    def _range(self, build: GraphBuilder, old: object) -> tuple[Node, Node]:
+        """(key_begin, key_end), [B, T], once for all layers that shared theirs before."""
+        if old not in self._ranges:
+            sizes = [build.size(self._slots, 0), build.size(self._slots, 1)]
+            first = build(aten.expand.default, build(aten.unsqueeze.default, self._begin, 1), sizes)
+            self._ranges[old] = first, build(aten.add.Tensor, self._slots, 1)
+        return self._ranges[old]
+
+    def _write(self, build: GraphBuilder, name: str, rows: Node) -> Node:
+        sizes = (self._batch, self._capacity, int(shape(rows)[-1]))
+        past = self._editor.add_input(f"past_{name}", sizes, value(rows).dtype)
+        present = build(dsa.cache_write.default, past, rows, self._slots)
+        self._editor.add_output(f"present_{name}", present)
         return present
 
-    def _keep_last(self) -> None:
+    def keep_last(self) -> None:
         """Project only the hidden state of each row's last token: prefill would write [B, T, vocab] otherwise."""
         editor = self._editor
         head = next(n for n in reversed(editor.graph.nodes) if linear_parts(n) is not None)
@@ -122,6 +172,16 @@ class AddCache(PassBase):
         head.replace_input_with(hidden, build(aten.gather.default, hidden, 1, index))
         for node in _from(head):
             _refresh(node, editor)
+
+    def drop_mask(self) -> None:
+        """Only its sizes are still read, and input_ids has the same."""
+        mask = next((n for n in self._editor.user_inputs if n.name == "attention_mask"), None)
+        if mask is not None:
+            for user in [u for u in mask.users if u.target is aten.sym_size.int]:
+                user.replace_input_with(mask, self._ids)
+        self._editor.remove_dead()
+        if mask is not None:
+            self._editor.drop_input(mask.name)
 
 
 def _from(start: Node) -> list[Node]:
@@ -139,9 +199,12 @@ def _refresh(node: Node, editor: ProgramEditor) -> None:
         node.meta["val"] = operation(node)(*args, **kwargs)
 
 
-def add_cache(program: ExportedProgram, layers: list[str], last_only: bool = False) -> Cached:
+def add_cache(program: ExportedProgram, layers: Sequence[str], last_only: bool = False) -> Cached:
     """`program` (from `mla_to_dsa`, left unchanged) with caches; `layers` names its DSA layers in graph order."""
-    editor = ProgramEditor(program)
-    cached = AddCache(editor, layers, last_only)
-    cached(editor.module)
-    return Cached(editor.finish(), tuple(cached.caches), last_only)
+    return cached_of(run_passes(program, [AddCache(last_only, tuple(layers))]))
+
+
+def cached_of(run: Run) -> Cached:
+    """The result of any passes that ended with this one."""
+    caches = run.fact(Caches)
+    return Cached(run.program, caches.specs, caches.last_only)

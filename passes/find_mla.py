@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ from .graph.graph_eval import (
     shape,
     symbols,
 )
-from .matching.cores import find_cores
+from .manager import BrokenPass, Pass, Report, Work
+from .matching.cores import find_cores, iter_nodes_of
 from .matching.mask import LONGEST_PROBE, MaskProver
 from .matching.rope import read_k_pe
 from .matching.sites import Core, Found, Miss, MlaDims, MlaSite, NoMatch
@@ -64,6 +66,37 @@ _BROADCASTS = {
 def find_mla(program: ExportedProgram) -> Found:
     """All attention cores of `program`: matched ones as `MlaSite`, the others as `Miss`. The program is not changed."""
     return find_mla_in(program.graph, program.graph_signature, program.constants)
+
+
+@dataclass(frozen=True)
+class FindMla(Pass):
+    """The same as a step of a pipeline: the graph stays as it is, `Found` is its fact."""
+
+    name: ClassVar[str] = "find_mla"
+
+    def requires(self, work: Work) -> None:
+        """Any exported program."""
+
+    def run(self, work: Work) -> Report:
+        editor = work.editor
+        found = find_mla_in(editor.graph, editor.signature, editor.constants)
+        names = [site.name for site in found.sites]
+        return Report(
+            did=(f"{len(names)} MLA attentions found" + (f", {names[0]} to {names[-1]}" if names else ""),),
+            could_not=tuple(f"match {miss}" for miss in found.misses),
+            details=tuple(
+                f"{site.name}: {site.core.kind} core {site.core.out.name}, {site.dims}" for site in found.sites
+            ),
+            fact=found,
+        )
+
+    def ensures(self, work: Work) -> None:
+        """Every attention core is a site or a miss, once."""
+        found = work.fact(Found)
+        judged = sorted([*(site.index for site in found.sites), *(miss.index for miss in found.misses)])
+        for index, core in enumerate(iter_nodes_of(find_cores(work.editor.graph))):
+            if index >= len(judged) or judged[index] != index:
+                raise BrokenPass(self.name, "an attention is neither matched nor missed", core.name)
 
 
 def find_mla_in(graph: Graph, signature: ExportGraphSignature, constants: Mapping[str, object]) -> Found:

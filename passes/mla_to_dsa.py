@@ -11,21 +11,22 @@ expanded keys and values are gone from the graph; nothing else changes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx import Node
 
 from ..errors import UserError
 from ..kernels.spec import IndexerConfig, IndexerWeights
 from .building.absorb import key_range, key_rows, query_rows, value_heads
 from .building.lightning_indexer import select
-from .find_mla import find_mla_in
+from .functionalise import Functionalised
 from .graph.editor import ProgramEditor
+from .manager import BrokenPass, Pass, Report, Work, apply_passes, run_passes
+from .matching.cores import find_cores, iter_nodes_of
 from .matching.sites import Found, MlaSite
-from .normalize import Normalize
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,15 @@ class Change:
     name: str
     before: str
     after: str
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What the pass did: the changes in graph order, the number of nodes that went, names of the added parameters."""
+
+    changes: tuple[Change, ...]
+    nodes_removed: int
+    added: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -49,56 +59,75 @@ class Converted:
     added: tuple[str, ...] = ()
 
 
-class MlaToDsa(PassBase):
-    """The pass over an editor's graph module; `mla_to_dsa` is the way to call it on a program."""
+@dataclass(frozen=True)
+class MlaToDsa(Pass):
+    """weights: per layer name, for all layers or for none."""
 
-    def __init__(
-        self,
-        editor: ProgramEditor,
-        found: Found,
-        config: IndexerConfig,
-        weights: Mapping[str, IndexerWeights],
-        allow_partial: bool,
-    ) -> None:
-        self._editor, self._found, self._config, self._weights = editor, found, config, weights
-        self._allow_partial = allow_partial
-        self.changes: list[Change] = []
-        self.nodes_removed = 0
+    config: IndexerConfig
+    weights: Mapping[str, IndexerWeights] = field(default_factory=dict, repr=False)
+    allow_partial: bool = False
+    name: ClassVar[str] = "mla_to_dsa"
 
-    def requires(self, graph_module: GraphModule) -> None:
-        require_sites(self._found, self._allow_partial)
-        unknown = set(self._weights) - {site.name for site in self._found.sites}
+    def requires(self, work: Work) -> None:
+        found = work.fact(Found)
+        require_sites(found, self.allow_partial)
+        unknown = set(self.weights) - {site.name for site in found.sites}
         if unknown:
             raise UserError(
                 f"indexer weights are given for {sorted(unknown)[0]}, which is not an MLA layer of this program"
             )
-        for site in self._found.sites:
-            if self._weights and site.name not in self._weights:
+        for site in found.sites:
+            if self.weights and site.name not in self.weights:
                 raise UserError(
                     f"{site.name} has no indexer weights: give weights for every converted layer, or for none"
                 )
 
-    def call(self, graph_module: GraphModule) -> PassResult:
+    def run(self, work: Work) -> Report:
+        found = work.fact(Found)
         shared: dict[object, Node] = {}
         ranges: dict[Node | None, tuple[Node, Node]] = {}
-        for site in self._found.sites:
-            self._rewrite(site, shared, ranges)
-        self.nodes_removed = self._editor.remove_dead()
-        return PassResult(graph_module, True)
+        changes = tuple(self._rewrite(work.editor, site, shared, ranges) for site in found.sites)
+        removed = work.editor.remove_dead()
+        shapes = IndexerWeights.shapes(self.config, 1, 1)
+        added = tuple(f"{site.name}.indexer.{tensor}" for site in found.sites for tensor in shapes)
+        return Report(
+            did=(
+                f"{len(changes)} layers rewritten, {changes[0].name} to {changes[-1].name}",
+                f"{removed} nodes of dense attention removed, {len(added)} parameters added",
+            ),
+            could_not=tuple(f"rewrite {miss}" for miss in found.misses),
+            details=tuple(f"{change.name}: {change.before} became {change.after}" for change in changes),
+            fact=Rewritten(changes, removed, added),
+        )
 
-    def ensures(self, graph_module: GraphModule) -> None:
-        """No dense attention survives in a converted layer."""
-        live = {node.name for node in graph_module.graph.nodes}
-        left = [change.before for change in self.changes if change.before in live]
-        if left:
-            raise AssertionError(f"dense attention {left[0]} is still alive after the rewrite")
+    def ensures(self, work: Work) -> None:
+        """As many layers are sparse as were found, and no attention core is left but those that were not."""
+        found, changes = work.fact(Found), work.fact(Rewritten).changes
+        nodes = {node.name: node for node in work.editor.graph.nodes}
+        for change in changes:
+            if change.before in nodes or change.after not in nodes:
+                raise BrokenPass(self.name, f"{change.name} still attends densely", change.before)
+        sparse = [node for node in nodes.values() if node.target is torch.ops.mla2dsa.sparse_mla.default]
+        if not len(found.sites) == len(changes) == len(sparse):
+            counts = f"{len(found.sites)} sites, {len(changes)} changes, {len(sparse)} sparse attentions"
+            raise BrokenPass(self.name, f"layers got lost: {counts}", sparse[-1].name if sparse else None)
+        dense = list(iter_nodes_of(find_cores(work.editor.graph)))
+        if len(dense) > len(found.misses):
+            names = ", ".join(node.name for node in dense)
+            raise BrokenPass(self.name, f"dense attention is left, expected {len(found.misses)}", names)
 
-    def _rewrite(self, site: MlaSite, shared: dict[object, Node], ranges: dict[Node | None, tuple[Node, Node]]) -> None:
+    def _rewrite(
+        self,
+        editor: ProgramEditor,
+        site: MlaSite,
+        shared: dict[object, Node],
+        ranges: dict[Node | None, tuple[Node, Node]],
+    ) -> Change:
         dense = site.core.out
-        build = self._editor.builder(before=dense)
+        build = editor.builder(before=dense)
         if site.padding not in ranges:
             ranges[site.padding] = key_range(build, site)
-        indices = select(build, site, self._config, self._weights.get(site.name), ranges[site.padding], shared)
+        indices = select(build, site, self.config, self.weights.get(site.name), ranges[site.padding], shared)
         attended = build(
             torch.ops.mla2dsa.sparse_mla.default,
             query_rows(build, site, site.core.q),
@@ -109,8 +138,8 @@ class MlaToDsa(PassBase):
         )
         out = value_heads(build, site, attended)
         dense.replace_all_uses_with(out)
-        self._editor.graph.erase_node(dense)  # SDPA counts as impure: dead code elimination alone would keep it
-        self.changes.append(Change(site.name, dense.name, out.name))
+        editor.graph.erase_node(dense)  # SDPA counts as impure: dead code elimination alone would keep it
+        return Change(site.name, dense.name, out.name)
 
 
 def require_sites(found: Found, allow_partial: bool = False) -> None:
@@ -127,16 +156,11 @@ def require_sites(found: Found, allow_partial: bool = False) -> None:
 
 def prepare(program: ExportedProgram) -> tuple[ProgramEditor, Found, bool]:
     """An editor on a normalised copy of `program`, its sites, and whether it had to be functionalised (slow)."""
-    editor, found = _edit(program)
-    if not any("in-place write" in miss.reason for miss in found.misses):
-        return editor, found, False
-    return (*_edit(program.run_decompositions({})), True)
+    from .pipeline import FIND  # the list of passes names this file's
 
-
-def _edit(program: ExportedProgram) -> tuple[ProgramEditor, Found]:
-    editor = ProgramEditor(program)
-    Normalize()(editor.module)
-    return editor, find_mla_in(editor.graph, program.graph_signature, program.constants)
+    work = Work(program)
+    apply_passes(work, FIND)
+    return work.editor, work.fact(Found), work.fact(Functionalised).done
 
 
 def mla_to_dsa(
@@ -150,8 +174,8 @@ def mla_to_dsa(
     weights: per layer name; None declares the new parameters without values (meta tensors), to be loaded later.
     Raises UserError when no core matched, or when one was missed and `allow_partial` is not set.
     """
-    editor, found, functionalised = prepare(program)
-    rewrite = MlaToDsa(editor, found, config, weights or {}, allow_partial)
-    rewrite(editor.module)
-    added = tuple(f"{site.name}.indexer.{name}" for site in found.sites for name in IndexerWeights.shapes(config, 1, 1))
-    return Converted(editor.finish(), found, tuple(rewrite.changes), rewrite.nodes_removed, functionalised, added)
+    from .pipeline import dsa_passes  # the list of passes names this file's
+
+    run = run_passes(program, dsa_passes(config, weights, allow_partial))
+    done, functionalised = run.fact(Rewritten), run.fact(Functionalised).done
+    return Converted(run.program, run.fact(Found), done.changes, done.nodes_removed, functionalised, done.added)

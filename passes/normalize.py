@@ -9,13 +9,15 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from .graph.arguments import argument, int_arg, node_arg
 from .graph.graph_eval import BLANK
+from .manager import BrokenPass, Pass, Report, Work
 
 aten = torch.ops.aten
 
@@ -23,23 +25,37 @@ _END = 2**63 - 1
 _SLICE = {1: "dim", 2: "start", 3: "end", 4: "step"}
 
 
-class Normalize(PassBase):
-    """Edits the module in place; `changes` counts what was done."""
+@dataclass(frozen=True)
+class Normalize(Pass):
+    name: ClassVar[str] = "normalize"
 
-    def __init__(self) -> None:
-        self.changes: dict[str, int] = {"buffer fills": 0, "grad regions": 0}
+    def requires(self, work: Work) -> None:
+        """Any exported program."""
 
-    def call(self, graph_module: GraphModule) -> PassResult:
-        for node in list(graph_module.graph.nodes):
-            if str(node.target) == "wrap_with_set_grad_enabled":
-                _inline_grad_region(graph_module, node)
-                self.changes["grad regions"] += 1
-        order: dict[Node, int] = {}
-        for node in list(graph_module.graph.nodes):
-            if node.op == "call_function" and node.target in BLANK:
-                order = order or {n: i for i, n in enumerate(graph_module.graph.nodes)}
-                self.changes["buffer fills"] += _fill_functionally(graph_module.graph, node, order)
-        return PassResult(graph_module, any(self.changes.values()))
+    def run(self, work: Work) -> Report:
+        graph, module = work.editor.graph, work.editor.module
+        regions = [node for node in graph.nodes if _is_grad_region(node)]
+        for region in regions:
+            _inline_grad_region(module, region)
+        order = {node: place for place, node in enumerate(graph.nodes)}
+        buffers = [node for node in graph.nodes if node.op == "call_function" and node.target in BLANK]
+        filled = [_fill_functionally(graph, buffer, order) for buffer in buffers]
+        left = [buffer for buffer, done in zip(buffers, filled, strict=True) if done is False]
+        return Report(
+            did=(
+                f"{len(regions)} regions without gradients inlined, {filled.count(True)} filled buffers made functional",
+            ),
+            could_not=tuple(f"buffer {buffer.name} is read between the writes into it" for buffer in left),
+        )
+
+    def ensures(self, work: Work) -> None:
+        region = next((node for node in work.editor.graph.nodes if _is_grad_region(node)), None)
+        if region is not None:
+            raise BrokenPass(self.name, "a region without gradients is left", region.name)
+
+
+def _is_grad_region(node: Node) -> bool:
+    return str(node.target) == "wrap_with_set_grad_enabled"
 
 
 def _inline_grad_region(graph_module: GraphModule, call: Node) -> None:
@@ -66,8 +82,8 @@ def _inline_grad_region(graph_module: GraphModule, call: Node) -> None:
         graph_module.graph.erase_node(body_ref)
 
 
-def _fill_functionally(graph: Graph, buffer: Node, order: dict[Node, int]) -> int:
-    """1 when every write into `buffer` became a slice_scatter, 0 when somebody reads in between."""
+def _fill_functionally(graph: Graph, buffer: Node, order: dict[Node, int]) -> bool | None:
+    """True when every write into `buffer` became a slice_scatter, False when somebody reads in between, None without writes."""
     fills: list[tuple[Node, Node]] = []
     for view in [u for u in buffer.users if u.target is aten.slice.Tensor and u.args[0] is buffer]:
         writers = list(view.users)
@@ -80,8 +96,10 @@ def _fill_functionally(graph: Graph, buffer: Node, order: dict[Node, int]) -> in
             fills.append((view, writers[0]))
     fills.sort(key=lambda pair: order[pair[1]])
     readers = [u for u in buffer.users if u not in {view for view, _ in fills}]
-    if not fills or any(order.get(reader, _END) < order[fills[-1][1]] for reader in readers):
-        return 0
+    if not fills:
+        return None
+    if any(order.get(reader, _END) < order[fills[-1][1]] for reader in readers):
+        return False
     current = buffer
     for view, write in fills:
         dim, start, end, step = (argument(view, place, name) for place, name in _SLICE.items())
@@ -95,4 +113,4 @@ def _fill_functionally(graph: Graph, buffer: Node, order: dict[Node, int]) -> in
     for view, write in fills:
         graph.erase_node(write)
         graph.erase_node(view)
-    return 1
+    return True

@@ -8,19 +8,21 @@ The program's own outputs stay: it returns (outputs, {tap name: value}).
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx import Node
 
 from ..errors import UserError
 from .building.absorb import key_range, key_rows, query_rows
 from .building.lightning_indexer import rotary_table
 from .graph.editor import GraphBuilder, ProgramEditor
+from .manager import BrokenPass, Pass, Report, Work, run_passes
 from .matching.sites import Found, MlaSite
-from .mla_to_dsa import prepare, require_sites
+from .mla_to_dsa import require_sites
 
 aten = torch.ops.aten
 
@@ -38,50 +40,76 @@ class Tapped:
     taps: dict[str, str]
 
 
-class Tap(PassBase):
-    """The pass over an editor's graph module. `rows` is the number of sampled query rows (fixed)."""
+@dataclass(frozen=True)
+class Taps:
+    """The node of every tap by output name."""
 
-    def __init__(self, editor: ProgramEditor, found: Found, rows: int) -> None:
-        self._editor, self._found, self._rows = editor, found, rows
-        self.taps: dict[str, Node] = {}
+    nodes: dict[str, Node]
 
-    def call(self, graph_module: GraphModule) -> PassResult:
-        rows = self._editor.add_input(ROWS_INPUT, (self._rows,), torch.int64)
+
+@dataclass(frozen=True)
+class Tap(Pass):
+    """rows: the number of sampled query rows (fixed)."""
+
+    rows: int
+    allow_partial: bool = False
+    name: ClassVar[str] = "tap"
+
+    def requires(self, work: Work) -> None:
+        found = work.fact(Found)
+        require_sites(found, self.allow_partial)
+        for name, calls in Counter(site.name for site in found.sites).items():
+            if calls > 1:
+                raise UserError(f"{name} is called twice in this model: calibration cannot tell the calls apart")
+
+    def run(self, work: Work) -> Report:
+        editor, found = work.editor, work.fact(Found)
+        rows = editor.add_input(ROWS_INPUT, (self.rows,), torch.int64)
         shared: dict[object, Node] = {}
-        for site in self._found.sites:
-            self._tap(site, rows, shared)
-        for name, node in self.taps.items():
-            self._editor.add_output(name, node)
-        return PassResult(graph_module, True)
+        taps: dict[str, Node] = {}
+        for site in found.sites:
+            taps |= _taps_of(editor, site, rows, shared)
+        for name, node in taps.items():
+            editor.add_output(name, node)
+        editor.remove_dead()
+        return Report(
+            did=(f"{len(taps)} values of {len(found.sites)} layers given out, at {self.rows} query rows",),
+            could_not=tuple(f"tap {miss}" for miss in found.misses),
+            fact=Taps(taps),
+        )
 
-    def _tap(self, site: MlaSite, rows: Node, shared: dict[object, Node]) -> None:
-        build = self._editor.builder(before=site.core.out)
-        query = query_rows(build, site, build(aten.index_select.default, site.core.q, 2, rows))
-        key = key_rows(build, site)
-        begin, end = (build(aten.index_select.default, bound, 1, rows) for bound in self._range(build, site, shared))
-        mass = build(torch.ops.mla2dsa.attention_mass.default, query, key, begin, end, float(site.core.scale))
-        values = (site.hidden, site.q_input, query, key, mass, site.core.out)
-        if f"{site.name}.{SITE_TAPS[0]}" in self.taps:
-            raise UserError(f"{site.name} is called twice in this model: calibration cannot tell the calls apart")
-        for name, node in zip(SITE_TAPS, values, strict=True):
-            self.taps[f"{site.name}.{name}"] = node
-        table = rotary_table(build, site, shared)
-        if table is not None:
-            for name, node in zip(TABLE_TAPS, table, strict=True):
-                self.taps[f"{site.name}.{name}"] = node
+    def ensures(self, work: Work) -> None:
+        """Every tap is an output, and the dense attention still stands."""
+        alive = set(work.editor.graph.nodes)
+        outputs = set(work.editor.output.all_input_nodes)
+        for name, node in work.fact(Taps).nodes.items():
+            if node not in alive or node not in outputs:
+                raise BrokenPass(self.name, f"{name} is not given out", node.name)
 
-    @staticmethod
-    def _range(build: GraphBuilder, site: MlaSite, shared: dict[object, Node]) -> tuple[Node, Node]:
-        if ("begin", site.padding) not in shared:
-            shared["begin", site.padding], shared["end", site.padding] = key_range(build, site)
-        return shared["begin", site.padding], shared["end", site.padding]
+
+def _taps_of(editor: ProgramEditor, site: MlaSite, rows: Node, shared: dict[object, Node]) -> dict[str, Node]:
+    build = editor.builder(before=site.core.out)
+    query = query_rows(build, site, build(aten.index_select.default, site.core.q, 2, rows))
+    key = key_rows(build, site)
+    begin, end = (build(aten.index_select.default, bound, 1, rows) for bound in _range(build, site, shared))
+    mass = build(torch.ops.mla2dsa.attention_mass.default, query, key, begin, end, float(site.core.scale))
+    values = (site.hidden, site.q_input, query, key, mass, site.core.out)
+    named = dict(zip(SITE_TAPS, values, strict=True))
+    table = rotary_table(build, site, shared)
+    if table is not None:
+        named |= zip(TABLE_TAPS, table, strict=True)
+    return {f"{site.name}.{name}": node for name, node in named.items()}
+
+
+def _range(build: GraphBuilder, site: MlaSite, shared: dict[object, Node]) -> tuple[Node, Node]:
+    if ("begin", site.padding) not in shared:
+        shared["begin", site.padding], shared["end", site.padding] = key_range(build, site)
+    return shared["begin", site.padding], shared["end", site.padding]
 
 
 def tap(program: ExportedProgram, rows: int, allow_partial: bool = False) -> Tapped:
     """`program` (left unchanged) with the taps of all its MLA sites. Raises UserError as `mla_to_dsa` does."""
-    editor, found, _ = prepare(program)
-    require_sites(found, allow_partial)
-    taps = Tap(editor, found, rows)
-    taps(editor.module)
-    editor.remove_dead()
-    return Tapped(editor.finish(), found, {name: node.name for name, node in taps.taps.items()})
+    from .pipeline import tap_passes  # the list of passes names this file's
+
+    run = run_passes(program, tap_passes(rows, allow_partial))
+    return Tapped(run.program, run.fact(Found), {name: node.name for name, node in run.fact(Taps).nodes.items()})

@@ -17,8 +17,10 @@ from ...errors import UserError
 from ...exporters.dsa.checkpoint import MANIFEST as DSA_MANIFEST
 from ...files.json_files import read_json
 from ...kernels.spec import IndexerConfig
-from ...passes.add_cache import Cached, add_cache
-from ...passes.mla_to_dsa import mla_to_dsa
+from ...passes.add_cache import Cached, cached_of
+from ...passes.manager import run_passes
+from ...passes.mla_to_dsa import Rewritten
+from ...passes.pipeline import cached_passes
 from ...runtime.torch_session import TorchSession
 from .capture import Capture, capture
 from .checkpoint import Checkpoint
@@ -45,12 +47,11 @@ def open_cached(checkpoint: Checkpoint, dtype: torch.dtype, last_only: bool, dev
     config = dense_config(checkpoint)
     indexer = _indexer(checkpoint)
     captured = capture(config, dtype=dtype)
-    converted = mla_to_dsa(captured.program, indexer)
+    run = run_passes(captured.program, cached_passes(indexer, last_only))
     source = WeightSource(checkpoint, captured, device)
-    shapes = {name: tuple(converted.program.state_dict[name].shape) for name in converted.added}
+    shapes = {name: tuple(run.program.state_dict[name].shape) for name in run.fact(Rewritten).added}
     checkpoint.check_shapes({**source.expected(), **shapes})
-    cached = add_cache(converted.program, [change.name for change in converted.changes], last_only)
-    return CachedModel(checkpoint, captured, indexer, cached, source)
+    return CachedModel(checkpoint, captured, indexer, cached_of(run), source)
 
 
 def dense_config(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class ProgramEditor:
         self.graph = Graph()
         self.nodes: dict[Node, Node] = {}
         output = self.graph.graph_copy(program.graph, self.nodes)
-        self._output = self.graph.output(output)
+        self._output: Node = self.graph.output(output)
         original_output = next(iter(reversed(program.graph.nodes)))
         self._output.meta.update(original_output.meta)
         self.nodes[original_output] = self._output
@@ -55,6 +55,19 @@ class ProgramEditor:
         self._values: dict[Any, Any] = {}
         self._dropped: set[str] = set()
         self._ranges = dict(program.range_constraints)
+
+    @property
+    def signature(self) -> ExportGraphSignature:
+        """Of the program as it is now."""
+        return ExportGraphSignature(input_specs=list(self._input_specs), output_specs=list(self._output_specs))
+
+    @property
+    def output(self) -> Node:
+        return self._output
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        return self._constants
 
     @property
     def first_user_input(self) -> Node:
