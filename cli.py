@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .commands.common import Parser
+from .commands.common import Parser, run_command
 from .commands.conversion import add_conversion
 from .commands.engines import add_engines
 from .commands.kernels import add_kernels
@@ -35,8 +35,7 @@ MLA2DSA_DEBUG=1 shows a traceback with an error"""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
-        args = _parser().parse_args(argv)
-        result: int = args.run(args)
+        result = run_command(_parser().parse_args(argv))
         sys.stdout.flush()
         return result
     except UserError as error:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import UsageError
@@ -27,13 +31,77 @@ def architectures(text: str) -> tuple[int, ...]:
 
 
 def command_parser(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int], about: str, example: str
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    about: str,
+    example: str,
+    *,
+    graphs: bool = False,
 ) -> argparse.ArgumentParser:
-    """A command that calls `run` with its arguments, and takes --json. about: a phrase, without a full stop."""
+    """A command that calls `run` with its arguments, and takes --json and -v. about: a phrase, without a full stop.
+
+    graphs: passes run over a model's graph in it, so it takes --dump-graphs, too.
+    """
     command: argparse.ArgumentParser = commands.add_parser(
         name, help=about, description=about[0].upper() + about[1:] + ".", epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     command.set_defaults(run=run)
     command.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    command.add_argument(
+        "-v", "--verbose", action="count", default=0,
+        help="log to stderr what each graph pass did and could not do; -vv with every detail",
+    )  # fmt: skip
+    if graphs:
+        command.add_argument(
+            "--dump-graphs", metavar="DIR", type=Path,
+            help="write the graph before and after each pass to DIR, a new or empty folder",
+        )  # fmt: skip
     return command
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """The command that was asked for, with its log on stderr and its graphs in --dump-graphs; returns the exit code."""
+    with _logged(args.verbose), _graphs_dumped(args):
+        code: int = args.run(args)
+        return code
+
+
+@contextmanager
+def _graphs_dumped(args: argparse.Namespace) -> Iterator[None]:
+    folder = getattr(args, "dump_graphs", None)
+    if folder is None:
+        yield
+        return
+    from ..optimizer.graph_dumps import dump_graphs
+
+    with dump_graphs(folder, getattr(args, "out", None)):
+        yield
+
+
+@contextmanager
+def _logged(verbose: int) -> Iterator[None]:
+    """Our loggers, and nobody else's, on stderr: INFO once asked for, DEBUG twice. Without -v nothing is logged."""
+    if not verbose:
+        yield
+        return
+    logger, handler = logging.getLogger("mla2dsa"), _Stderr()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if verbose > 1 else logging.INFO)
+    logger.propagate = False  # a library that gives the root logger a handler would print every line again
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+class _Stderr(logging.Handler):
+    """Whatever sys.stderr is when a line comes: progress bars stand in for it while they are shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)

@@ -42,7 +42,12 @@ def read_recipe_of(args: argparse.Namespace) -> Any:
 
 def _add_plan(commands: Any) -> None:
     command = command_parser(
-        commands, "plan", _plan, "show what a conversion would do, and why not; reads no weight", "mla2dsa plan ./model"
+        commands,
+        "plan",
+        _plan,
+        "show what a conversion would do, and why not; reads no weight",
+        "mla2dsa plan ./model",
+        graphs=True,
     )
     command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     command.add_argument(
@@ -64,7 +69,12 @@ def _plan(args: argparse.Namespace) -> int:
 def _add_convert(commands: Any) -> None:
     example = "mla2dsa convert ./model ./model-dsa --indexer distil --calibration ./texts"
     command = command_parser(
-        commands, "convert", _convert, "write the DSA checkpoint of a dense MLA checkpoint, verified", example
+        commands,
+        "convert",
+        _convert,
+        "write the DSA checkpoint of a dense MLA checkpoint, verified",
+        example,
+        graphs=True,
     )
     command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     command.add_argument("out", metavar="OUT", type=Path, help="folder to write")
@@ -117,7 +127,12 @@ def _convert(args: argparse.Namespace) -> int:
 def _add_verify(commands: Any) -> None:
     example = "mla2dsa verify ./model ./model-dsa --text held-out.txt"
     command = command_parser(
-        commands, "verify", _verify, "hold a DSA checkpoint against the dense one it was made from", example
+        commands,
+        "verify",
+        _verify,
+        "hold a DSA checkpoint against the dense one it was made from",
+        example,
+        graphs=True,
     )
     command.add_argument("dense", metavar="DENSE", type=Path, help="folder of the dense checkpoint")
     command.add_argument("dsa", metavar="DSA", type=Path, help="folder of the DSA checkpoint")

@@ -20,9 +20,8 @@ def add_engines(commands: Any) -> None:
 
 def _add_build(commands: Any) -> None:
     about = "a TensorRT engine with our plugins from a DSA checkpoint or an ONNX export"
-    command = command_parser(
-        commands, "build", _build, about, "mla2dsa build ./model-dsa ./engine --max batch=4,cache_length=65536"
-    )
+    example = "mla2dsa build ./model-dsa ./engine --max batch=4,cache_length=65536"
+    command = command_parser(commands, "build", _build, about, example, graphs=True)
     command.add_argument(
         "source",
         metavar="CKPT_OR_ONNX",
@@ -106,7 +105,7 @@ def _build(args: argparse.Namespace) -> int:
 def _add_deploy(commands: Any) -> None:
     about = "convert if the checkpoint is dense, then export and build, in one go"
     command = command_parser(
-        commands, "deploy", _deploy, about, "mla2dsa deploy ./model ./engine --calibration ./texts"
+        commands, "deploy", _deploy, about, "mla2dsa deploy ./model ./engine --calibration ./texts", graphs=True
     )
     command.add_argument("model", metavar="CKPT", help=MODEL_HELP)
     command.add_argument("out", metavar="OUT", type=Path, help="folder to write")

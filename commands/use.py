@@ -21,7 +21,7 @@ def add_use(commands: Any) -> None:
 def _add_export(commands: Any) -> None:
     example = "mla2dsa export ./model-dsa ./model-onnx --max-seq 32768"
     command = command_parser(
-        commands, "export", _export, "write a DSA checkpoint's graph with caches, as ONNX or .pt2", example
+        commands, "export", _export, "write a DSA checkpoint's graph with caches, as ONNX or .pt2", example, graphs=True
     )
     command.add_argument("model", metavar="CKPT", help="DSA checkpoint: folder or hub id")
     command.add_argument("out", metavar="OUT", type=Path, help="folder to write")
@@ -67,7 +67,7 @@ def _export(args: argparse.Namespace) -> int:
 def _add_generate(commands: Any) -> None:
     example = 'mla2dsa generate ./model-dsa "def main():" --max-new-tokens 64'
     command = command_parser(
-        commands, "generate", _generate, "continue a prompt; the text alone goes to stdout", example
+        commands, "generate", _generate, "continue a prompt; the text alone goes to stdout", example, graphs=True
     )
     command.add_argument(
         "model", metavar="MODEL", help="DSA checkpoint (folder or hub id), exported folder, or engine folder"

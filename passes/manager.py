@@ -72,8 +72,8 @@ class Work:
         self._facts: dict[type, object] = {}
 
     def restart(self, program: ExportedProgram) -> None:
-        """Go on with another program. Every fact is gone: it spoke of nodes that are no more."""
-        self.editor, self._facts = ProgramEditor(program), {}
+        """Go on with another program. Whoever does has to find the facts that speak of nodes again."""
+        self.editor = ProgramEditor(program)
 
     def add(self, fact: object) -> None:
         self._facts[type(fact)] = fact
@@ -151,11 +151,12 @@ def apply_passes(work: Work, passes: Sequence[Pass]) -> tuple[Step, ...]:
 
 def _apply(work: Work, each: Pass) -> Step:
     log = logging.getLogger(f"mla2dsa.passes.{each.name}")
-    watcher, started = _WATCHER.get(), time.perf_counter()
+    watcher = _WATCHER.get()
     nodes_before = len(work.editor.graph.nodes)
     if watcher is not None:
         watcher.before(each.name, work.editor.module)
     log.debug("%s on %d nodes", each, nodes_before)
+    started = time.perf_counter()
     each.requires(work)
     report = each.run(work)
     if report.fact is not None:
