@@ -160,7 +160,7 @@ class ProgramEditor:
         return ExportedProgram(  # lints and compiles the graph
             root=self.module,
             graph=self.graph,
-            graph_signature=ExportGraphSignature(input_specs=self._input_specs, output_specs=self._output_specs),
+            graph_signature=ExportGraphSignature(input_specs=self._input_specs, output_specs=self._outputs_as_named()),
             state_dict=self._state,
             range_constraints=self._ranges,
             module_call_graph=calls,
@@ -168,6 +168,16 @@ class ProgramEditor:
             constants=self._constants,
             verifiers=self._program.verifiers,
         )
+
+    def _outputs_as_named(self) -> list[OutputSpec]:
+        """A pass may have put another node in the place of one that is given out."""
+        results = items_arg(self._output, 0, "results")
+        return [
+            OutputSpec(spec.kind, TensorArgument(result.name), spec.target)
+            if isinstance(spec.arg, TensorArgument) and isinstance(result, Node)
+            else spec
+            for spec, result in zip(self._output_specs, results, strict=True)
+        ]
 
     def _extended_call(self) -> ModuleCallEntry:
         """The calling convention with the added inputs and outputs."""
