@@ -26,6 +26,14 @@ _SLICE = {1: "dim", 2: "start", 3: "end", 4: "step"}
 
 
 @dataclass(frozen=True)
+class Normalized:
+    """How much there was to do."""
+
+    grad_regions: int
+    buffer_fills: int
+
+
+@dataclass(frozen=True)
 class Normalize(Pass):
     name: ClassVar[str] = "normalize"
 
@@ -41,11 +49,13 @@ class Normalize(Pass):
         buffers = [node for node in graph.nodes if node.op == "call_function" and node.target in BLANK]
         filled = [_fill_functionally(graph, buffer, order) for buffer in buffers]
         left = [buffer for buffer, done in zip(buffers, filled, strict=True) if done is False]
+        done = Normalized(len(regions), filled.count(True))
         return Report(
             did=(
-                f"{len(regions)} regions without gradients inlined, {filled.count(True)} filled buffers made functional",
+                f"{done.grad_regions} regions without gradients inlined, {done.buffer_fills} filled buffers made functional",
             ),
-            could_not=tuple(f"buffer {buffer.name} is read between the writes into it" for buffer in left),
+            could_not=tuple(f"make {buffer.name} functional: it is read between the writes into it" for buffer in left),
+            fact=done,
         )
 
     def ensures(self, work: Work) -> None:
