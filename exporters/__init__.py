@@ -1,1 +1,1 @@
-"""Out of PyTorch: DSA checkpoints and where tensors lie in files."""
+"""Out of PyTorch: DSA checkpoints, ONNX models, TensorRT engines."""

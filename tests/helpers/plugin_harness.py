@@ -1,4 +1,4 @@
-"""The plugin library called as TensorRT calls it, through `tensorrt/harness.cpp`, without TensorRT.
+"""The plugin library called as TensorRT calls it, through `tests/exporters/tensorrt_plugin/native/harness.cpp`, without TensorRT.
 
 Without a GPU a stand-in for the CUDA driver writes down the launches (`Harness.mocked`). On a GPU `Harness.real` runs them: the
 same library and the same calls, with the data_ptr of torch's CUDA tensors as pointers, after torch has made a context.
