@@ -3,7 +3,8 @@
     kv_a -> movement -> x * cos + rotated(x) * sin -> k_pe
 
 With cos = 1 and sin = 0 the output names the row each channel comes from; with cos = 0 and sin = 1 each channel becomes
-plus or minus its partner; with cos = 1, 2, 3, ... and x = 1 it names its column. No spelling of the rotation is assumed; what was read is checked once on random numbers.
+plus or minus its partner; with cos = 1, 2, 3, ... and x = 1 it names its column. No spelling of the rotation is assumed,
+and what was read off is checked once on random numbers.
 """
 
 from __future__ import annotations
