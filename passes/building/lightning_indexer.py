@@ -89,15 +89,16 @@ def rotary_table(build: GraphBuilder, site: MlaSite, shared: dict[object, Node])
             parts = build(aten.view_as_real.default, cos)
             cos, sin = build(aten.select.int, parts, -1, 0), build(aten.select.int, parts, -1, 1)
         for name, node in (("cos", cos), ("sin", sin)):
-            shared[name, rope.cos, rope.table] = _columns(build, node, rope.table, value(site.hidden).dtype)
+            shared[name, rope.cos, rope.table] = _columns(build, node, site)
     return shared["cos", rope.cos, rope.table], shared["sin", rope.cos, rope.table]
 
 
-def _columns(build: GraphBuilder, table: Node, columns: tuple[int, ...], dtype: torch.dtype) -> Node:
+def _columns(build: GraphBuilder, table: Node, site: MlaSite) -> Node:
+    columns, dtype = site.rope.table, value(site.hidden).dtype  # type: ignore[union-attr]
     start, width = columns[0], len(columns)
     step = columns[1] - columns[0] if width > 1 else 1
-    if columns != tuple(range(start, start + step * width, step)):
-        raise ValueError(f"rotary table columns {columns[:4]}... are not evenly spaced")
+    if step < 1 or columns != tuple(range(start, start + step * width, step)):
+        raise UserError(f"{site.name}: its rotary table's columns {list(columns)} are not evenly spaced: not supported")
     if (start, step, width) != (0, 1, value(table).shape[-1]):
         table = build(aten.slice.Tensor, table, -1, start, start + step * (width - 1) + 1, step)
     axis = head_axis(table)
