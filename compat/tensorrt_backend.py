@@ -99,13 +99,6 @@ def load_plugins(backend: Backend, library: Path, plugins: Sequence[str]) -> Non
         raise UserError(f"{library}: {backend.name} {backend.version} finds no plugin {', '.join(missing)} in it")
 
 
-def unload_plugins(backend: Backend) -> None:
-    """Take back what `load_plugins` did. No network or engine with these plugins may be alive."""
-    handle = _LIBRARIES.pop(backend.name, None)
-    if handle is not None:
-        backend.trt.get_plugin_registry().deregister_library(handle)
-
-
 def gpu_sm() -> int | None:
     """Architecture of the current GPU, as 90; None without one."""
     if not torch.cuda.is_available():

@@ -64,10 +64,6 @@ class OpSpec:
         """Number of the first input of the output's type, None if no input has it."""
         return next((n for n, operand in enumerate(self.inputs) if operand.kind == self.output.kind), None)
 
-    def updated_input(self) -> int | None:
-        """Number of the input that the output replaces."""
-        return None if self.updates is None else [operand.name for operand in self.inputs].index(self.updates)
-
 
 def _size(dim: str, sizes: Mapping[str, Size], minimum: Callable[[Size, Size], Size]) -> Size:
     if dim.startswith("min("):

@@ -18,8 +18,6 @@ from .model.cached_model import open_torch_session
 from .model.checkpoint import Checkpoint
 from .model.text import load_tokenizer
 
-RUNTIMES = ("torch", "onnxruntime", "tensorrt")
-
 
 def generate_text(
     model: str, prompt: str, runtime: str | None, max_new_tokens: int, sampling: Sampling, device: str = "cpu"

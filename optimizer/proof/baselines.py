@@ -5,16 +5,12 @@ Each replaces the `sparse_mla` op of a converted program, so that everything els
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ...kernels import ops  # noqa: F401  (registers torch.ops.mla2dsa)
 
 SINKS = 4
-
-SparseMla = Callable[[Tensor, Tensor, Tensor, float, int], Tensor]
 
 
 def _ranges(q: Tensor) -> tuple[Tensor, Tensor]:

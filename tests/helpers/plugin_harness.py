@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from places import NATIVE, ROOT
+from plugin_readers import read_bundle
 
 from mla2dsa.exporters.engine.plugin_build import build_plugin
-from mla2dsa.kernels.gpu.binaries.bundle import read_bundle
 from mla2dsa.kernels.native_build import build_library, compiler
 
 SOURCES = NATIVE

@@ -6,13 +6,11 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ....errors import UserError
 from ..programs.program import Variant
 from .compile import HIDDEN, Compiled
 
 MAGIC, VERSION = b"M2DK", 1
 _LETTERS = {"i32": "i", "u32": "i", "i64": "l", "u64": "l", "fp32": "f"}
-_CUDA_ELF, _MACHINE_AT = 190, 18  # e_machine of a cubin, and where an ELF header has it
 
 
 @dataclass(frozen=True)
@@ -57,55 +55,6 @@ def write_bundle(kernels: Mapping[str, BundledKernel]) -> bytes:
     return MAGIC + struct.pack("<II", VERSION, len(MAGIC) + 8 + len(body)) + body
 
 
-def read_bundle(data: bytes) -> dict[str, BundledKernel]:
-    """Inverse of `write_bundle`; one NUL may follow. Raises UserError if it is not whole."""
-    reader = _Reader(data)
-    if reader.take(len(MAGIC)) != MAGIC or reader.number() != VERSION:
-        raise UserError(f"the kernels are not a bundle of version {VERSION}")
-    size = reader.number()
-    if size not in (len(data), len(data) - 1) or (size < len(data) and data[size]):
-        raise UserError(f"the bundle of kernels has {len(data)} bytes, expected {size}")
-    kernels = dict(reader.kernel() for _ in range(reader.number()))
-    if reader.at != size:
-        raise UserError(f"the bundle of kernels ends at byte {reader.at}, expected {size}")
-    return kernels
-
-
 def _text(text: str) -> bytes:
     data = text.encode("ascii")
     return struct.pack("<I", len(data)) + data
-
-
-class _Reader:
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self.at = 0
-
-    def take(self, count: int) -> bytes:
-        if count > len(self._data) - self.at:
-            raise UserError(f"the bundle of kernels is cut off at byte {len(self._data)}")
-        self.at += count
-        return self._data[self.at - count : self.at]
-
-    def number(self) -> int:
-        (value,) = struct.unpack("<I", self.take(4))
-        return int(value)
-
-    def text(self) -> str:
-        return self.take(self.number()).decode("ascii", errors="replace")
-
-    def kernel(self) -> tuple[str, BundledKernel]:
-        name, parameters = self.text(), self.text()
-        aligned = tuple(self.number() for _ in range(self.number()))
-        binaries = dict(self._binary(name) for _ in range(self.number()))
-        if set(parameters) - set("pilfn") or any(number >= len(parameters) for number in aligned):
-            raise UserError(f"kernel {name}: parameters {parameters!r} with {aligned} aligned are not known here")
-        return name, BundledKernel(parameters, aligned, binaries)
-
-    def _binary(self, kernel: str) -> tuple[int, BundledBinary]:
-        sm, threads, shared = self.number(), self.number(), self.number()
-        entry, cubin = self.text(), self.take(self.number())
-        machine = cubin[_MACHINE_AT : _MACHINE_AT + 2]
-        if cubin[:4] != b"\x7fELF" or machine != struct.pack("<H", _CUDA_ELF):
-            raise UserError(f"kernel {kernel} for sm_{sm}: not a cubin")
-        return sm, BundledBinary(threads, shared, entry, cubin)

@@ -173,10 +173,6 @@ class ProgramReader:
             case _:
                 raise UserError(f"{' '.join(words)!r} is not known here")
 
-    def in_loop(self) -> bool:
-        """Whether the next `end` is that of a `repeat`."""
-        return self._loop is not None
-
     def program(self) -> LaunchProgram:
         """What the lines say. Raises UserError if some are missing."""
         if self._workspace is None or self._loop is not None:

@@ -8,11 +8,11 @@ from pathlib import Path
 import onnx
 import pytest
 from dsa_checkpoints import NAMES, dsa_checkpoint
+from plugin_readers import read_bundle
 
 from mla2dsa.errors import UserError
 from mla2dsa.exporters.engine.plugin_fields import KERNELS, PROGRAM, attach
 from mla2dsa.exporters.onnx_model.nodes import DOMAIN
-from mla2dsa.kernels.gpu.binaries.bundle import read_bundle
 from mla2dsa.kernels.op_spec import NODES
 from mla2dsa.optimizer.export import export
 

@@ -19,6 +19,7 @@ from checkpoints import dense_checkpoint
 from command_line import assert_refused, mla2dsa
 from deploy_tools import check, compiled_tools
 from dsa_checkpoints import NAMES, dsa_checkpoint
+from plugin_readers import read_bundle
 from rtx import tensorrt_rtx
 from stacks import attention_stack
 
@@ -30,7 +31,6 @@ from mla2dsa.exporters.engine.plugin_build import build_plugin
 from mla2dsa.exporters.engine.plugin_fields import attach
 from mla2dsa.exporters.engine.to_tensorrt import build_engine
 from mla2dsa.files.engine_manifest import ENGINE_MANIFEST
-from mla2dsa.kernels.gpu.binaries.bundle import read_bundle
 from mla2dsa.kernels.op_spec import NODES
 from mla2dsa.optimizer.export import export
 

@@ -16,10 +16,9 @@ import pytest
 import torch
 from dsa_checkpoints import NAMES, dsa_checkpoint
 from onnx_session import node_model
-from rtx import tensorrt_rtx
+from rtx import tensorrt_rtx, unload_plugins
 from safetensors import safe_open
 
-from mla2dsa.compat.tensorrt_backend import open_backend, unload_plugins
 from mla2dsa.exporters.onnx_model.nodes import DOMAIN
 from mla2dsa.files.export_manifest import EXPORT_MANIFEST
 from mla2dsa.optimizer.export import export
@@ -30,7 +29,7 @@ trt: Any = tensorrt_rtx()
 @pytest.fixture(scope="module", autouse=True)
 def no_plugins() -> None:
     """Other tests of this process may have loaded them."""
-    unload_plugins(open_backend("tensorrt-rtx"))
+    unload_plugins()
 
 
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]

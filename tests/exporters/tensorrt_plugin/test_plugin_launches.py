@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 from plugin_harness import Copy, Harness, Launch, mock
+from plugin_readers import read_bundle
 from plugin_samples import OPS, SIZES, fields, tensors
 
 from mla2dsa.kernels.gpu import launch as triton_launch
-from mla2dsa.kernels.gpu.binaries.bundle import BundledKernel, read_bundle
+from mla2dsa.kernels.gpu.binaries.bundle import BundledKernel
 from mla2dsa.kernels.gpu.binaries.manifest import kernel_name
 from mla2dsa.kernels.gpu.launch import Launcher
 from mla2dsa.kernels.gpu.programs.op_program import OpProgram

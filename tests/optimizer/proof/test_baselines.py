@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from mla2dsa.optimizer.indexer.indexer_math import oracle_scores, select, window_scores
 from mla2dsa.optimizer.indexer.samples import SiteSample
 from mla2dsa.optimizer.proof import baselines
-from mla2dsa.optimizer.proof.baselines import SINKS, SparseMla
+from mla2dsa.optimizer.proof.baselines import SINKS
 
 HEADS, ROPE, SCALE = 3, 4, 0.7
 SIZES = [(12, 5), (12, 8), (12, 4), (9, 12), (1, 1)]  # tokens, index_topk
@@ -24,6 +25,9 @@ def queries_and_keys(tokens: int, batch: int = 2, seed: int = 0) -> tuple[Tensor
     q = torch.randn(batch, tokens, HEADS, tokens + ROPE, generator=generator)
     kv = torch.cat([torch.eye(tokens).expand(batch, -1, -1), torch.randn(batch, tokens, ROPE, generator=generator)], -1)
     return q, kv
+
+
+SparseMla = Callable[[Tensor, Tensor, Tensor, float, int], Tensor]
 
 
 def indices(q: Tensor, index_topk: int) -> Tensor:

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_kernels import FUNCTIONS, nested
+from plugin_readers import read_bundle
 
 from mla2dsa.errors import UserError
-from mla2dsa.kernels.gpu.binaries.bundle import BundledBinary, BundledKernel, bundled, read_bundle, write_bundle
+from mla2dsa.kernels.gpu.binaries.bundle import BundledBinary, BundledKernel, bundled, write_bundle
 from mla2dsa.kernels.gpu.binaries.compile import compile_variant
 
 CUBIN = b"\x7fELF" + bytes(14) + struct.pack("<H", 190) + bytes(12)

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import ROOT
+from plugin_readers import read_op
 
 from mla2dsa.errors import UserError
 from mla2dsa.kernels.gpu.binaries.manifest import kernel_name
 from mla2dsa.kernels.gpu.programs.op_program import Form, OpProgram, op_program, spec_of
-from mla2dsa.kernels.gpu.programs.plugin_text import read_op, write_op
+from mla2dsa.kernels.gpu.programs.plugin_text import write_op
 from mla2dsa.kernels.gpu.programs.program import Variant, integer
 from mla2dsa.kernels.op_spec import CACHE_WRITE, LIGHTNING_INDEXER, OP_SPECS, SPARSE_MLA, OpSpec
 
