@@ -311,7 +311,7 @@ def test_unforeseen_errors_are_one_line(
     monkeypatch.setattr("mla2dsa.optimizer.environment.environment", throw(error))
     monkeypatch.delenv("MLA2DSA_DEBUG", raising=False)
     done = mla2dsa("env")
-    assert (done.code, done.out) == (1, "")
+    assert (done.code, done.out) == (130 if isinstance(error, KeyboardInterrupt) else 1, "")
     assert len(done.err.splitlines()) == 1
     assert all(part in done.err for part in parts)
 
