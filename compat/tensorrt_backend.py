@@ -14,11 +14,9 @@ import atexit
 import ctypes
 import importlib
 import importlib.util
-import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +25,8 @@ from typing import Any
 import torch
 
 from ..errors import UsageError, UserError
+from ..files.temporary import scratch_folder
+from ..files.writing import link_to
 
 BACKENDS = ("tensorrt", "tensorrt-rtx")
 NAMESPACE = "mla2dsa"
@@ -152,14 +152,15 @@ def _preload_rtx() -> None:
     if spec is None or spec.origin is None:
         return
     libraries = Path(spec.origin).parent
-    folder = Path(tempfile.mkdtemp(prefix="mla2dsa-rtx-"))
-    atexit.register(shutil.rmtree, folder, True)
+    place = ExitStack()
+    folder = place.enter_context(scratch_folder("rtx"))
+    atexit.register(place.close)
     for real, name in (
         ("libtensorrt_rtx.so.1", "libtensorrt_rtx.so.1"),
         ("libtensorrt_rtx.so.1", "libtensorrt_rtx.so"),
         ("libtensorrt_onnxparser_rtx.so.1", "libtensorrt_onnxparser_rtx.so.1"),
     ):
-        os.symlink(libraries / real, folder / name)
+        link_to(libraries / real, folder / name)
     ctypes.CDLL(str(folder / "libtensorrt_rtx.so.1"), ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(folder / "libtensorrt_onnxparser_rtx.so.1"))
 

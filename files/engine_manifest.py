@@ -10,6 +10,7 @@ All of the export's manifest but `kind`, `file`, `runs_on` and `weights`, and:
     plugin          {"file", "sha256", "embedded": whether the plan contains it too}
     engine          {"file", "bytes", "sha256"}
     layers          {"total", "plugin"}
+    files           [{"name", "size"}]: every other file of the folder, which `--overwrite` may replace
 """
 
 from __future__ import annotations

@@ -6,11 +6,11 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from ..files.temporary import cache_entry, move_file
 from ..files.user_cache import cache_folder
 
 _COMPILERS = ("g++", "c++", "clang++")
@@ -43,16 +43,15 @@ def build_library(name: str, sources: Sequence[Path], flags: Sequence[str], libr
     if target.is_file():
         return target
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as place:
-            built = Path(place, target.name)
+        with cache_entry(target.parent) as place:
+            built = place / target.name
             done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)
             if done.returncode != 0:
                 errors = [line for line in done.stderr.splitlines() if "error" in line] or [
                     f"exit code {done.returncode}"
                 ]
                 raise BuildError(f"{program} cannot compile lib{name}.so: {errors[0][:200]}")
-            os.replace(built, target)
+            move_file(built, target)
     except OSError as error:
         raise BuildError(f"{error.filename or target}: {error.strerror or error}") from error
     return target

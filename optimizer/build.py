@@ -9,7 +9,6 @@ OUT holds model.engine, the plugin library, mla2dsa-engine.json (the manifest), 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,18 +23,23 @@ from ..exporters.engine.cache import DAMAGED, ENGINE, HIT, LAYERS, MISS, engine_
 from ..exporters.engine.engine_plan import EnginePlan
 from ..exporters.engine.plugin_build import build_plugin
 from ..exporters.engine.plugin_fields import PluginNode, attach, fields_of
+from ..exporters.engine.plugin_sources import LIBRARY
 from ..exporters.engine.to_tensorrt import build_engine
 from ..exporters.engine.triton_repo import write_triton_repo
 from ..exporters.engine.trtexec import build_command, time_command
 from ..files.digests import file_sha256
 from ..files.engine_manifest import ENGINE_MANIFEST, FORMAT
 from ..files.export_manifest import EXPORT_MANIFEST, check_weight_files, read_export
-from ..files.staging import place_file, staged_folder
+from ..files.ownership import FILES_MANIFEST, refuse_names, write_manifest
+from ..files.staging import Claim, beside, claim, staged_folder
+from ..files.writing import place_file, write_new
 from .build_plan import check_ready
 from .export import export
 
-_DROPPED = ("kind", "file", "runs_on", "weights", "format")
+_DROPPED = ("kind", "file", "runs_on", "weights", "format", "files")
 PLUGINS_FOLDER, TRITON_FOLDER, ONNX_FILE = "plugins", "triton", "model.onnx"
+_ABOUT_MODEL = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_OURS = (ENGINE, LAYERS, ENGINE_MANIFEST, FILES_MANIFEST, LIBRARY, ONNX_FILE, PLUGINS_FOLDER, TRITON_FOLDER)
 OnProgress = Callable[[str, int, int], None]
 
 
@@ -63,12 +67,12 @@ def build_onnx(plan: EnginePlan, on_progress: OnProgress = lambda stage, done, t
     trtexec needs on another machine, and no TensorRT here. Returns trtexec's command lines: build, then time each profile."""
     out = plan.out
     with _prepared(plan, on_progress) as work:
-        with staged_folder(work.folder, out, overwrite=plan.overwrite) as staged:
-            for file in work.folder.iterdir():
-                if file.is_file() and file.name not in (EXPORT_MANIFEST, work.export["file"]):
-                    place_file(file, staged / file.name, link=True)
-            onnx.save(work.model, str(staged / ONNX_FILE))
+        with staged_folder(out) as staged:
+            for file in _carried(work.folder, work.export):
+                place_file(file, staged / file.name, link=True)
+            write_new(staged / ONNX_FILE, work.model.SerializeToString())
             place_file(work.plugin, staged / work.plugin.name, link=False)
+            write_manifest(staged, FILES_MANIFEST, {"format": FORMAT})
         library, inputs = work.plugin.name, work.export["inputs"]
         timing = [time_command(out, library, inputs, profile, at) for at, profile in enumerate(plan.profiles)]
         return [build_command(out, library, inputs, plan.profiles), *timing]
@@ -88,30 +92,29 @@ class _Work:
 
 @contextmanager
 def _prepared(plan: EnginePlan, on_progress: OnProgress) -> Iterator[_Work]:
-    with _exported(plan) as folder:
+    with claim(plan.out, [plan.source], overwrite=plan.overwrite) as mine, _exported(plan, mine) as folder:
         manifest = read_export(folder, "onnx")
         check_weight_files(folder, manifest)
+        refuse_names(folder, [file.name for file in _carried(folder, manifest)], _OURS)
         model = onnx.load(str(folder / manifest["file"]), load_external_data=False)
         nodes = attach(model, plan.sms, plan.jobs, lambda done, total: on_progress("compiling kernels", done, total))
         yield _Work(plan, folder, manifest, model, nodes, build_plugin())
 
 
 @contextmanager
-def _exported(plan: EnginePlan) -> Iterator[Path]:
+def _exported(plan: EnginePlan, mine: Claim) -> Iterator[Path]:
     """The ONNX folder: the plan's source, or a temporary export beside `out` (hard links do not cross file systems)."""
     if plan.exported:
         yield plan.source
         return
-    out, limits = plan.out, plan.limits
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.export-") as place:
-        folder = Path(place, "onnx")
-        yield export(plan.source, folder, "onnx", plan.dtype, limits["max_batch"], limits["max_seq"]).folder
+    with beside(mine) as place:
+        limits = plan.limits
+        yield export(plan.source, place / "onnx", "onnx", plan.dtype, limits["max_batch"], limits["max_seq"]).folder
 
 
 def _write(work: _Work, backend: Backend, on_progress: OnProgress) -> Built:
     plan, key = work.plan, _key(work, backend)
-    with staged_folder(work.folder, plan.out, overwrite=plan.overwrite) as folder:
+    with staged_folder(plan.out) as folder:
         found = find_engine(key, folder) if plan.keep else MISS
         if found != HIT:
             _build_into(folder, work, backend, on_progress)
@@ -119,33 +122,28 @@ def _write(work: _Work, backend: Backend, on_progress: OnProgress) -> Built:
                 keep_engine(key, folder)
         place_file(work.plugin, folder / work.plugin.name, link=False)
         _write_fields(work.model, folder / PLUGINS_FOLDER)
-        for file in work.folder.iterdir():
-            if (
-                file.is_file()
-                and file.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken")
-                and _is_small(work, file)
-            ):
+        for file in _carried(work.folder, work.export):
+            if file.suffix in _ABOUT_MODEL and file.name not in work.export["weights"]["linked_files"]:
                 place_file(file, folder / file.name, link=False)
         manifest = _manifest(work, backend, folder)
-        (folder / ENGINE_MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         if plan.triton_repo:
             write_triton_repo(folder, manifest, folder / TRITON_FOLDER, plan.out.name)
+        manifest = write_manifest(folder, ENGINE_MANIFEST, manifest)
     return Built(manifest, key, found == HIT, found == DAMAGED)
 
 
-def _is_small(work: _Work, file: Path) -> bool:
-    """Whether it is a file about the model, rather than one of its weights, or of the ONNX export."""
-    return file.name not in (EXPORT_MANIFEST, work.export["file"], *work.export["weights"]["linked_files"])
+def _carried(folder: Path, export: Mapping[str, Any]) -> list[Path]:
+    """Files of an export beside its model and its manifest."""
+    return [it for it in sorted(folder.iterdir()) if it.is_file() and it.name not in (EXPORT_MANIFEST, export["file"])]
 
 
 def _build_into(folder: Path, work: _Work, backend: Backend, on_progress: OnProgress) -> None:
     engine = build_engine(
         backend, work.model, work.folder, work.export["inputs"], work.nodes, work.plugin, work.plan, on_progress
     )
-    with (folder / ENGINE).open("wb") as stream:
-        stream.write(memoryview(engine.data))
+    write_new(folder / ENGINE, memoryview(engine.data))
     layers = [layer.to_json() for layer in engine.layers]
-    (folder / LAYERS).write_text(json.dumps(layers, indent=1) + "\n", encoding="utf-8")
+    write_new(folder / LAYERS, json.dumps(layers, indent=1) + "\n")
 
 
 def _key(work: _Work, backend: Backend) -> str:
@@ -167,8 +165,8 @@ def _write_fields(model: onnx.ModelProto, folder: Path) -> None:
     """What each distinct plugin is given, as two files, for a host that looks at plugins without TensorRT."""
     folder.mkdir()
     for name, (program, kernels) in fields_of(model).items():
-        (folder / f"{name}.program").write_bytes(program)
-        (folder / f"{name}.kernels").write_bytes(kernels)
+        write_new(folder / f"{name}.program", program)
+        write_new(folder / f"{name}.kernels", kernels)
 
 
 def _manifest(work: _Work, backend: Backend, folder: Path) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def plan_build(target: str | Path, out: Path, options: BuildOptions, convert_fir
     else:
         checkpoint = Checkpoint.open(target) if convert_first else _dsa_checkpoint(target)
         source, dtype, limits = checkpoint.path, options.dtype, _export_limits(options, checkpoint)
-    check_target(source, out, overwrite=options.overwrite)
+    check_target(out, [source], overwrite=options.overwrite)
     return EnginePlan(
         profiles=engine_profiles(limits, options.least or {}, options.usual or {}, options.most or {}),
         sms=sms, source=source, exported=folder is not None, out=out, backend=options.backend, dtype=dtype, limits=limits,

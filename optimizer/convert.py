@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import UsageError, UserError
-from ..exporters.dsa.checkpoint import UNPROVEN_CONFIG, write_dsa_checkpoint
+from ..exporters.dsa.checkpoint import UNPROVEN_CONFIG, file_names, write_dsa_checkpoint
 from ..exporters.dsa.config import can_write
 from ..files.finite import finite
-from ..files.staging import check_target
+from ..files.staging import InTheWay, check_target, claim
 from ..kernels.spec import IndexerWeights
 from .environment import usable_device
 from .indexer.calibrate import Calibration, LayerResult, calibrate
@@ -92,38 +92,48 @@ def convert(
     device: str = "cpu",
     listener: Listener | None = None,
 ) -> Outcome:
-    """Write `out`, whole and verified or not at all. Raises UserError / UsageError with nothing left under `out`.
+    """Write `out`, whole and verified or not at all. Raises UserError / UsageError with nothing left under `out`; at once
+    when another run is at it.
 
     Finished layers outlive a failure, Ctrl-C or kill in a hidden folder beside `out`, for `resume`; KeyboardInterrupt
     then carries a line that says so.
     """
     tell, started = listener or Listener(), time.monotonic()
     usable_device(device)
+    with ExitStack() as claimed:
 
-    def check(checkpoint: Checkpoint) -> None:
-        _check_before_work(checkpoint, out, recipe, resume, overwrite)
-        if not (skip_verification or skip_transformers):
-            refuse_if_too_large(checkpoint)
+        def check(checkpoint: Checkpoint) -> None:
+            _check_before_work(checkpoint, out, recipe, resume, overwrite)
+            claimed.enter_context(claim(out, _inputs(checkpoint, recipe), overwrite=overwrite))
+            if not (skip_verification or skip_transformers):
+                refuse_if_too_large(checkpoint)
 
-    prepared = prepare(model, recipe, check=check)
-    tell.on_plan(prepared.plan)
-    job = _Job(prepared, recipe, _sequences(prepared, recipe), device, tell)
-    proof: list[Verification] = []
-    reports: list[Mapping[str, Any]] = []
-    with _indexers(job, out, resume, overwrite) as (weights, layers):
+        prepared = prepare(model, recipe, check=check)
+        tell.on_plan(prepared.plan)
+        job = _Job(prepared, recipe, _sequences(prepared, recipe), device, tell)
+        proof: list[Verification] = []
+        reports: list[Mapping[str, Any]] = []
+        with _indexers(job, out, resume, overwrite) as (weights, layers):
 
-        def prove(folder: Path) -> Mapping[str, Any]:
-            if not skip_verification:
-                proof.append(_proved(job, folder, skip_transformers))
-            reports.append(_report(job, layers, proof, time.monotonic() - started))
-            return reports[0]
+            def prove(folder: Path) -> Mapping[str, Any]:
+                if not skip_verification:
+                    proof.append(_proved(job, folder, skip_transformers))
+                reports.append(_report(job, layers, proof, time.monotonic() - started))
+                return reports[0]
 
-        write_dsa_checkpoint(
-            prepared.checkpoint.path, out, weights, prepared.plan.indexer,
-            manifest={"model": str(model), "recipe": recipe.model_dump(), "verified": not skip_verification},
-            overwrite=overwrite, prove=prove,
-        )  # fmt: skip
-    return Outcome(prepared.plan, layers, proof[0] if proof else None, reports[0])
+            write_dsa_checkpoint(
+                prepared.checkpoint.path, out, weights, prepared.plan.indexer,
+                manifest={"model": str(model), "recipe": recipe.model_dump(), "verified": not skip_verification,
+                          "fingerprint": _fingerprint(job)},
+                prove=prove,
+            )  # fmt: skip
+        return Outcome(prepared.plan, layers, proof[0] if proof else None, reports[0])
+
+
+def fingerprint(model: str, recipe: Recipe) -> str:
+    """Of everything that the indexers of a conversion depend on; its manifest has it, too."""
+    prepared = prepare(model, recipe)
+    return _fingerprint(_Job(prepared, recipe, _sequences(prepared, recipe), "cpu", Listener()))
 
 
 def dry_run(model: str, out: Path, recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Plan:
@@ -140,9 +150,16 @@ def _check_before_work(checkpoint: Checkpoint, out: Path, recipe: Recipe, resume
     refusal = can_write(checkpoint.config)
     if refusal is not None:
         raise UserError(f"{checkpoint.path}: no DSA checkpoint can be written: {refusal}")
-    check_target(checkpoint.path, out, overwrite=overwrite)
+    check_target(out, _inputs(checkpoint, recipe), overwrite=overwrite)
+    file_names(checkpoint.path)
     if recipe.donor is None:
         ProgressStore.check(out, resume, overwrite)
+
+
+def _inputs(checkpoint: Checkpoint, recipe: Recipe) -> list[Path]:
+    """Folders that the conversion reads, and that `out` may not replace."""
+    donor = Path(recipe.donor) if recipe.donor else None
+    return [checkpoint.path, *([donor] if donor is not None and donor.is_dir() else [])]
 
 
 @contextmanager
@@ -160,6 +177,9 @@ def _indexers(
     except KeyboardInterrupt:
         if count := len(store.layers()):
             raise KeyboardInterrupt(f"{count} finished layers are kept, pass --resume to go on") from None
+        raise
+    except InTheWay:  # the result is whole, though elsewhere
+        store.remove()
         raise
     finally:
         store.remove_if_empty()

@@ -20,6 +20,7 @@ Beside the model lies `mla2dsa-export.json`, the manifest, which is all a runtim
     weights         {"linked_files", "zero_copy_bytes", "written_bytes", "written"}: written lists what had to be written:
                     {"name", "bytes", "reason"}
     versions        of mla2dsa, torch, transformers, onnx
+    files           [{"name", "size"}]: every other file of the folder, which `--overwrite` may replace; see `files/ownership.py`
 
 How to call it: input_ids, position_ids (rotary) and slots (where in the cache a token lives) are [batch, seq] int64. A
 token sees the slots from key_begin[b] up to its own. Without padding slots == position_ids == 0, 1, 2...; a sequence padded
@@ -33,7 +34,6 @@ appended, up to limits.max_seq) as the sequence grows.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -47,7 +47,9 @@ from ..compat import torch_private
 from ..errors import UsageError
 from ..files.dtypes import MODEL_DTYPES, torch_dtype
 from ..files.export_manifest import EXPORT_MANIFEST
-from ..files.staging import check_target, place_file, staged_folder
+from ..files.ownership import refuse_names, write_manifest
+from ..files.staging import claim, staged_folder
+from ..files.writing import create, place_file
 from ..passes.add_cache import Cached
 from ..passes.graph.editor import ProgramEditor
 from .model.cached_model import CachedModel, open_cached
@@ -63,6 +65,7 @@ _RUNS_ON: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "pt2": dict.fromkeys(MODEL_DTYPES, ("torch",)),
 }
+_OURS = {"model.onnx", "model.data", EXPORT_MANIFEST}
 _BESIDE = ("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 _BESIDE_PATTERNS = ("tokenizer*", "vocab*", "chat_template*", "*.tiktoken")
 
@@ -93,18 +96,20 @@ def export(
     """
     _check_usage(format, dtype, max_batch, max_seq)
     checkpoint = Checkpoint.open(model)
-    check_target(checkpoint.path, out, overwrite=overwrite)
-    ready = open_cached(checkpoint, torch_dtype(dtype), last_only)
-    context = ready.captured.max_length
-    if max_seq is not None and max_seq > context:
-        raise UsageError(f"max_seq {max_seq}: the model's context is {context} tokens; pass at most that")
-    limits = {"max_batch": max_batch, "max_seq": max_seq or context}
-    with staged_folder(checkpoint.path, out, overwrite=overwrite) as folder:
-        write = _write_onnx if format == "onnx" else _write_pt2
-        written = write(ready, folder, copy_weights)
-        _copy_beside(checkpoint.path, folder)
-        manifest = _manifest(ready, format, dtype, limits, written)
-        (folder / EXPORT_MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    with claim(out, [checkpoint.path], overwrite=overwrite):
+        shards = {place.file.name for place in checkpoint.tensors.values()}
+        refuse_names(checkpoint.path, [] if format == "pt2" or copy_weights else shards, _OURS)
+        ready = open_cached(checkpoint, torch_dtype(dtype), last_only)
+        context = ready.captured.max_length
+        if max_seq is not None and max_seq > context:
+            raise UsageError(f"max_seq {max_seq}: the model's context is {context} tokens; pass at most that")
+        limits = {"max_batch": max_batch, "max_seq": max_seq or context}
+        with staged_folder(out) as folder:
+            write = _write_onnx if format == "onnx" else _write_pt2
+            written = write(ready, folder, copy_weights)
+            for name in sorted(_beside(checkpoint.path) - shards):
+                place_file(checkpoint.path / name, folder / name, link=False)
+            manifest = write_manifest(folder, EXPORT_MANIFEST, _manifest(ready, format, dtype, limits, written))
     return Exported(out, manifest)
 
 
@@ -145,17 +150,16 @@ def _write_pt2(ready: CachedModel, folder: Path, copy_weights: bool) -> Mapping[
         program.state_dict[name] = (
             torch.nn.Parameter(value, requires_grad=False) if isinstance(declared, torch.nn.Parameter) else value
         )
-    torch.export.save(program, folder / "model.pt2")
+    with create(folder / "model.pt2") as stream:
+        torch.export.save(program, stream)
     size = sum(tensor.nbytes for tensor in program.state_dict.values())
     return {"linked_files": [], "zero_copy_bytes": 0, "written_bytes": size, "written": []}
 
 
-def _copy_beside(source: Path, folder: Path) -> None:
-    """config.json and the tokenizer."""
+def _beside(source: Path) -> set[str]:
+    """config.json and the tokenizer's files."""
     names = {path.name for pattern in _BESIDE_PATTERNS for path in source.glob(pattern) if path.is_file()}
-    names |= {name for name in _BESIDE if (source / name).is_file()}
-    for name in sorted(names):
-        place_file(source / name, folder / name, link=False)
+    return names | {name for name in _BESIDE if (source / name).is_file()}
 
 
 def _manifest(

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from torch.fx import GraphModule
 
-from ..errors import UsageError
-from ..files.new_files import check_new_folder, write_new
+from ..errors import UsageError, UserError
+from ..files.writing import write_new
 from ..passes.manager import Step, watched_by
 
 FLAG = "--dump-graphs"
@@ -27,7 +27,7 @@ def dump_graphs(folder: Path, out: Path | None = None) -> Iterator[None]:
 
     Raises UsageError when `folder` is in use or overlaps `out`, and at the end when no pass ran.
     """
-    check_new_folder(folder, FLAG)
+    _check_new(folder)
     if out is not None and _overlap(folder.resolve(), out.resolve()):
         raise UsageError(f"{FLAG} {folder}: overlaps the output {out}; choose a folder outside")
     writer = _Writer(folder)
@@ -37,6 +37,25 @@ def dump_graphs(folder: Path, out: Path | None = None) -> Iterator[None]:
         raise UsageError(
             f"{FLAG} {folder}: nothing was written, for no graph is made of what was given; all else is done"
         )
+
+
+def _check_new(folder: Path) -> None:
+    """Raises UsageError when `folder` is there and not an empty folder."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{FLAG} {folder}: is a file, expected a new or an empty folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"{FLAG} {folder}: not empty, expected a new or an empty folder; choose another one")
+
+
+def write_graph(file: Path, text: str) -> None:
+    """Raises UserError when the file is there already, or the disk refuses. Its folder is made."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_new(file, text)
+    except FileExistsError:
+        raise UserError(f"{file}: is there already, and is not replaced; choose another folder") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror})") from error
 
 
 def _overlap(one: Path, other: Path) -> bool:
@@ -62,4 +81,4 @@ class _Writer:
     def _write(self, name: str, when: str, lines: list[str], module: GraphModule) -> None:
         head = "".join(f"# {line}\n" for line in [f"{when} {name}", *lines])
         code = module.print_readable(print_output=False)
-        write_new(self.folder / f"{self.count:03d}-{name}-{when}.txt", f"{head}\n{code.strip()}\n")
+        write_graph(self.folder / f"{self.count:03d}-{name}-{when}.txt", f"{head}\n{code.strip()}\n")

@@ -11,14 +11,14 @@
                                                 mla2dsa.json                    manifest
 
 Weights are hard-linked: never write into them. The other files are copies, since people do edit those in place.
-config.json is the last file to get its name: a folder that a killed run leaves is no checkpoint to anybody.
+config.json gets its name after the proof: a folder that a killed run leaves is no checkpoint to anybody. The manifest is
+the last file, and lists all others.
 A source with a single `model.safetensors` has it linked as `model-dense.safetensors`: transformers would load a file of
 the first name alone and never look at the index.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -30,9 +30,10 @@ from torch import Tensor
 
 from ... import __version__
 from ...errors import UserError
-from ...files.digests import WHOLE_HASH_LIMIT, file_digest
+from ...files.digests import file_digest
 from ...files.dtypes import MODEL_DTYPES, element_type, torch_dtype
 from ...files.json_files import read_json
+from ...files.ownership import refuse_names, write_manifest
 from ...files.safetensors_index import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -42,7 +43,9 @@ from ...files.safetensors_index import (
     read_index,
     some,
 )
-from ...files.staging import place_file, staged_folder
+from ...files.staging import staged_folder
+from ...files.temporary import move_file
+from ...files.writing import create, place_file, write_json, write_new
 from ...kernels.spec import IndexerConfig, IndexerWeights
 from .config import dsa_config
 
@@ -50,11 +53,11 @@ MANIFEST = "mla2dsa.json"
 REPORT = "report.json"
 INDEXER_SHARD = "model-indexer.safetensors"
 MANIFEST_FORMAT = 1
-_MANIFEST_ENTRIES = {"format", "versions", "source", "indexer", "report"}
+_MANIFEST_ENTRIES = {"format", "versions", "source", "indexer", "report", "files"}
 UNPROVEN_CONFIG = "config.unproven.json"  # what config.json is called until the folder is proven
 _CONFIG = "config.json"
 _RENAMED = {SINGLE_FILE: "model-dense.safetensors", INDEX_FILE: "mla2dsa.source-index.json"}
-_OURS = {MANIFEST, INDEXER_SHARD, UNPROVEN_CONFIG, *_RENAMED.values()}
+_OURS = {MANIFEST, REPORT, INDEXER_SHARD, UNPROVEN_CONFIG, *_RENAMED.values()}
 _SKIPPED_FOLDERS = {".git", ".cache"}  # version control and download bookkeeping, not part of a checkpoint
 _INDEXER_DTYPES = tuple(map(torch_dtype, MODEL_DTYPES))
 
@@ -87,12 +90,12 @@ def write_dsa_checkpoint(
     tensors = read_index(source)
     settings = dsa_config(dense, config, weights)
     _check_layers(source, dense, tensors, weights)
-    names = _file_names(source)
-    with staged_folder(source, out, overwrite=overwrite) as folder:
+    names = file_names(source)
+    with staged_folder(out, [source], overwrite=overwrite) as folder:
         placed = [_place(source, folder, name, target) for name, target in names.items()]
         added = _write_indexers(folder / INDEXER_SHARD, weights, _shapes(dense, config), dtype)
-        _write_json(folder / INDEX_FILE, _index(source, tensors, names, added))
-        _write_json(folder / UNPROVEN_CONFIG, settings)
+        write_json(folder / INDEX_FILE, _index(source, tensors, names, added))
+        write_json(folder / UNPROVEN_CONFIG, settings)
         bare = _bare_mtp(tensors, dense, weights)
         entries = {
             "format": MANIFEST_FORMAT,
@@ -103,9 +106,9 @@ def write_dsa_checkpoint(
         read_index(folder)  # what is published reads back: every header, every file size
         report = prove(folder) if prove is not None else None
         if report is not None:
-            _write_json(folder / REPORT, report)
-        _write_json(folder / MANIFEST, {**entries, "report": report, **manifest})
-        os.rename(folder / UNPROVEN_CONFIG, folder / _CONFIG)
+            write_json(folder / REPORT, report)
+        move_file(folder / UNPROVEN_CONFIG, folder / _CONFIG)
+        write_manifest(folder, MANIFEST, {**entries, "report": report, **manifest})
     return out
 
 
@@ -118,10 +121,10 @@ def strip(dsa: Path, out: Path, overwrite: bool = False) -> Path:
     config, files = _read_manifest(dsa)
     for entry in files:
         _check_unchanged(dsa, entry)
-    with staged_folder(dsa, out, overwrite=overwrite) as folder:
+    with staged_folder(out, [dsa], overwrite=overwrite) as folder:
         for entry in files:
-            place_file(dsa / entry["name"], folder / entry["source_name"], link=_linked(dsa / entry["name"]))
-        (folder / _CONFIG).write_bytes(config.encode())
+            place_file(dsa / entry["name"], folder / entry["source_name"], link=True)
+        write_new(folder / _CONFIG, config)
     return out
 
 
@@ -144,11 +147,11 @@ def _check_layers(
         raise UserError(f"{tensors[present[0]].file}: already holds indexer tensors ({some(present)})")
 
 
-def _file_names(source: Path) -> dict[str, str]:
-    """Every file of `source` but its config, with its name in the DSA checkpoint."""
+def file_names(source: Path) -> dict[str, str]:
+    """Every file of `source` but its config, with its name in the DSA checkpoint. Raises UserError for a name that a file of
+    our own needs."""
     names = {name: _RENAMED.get(name, name) for name in _walk(source) if name != _CONFIG}
-    if clash := sorted(_OURS & names.keys()):
-        raise UserError(f"{source / clash[0]}: the DSA checkpoint needs that name for a file of its own; rename it")
+    refuse_names(source, names, _OURS)
     return names
 
 
@@ -165,12 +168,8 @@ def _walk(folder: Path) -> Iterator[str]:
 
 
 def _place(source: Path, folder: Path, name: str, target: str) -> dict[str, Any]:
-    method = place_file(source / name, folder / target, link=_linked(source / name))
+    method = place_file(source / name, folder / target, link=True)
     return {"name": target, "source_name": name, "placed": method, **file_digest(source / name)}
-
-
-def _linked(file: Path) -> bool:
-    return file.suffix == ".safetensors" or file.stat().st_size > WHOLE_HASH_LIMIT
 
 
 def _shapes(config: Mapping[str, Any], indexer: IndexerConfig) -> dict[str, tuple[int, ...]]:
@@ -190,7 +189,7 @@ def _write_indexers(
         for module in weights
         for name, shape in shapes.items()
     }
-    with file.open("xb") as stream:
+    with create(file) as stream:
         stream.write(header_bytes(layout, {"format": "pt"}))
         for module in weights:
             tensors = weights[module].tensors()
@@ -230,12 +229,6 @@ def _bare_mtp(
     modules = {name.rpartition(".kv_b_proj.")[0] for name in tensors if ".self_attn.kv_b_proj." in name}
     layers = {f"model.layers.{layer}.self_attn" for layer in range(config["num_hidden_layers"])}
     return sorted(modules - layers - set(weights))
-
-
-def _write_json(file: Path, value: Mapping[str, Any]) -> None:
-    with file.open("x", encoding="utf-8", newline="\n") as stream:
-        json.dump(value, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
 
 
 def _versions() -> dict[str, str]:

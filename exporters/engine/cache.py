@@ -1,22 +1,23 @@
 """Engines that have been built, by everything that they were made from: what is the same is not built again.
 
-A folder of the user cache per engine, named by a hash; it may be removed at any time.
+A folder of the user cache per engine, named by a hash; it may be removed at any time, and several runs may use it at once:
+an entry appears whole, is never changed, and what was taken from it is checked after it was taken.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ...files.digests import file_sha256
-from ...files.staging import place_file
+from ...files.system_calls import move_folder
+from ...files.temporary import cache_entry
 from ...files.user_cache import cache_folder
+from ...files.writing import place_file, write_json
 
 ENGINE, LAYERS, DIGEST = "model.engine", "layers.json", "digest.json"
 HIT, MISS, DAMAGED = "hit", "miss", "damaged"
@@ -38,32 +39,37 @@ def find_engine(key: str, folder: Path) -> str:
     kept = _place(key)
     if not (kept / DIGEST).is_file():
         return MISS
+    with cache_entry(kept.parent) as place:
+        if _is_whole(kept, place):
+            for name in (ENGINE, LAYERS):
+                place_file(place / name, folder / name, link=True)
+            return HIT
+        with suppress(FileNotFoundError):
+            move_folder(kept, place / "damaged")
+    return DAMAGED
+
+
+def _is_whole(kept: Path, place: Path) -> bool:
+    """Take what is kept to `place`, and see whether it is what it was."""
     try:
         known = json.loads((kept / DIGEST).read_text())
-        whole = all(file_sha256(kept / name) == known[name] for name in (ENGINE, LAYERS))
-    except (OSError, ValueError, KeyError):
-        whole = False
-    if not whole:
-        shutil.rmtree(kept, ignore_errors=True)
-        return DAMAGED
-    for name in (ENGINE, LAYERS):
-        place_file(kept / name, folder / name, link=True)
-    return HIT
+        for name in (ENGINE, LAYERS):
+            place_file(kept / name, place / name, link=True)
+        return all(file_sha256(place / name) == known[name] for name in (ENGINE, LAYERS))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
 
 
 def keep_engine(key: str, folder: Path) -> None:
-    """Keep the engine and the layers that lie in `folder`."""
+    """Keep the engine and the layers that lie in `folder`, unless another run was first."""
     kept = _place(key)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=kept.parent, prefix=".partial-"))
-    try:
+    with cache_entry(kept.parent) as place:
+        made = place / "engine"
         for name in (ENGINE, LAYERS):
-            place_file(folder / name, partial / name, link=True)
-        (partial / DIGEST).write_text(json.dumps({name: file_sha256(partial / name) for name in (ENGINE, LAYERS)}))
-        shutil.rmtree(kept, ignore_errors=True)
-        os.rename(partial, kept)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            place_file(folder / name, made / name, link=True)
+        write_json(made / DIGEST, {name: file_sha256(made / name) for name in (ENGINE, LAYERS)})
+        with suppress(FileExistsError):
+            move_folder(made, kept)
 
 
 def _place(key: str) -> Path:

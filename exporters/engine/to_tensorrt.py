@@ -15,6 +15,7 @@ import onnx
 
 from ...compat.tensorrt_backend import Backend, OnProgress, load_plugins, plugin_error, set_architectures
 from ...errors import UserError
+from ...files.temporary import replace_file
 from ...files.user_cache import cache_folder
 from ...kernels.op_spec import NODES
 from .engine_plan import EnginePlan
@@ -128,9 +129,7 @@ class _TimingCache:
             return
         with suppress(OSError):  # a cache that cannot be kept costs time, nothing else
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            partial = self._file.with_suffix(".partial")
-            partial.write_bytes(memoryview(self._config.get_timing_cache().serialize()))
-            partial.replace(self._file)
+            replace_file(self._file, memoryview(self._config.get_timing_cache().serialize()))
 
 
 def _reason(log: Any, plugin: Path) -> str:

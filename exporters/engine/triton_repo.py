@@ -16,7 +16,7 @@ from typing import Any
 
 from ...errors import UserError
 from ...files.dtypes import BY_NAME
-from ...files.staging import place_file
+from ...files.writing import place_file, write_new
 
 
 def write_triton_repo(engine_folder: Path, manifest: Mapping[str, Any], repo: Path, name: str) -> None:
@@ -25,8 +25,8 @@ def write_triton_repo(engine_folder: Path, manifest: Mapping[str, Any], repo: Pa
     if not manifest["plugin"]["embedded"]:
         raise UserError(f"{engine_folder}: the plan does not contain the plugin library; build it with --embed-plugin")
     place_file(engine_folder / manifest["engine"]["file"], repo / name / "1" / "model.plan", link=True)
-    (repo / name / "config.pbtxt").write_text(config_text(manifest, name), encoding="utf-8")
-    (repo / "README.md").write_text(_readme(name, manifest["backend"]), encoding="utf-8")
+    write_new(repo / name / "config.pbtxt", config_text(manifest, name))
+    write_new(repo / "README.md", _readme(name, manifest["backend"]))
 
 
 def config_text(manifest: Mapping[str, Any], name: str) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...files.dtypes import BY_NAME, MODEL_DTYPES, element_type
 from ...files.safetensors_index import TensorLocation
-from ...files.staging import place_file
+from ...files.writing import create, place_file
 
 DATA_FILE = "model.data"
 _PAGE = 4096  # lets a runtime map a large tensor on its own
@@ -109,7 +109,7 @@ class Placement:
 
     def _open(self) -> BinaryIO:
         if self._stream is None:
-            self._stream = (self.folder / DATA_FILE).open("xb")
+            self._stream = create(self.folder / DATA_FILE)
         return self._stream
 
     def _external(

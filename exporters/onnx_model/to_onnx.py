@@ -28,6 +28,7 @@ from torch.export.graph_signature import InputKind
 from ... import __version__
 from ...compat import torch_private
 from ...errors import UserError
+from ...files.writing import write_new
 from .external_data import Placement, Stored
 from .functions import local_function
 from .moe import place_experts
@@ -81,7 +82,7 @@ def export_onnx(
         placement.close()
     optimise(model)
     _finish(model, activation, functions)
-    ir.save(model, folder / MODEL_FILE)
+    write_new(folder / MODEL_FILE, serde.serialize_model(model).SerializeToString())
     return placement
 
 

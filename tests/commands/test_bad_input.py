@@ -247,7 +247,7 @@ def test_outputs_that_are_refused(copy: Callable[[str], Path], room: Path) -> No
         (model.parent, ["--overwrite"], "inside one another"),
         (room / "photos", [], "not empty"),
         (room / "photos", ["--resume"], "not empty"),
-        (room / "photos", ["--overwrite"], "no checkpoint to overwrite"),
+        (room / "photos", ["--overwrite"], "holds no manifest of mla2dsa"),
         (room / "file", ["--overwrite"], "is a file"),
     ]:
         done = mla2dsa("convert", model, out, *FLAGS, *flags)
@@ -281,8 +281,8 @@ def raise_at(call: int, code: int) -> Callable[..., None]:
 @pytest.mark.parametrize(
     ("call", "code", "layers", "parts"),
     [
-        (1, errno.ENOSPC, 0, [".dsa.layers: cannot be written"]),
-        (3, errno.EDQUOT, 1, [".dsa.layers: cannot be written", "--resume"]),
+        (1, errno.ENOSPC, 0, [".dsa.mla2dsa-layers: cannot be written"]),
+        (3, errno.EDQUOT, 1, [".dsa.mla2dsa-layers: cannot be written", "--resume"]),
         (5, errno.ENOSPC, 3, ["dsa: not written, no space left on the disk"]),
     ],
     ids=["at-once", "second-layer", "checkpoint"],
@@ -298,7 +298,7 @@ def test_full_disk(
         assert_refused(convert_in(room, model, *FLAGS, "--skip-verification"), 1, *parts)
     left = {path.name for path in room.rglob("*")}
     files = {f"model.layers.{n}.self_attn.safetensors" for n in range(layers)}
-    assert left == ({".dsa.layers", "state.json", *files} if layers else set())
+    assert left == ({".dsa.mla2dsa-layers", "state.json", *files} if layers else set())
     done = convert_in(room, model, *FLAGS, "--skip-verification", "--resume")
     assert (done.code, done.err.count("kept from before")) == (0, layers)
     assert [path.name for path in room.iterdir()] == ["dsa"]
@@ -330,7 +330,7 @@ def test_disk_that_is_really_full(tmp_path: Path, tmp_path_factory: pytest.TempP
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("1 mla2dsa: ")
     assert "not written, no space left on the disk" in done.stdout
-    assert done.stdout.rstrip().endswith("['.dsa.layers']")
+    assert done.stdout.rstrip().endswith("['.dsa.mla2dsa-layers']")
     assert contents(model) == before
 
 
@@ -364,7 +364,7 @@ def test_failed_overwrite_leaves_the_earlier_output(
     }
     assert_refused(done, 1, parts[how])
     assert contents(room / "dsa") == earlier
-    assert {path.name for path in room.iterdir()} == {"dsa", *([".dsa.layers"] if how != "bad-text" else [])}
+    assert {path.name for path in room.iterdir()} == {"dsa", *([".dsa.mla2dsa-layers"] if how != "bad-text" else [])}
 
 
 def test_result_that_does_not_hold(room: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -372,7 +372,7 @@ def test_result_that_does_not_hold(room: Path, tmp_path: Path, tmp_path_factory:
     flags = [*small_flags(tmp_path_factory), "--index-topk", 8, "--skip-transformers"]
     done = convert_in(room, TINY, *flags)
     assert_refused(done, 1, "verification failed: loss increase on text", "expected at most 0.05", "calibrate on more")
-    assert [path.name for path in room.iterdir()] == [".dsa.layers"]
+    assert [path.name for path in room.iterdir()] == [".dsa.mla2dsa-layers"]
     recipe = write("r.yaml", SMALL_RECIPE.replace("sequences", "max_loss_delta: 2.0, sequences"))(tmp_path)
     done = convert_in(room, TINY, *flags, "--recipe", recipe, "--resume")
     assert (done.code, done.err.count("kept from before")) == (0, len(LAYERS))
@@ -387,7 +387,7 @@ def test_layer_that_is_read_only_later(copy: Callable[[str], Path], room: Path) 
     save_file(tensors, model / SINGLE, metadata={"format": "pt"})
     assert_refused(convert_in(room, model, *FLAGS), 1, "layers.1.self_attn.kv_a_layernorm.weight has 1 NaN")
     assert {path.name for path in room.rglob("*")} == {
-        ".dsa.layers",
+        ".dsa.mla2dsa-layers",
         "state.json",
         "model.layers.0.self_attn.safetensors",
     }

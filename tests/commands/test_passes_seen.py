@@ -18,7 +18,7 @@ from command_line import (
 from dsa_checkpoints import dsa_checkpoint
 
 from mla2dsa import cli
-from mla2dsa.files.new_files import write_new
+from mla2dsa.optimizer.graph_dumps import write_graph
 
 pytestmark = pytest.mark.usefixtures("quick_capture")
 
@@ -197,7 +197,7 @@ def test_a_file_is_never_replaced(tmp_path: Path) -> None:
     from mla2dsa.errors import UserError
 
     file = tmp_path / "a" / "b.txt"
-    write_new(file, "first")
+    write_graph(file, "first")
     with pytest.raises(UserError, match=r"b\.txt: is there already, and is not replaced"):
-        write_new(file, "second")
+        write_graph(file, "second")
     assert file.read_text() == "first"

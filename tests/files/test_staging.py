@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from places import HELPERS
 
 from mla2dsa.errors import UsageError, UserError
 from mla2dsa.exporters.dsa.checkpoint import strip, write_dsa_checkpoint
-from mla2dsa.files import staging
-from mla2dsa.files.staging import place_file, staged_folder
+from mla2dsa.files import system_calls, writing
+from mla2dsa.files.staging import staged_folder
+from mla2dsa.files.writing import place_file
 
 
 @pytest.fixture
@@ -136,37 +137,14 @@ def test_kill_leaves_a_partial_that_the_next_run_clears(source: Path, tmp_path: 
     program = [sys.executable, "-P", "-c", textwrap.dedent(KILLED), str(source), str(out)]
     result = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == -signal.SIGKILL, result.stderr
-    partial = [entry for entry in tmp_path.iterdir() if entry != out]
-    assert len(partial) == 1
-    assert partial[0].name.startswith(".dsa.partial-")
-    assert not (partial[0] / "config.json").exists()
+    left = {entry.name for entry in tmp_path.iterdir() if entry != out}
+    (partial,) = tmp_path.glob(".dsa.mla2dsa-work-*")
+    assert left == {".dsa.mla2dsa-lock", partial.name}
+    assert not list(partial.rglob("config.json"))
     assert (contents(out) if existing else {}) == old
     convert(source, out, overwrite=existing)
     assert [entry.name for entry in tmp_path.iterdir()] == ["dsa"]
     assert contents(source) == before
-
-
-def dead_pid() -> int:
-    process = subprocess.Popen(["true"])
-    process.wait()
-    return process.pid
-
-
-@pytest.fixture
-def neighbour() -> Iterator[int]:
-    process = subprocess.Popen(["sleep", "60"])
-    yield process.pid
-    process.kill()
-    process.wait()
-
-
-def test_partials_of_living_runs_are_left_alone(source: Path, tmp_path: Path, neighbour: int) -> None:
-    names = {f".dsa.partial-{neighbour}", ".dsa.partial-mine", ".dsa2.partial-1", "other"}
-    stale = {f".dsa.partial-{dead_pid()}", f".dsa.partial-{os.getpid()}", f".dsa.old-{dead_pid()}"}
-    for name in names | stale:
-        (tmp_path / name).mkdir()
-    convert(source, tmp_path / "dsa")
-    assert {entry.name for entry in tmp_path.iterdir()} == names | {"dsa"}
 
 
 # Overwriting
@@ -174,27 +152,40 @@ def test_partials_of_living_runs_are_left_alone(source: Path, tmp_path: Path, ne
 
 def test_overwrite_replaces_everything(source: Path, tmp_path: Path) -> None:
     out = convert(source, tmp_path / "dsa")
-    (out / "extra.txt").touch()
     first = contents(out)
     convert(source, out, random_indexers(source, seed=5), overwrite=True)
     second = contents(out)
-    assert set(first) - set(second) == {"extra.txt"}
+    assert set(first) == set(second)
     assert {name for name in second if first[name] != second[name]} == {"model-indexer.safetensors"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["dsa"]
 
 
+@pytest.fixture(params=["exchange", "two-steps"])
+def renames(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With what Linux has for folders, and as on a system without."""
+    if request.param == "two-steps":
+        monkeypatch.setattr(system_calls, "_renameat2", lambda *_: False)
+    return str(request.param)
+
+
 def test_failing_replacement_puts_the_old_folder_back(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, renames: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = convert(source, tmp_path / "dsa")
     before, rename = contents(out), os.rename
 
-    def fail_on_second(old: Path, new: Path) -> None:
-        if ".partial-" in old.name:
-            raise PermissionError(errno.EACCES, "Permission denied", str(new))
+    def refuse(old: Path, new: Path, *_: object) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(new))
+
+    def refuse_second(old: Path, new: Path) -> None:
+        if old.name == "in":
+            refuse(old, new)
         rename(old, new)
 
-    monkeypatch.setattr(os, "rename", fail_on_second)
+    if renames == "exchange":
+        monkeypatch.setattr(system_calls, "_renameat2", refuse)
+    else:
+        monkeypatch.setattr(os, "rename", refuse_second)
     with pytest.raises(UserError) as error:
         convert(source, out, random_indexers(source, seed=5), overwrite=True)
     assert_one_line(error, out, "Permission denied")
@@ -202,11 +193,20 @@ def test_failing_replacement_puts_the_old_folder_back(
     assert [entry.name for entry in tmp_path.iterdir()] == ["dsa"]
 
 
+def killed_work_folder(out: Path) -> Path:
+    """As a killed run leaves it: unfinished, and nobody holds its lock."""
+    folder = out.parent / f".{out.name}.mla2dsa-work-0123abcd"
+    (folder / "in").mkdir(parents=True)
+    (folder / "in" / "half").write_text("a shard")
+    (folder / "lock").write_text("")
+    return folder
+
+
 def test_kill_between_the_renames_is_mended(source: Path, tmp_path: Path) -> None:
     """The old folder stands aside and nothing is in its place: the next run brings it back before anything else."""
     out = convert(source, tmp_path / "dsa")
     before = contents(out)
-    os.rename(out, tmp_path / f".dsa.old-{dead_pid()}")
+    os.rename(out, killed_work_folder(out) / "old")
     with pytest.raises(KeyboardInterrupt):
         convert(source, out, Interrupting(random_indexers(source), throw(KeyboardInterrupt())), overwrite=True)
     assert contents(out) == before
@@ -231,7 +231,7 @@ def test_targets_that_are_refused(make: Callable[..., Path], source: Path, tmp_p
         (tmp_path / "outer", True, "inside one another"),
         (tmp_path / "file", True, "is a file"),
         (tmp_path / "photos", False, "not empty"),
-        (tmp_path / "photos", True, "no checkpoint to overwrite"),
+        (tmp_path / "photos", True, "holds no manifest of mla2dsa"),
     ]:
         with pytest.raises(UsageError) as error:
             make(folder, out, overwrite=overwrite)
@@ -251,18 +251,18 @@ def test_empty_folder_and_missing_parents_are_fine(source: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM, errno.EMLINK])
 def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    (tmp_path / "a").write_bytes(b"weights")
+    (tmp_path / "a.safetensors").write_bytes(b"weights")
     monkeypatch.setattr(os, "link", throw(OSError(code, os.strerror(code))))
-    method = place_file(tmp_path / "a", tmp_path / "b", link=True)
+    method = place_file(tmp_path / "a.safetensors", tmp_path / "b", link=True)
     assert method in ("reflink", "copy")  # by what the file system under the test can do
     assert (tmp_path / "b").read_bytes() == b"weights"
-    assert not os.path.samefile(tmp_path / "a", tmp_path / "b")
+    assert not os.path.samefile(tmp_path / "a.safetensors", tmp_path / "b")
 
 
 def test_reflink_comes_before_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 
-    (tmp_path / "a").write_bytes(b"weights")
+    (tmp_path / "a.safetensors").write_bytes(b"weights")
     calls = []
 
     def clone(target: int, request: int, origin: int) -> None:
@@ -271,23 +271,23 @@ def test_reflink_comes_before_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(os, "link", throw(OSError(errno.EXDEV, "")))
     monkeypatch.setattr(fcntl, "ioctl", clone)
-    assert place_file(tmp_path / "a", tmp_path / "b", link=True) == "reflink"
-    assert calls == [staging._FICLONE]
+    assert place_file(tmp_path / "a.safetensors", tmp_path / "b", link=True) == "reflink"
+    assert calls == [writing._FICLONE]
     assert (tmp_path / "b").read_bytes() == b"weights"
 
 
 def test_other_link_errors_are_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a").touch()
+    (tmp_path / "a.safetensors").touch()
     monkeypatch.setattr(os, "link", throw(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
-        place_file(tmp_path / "a", tmp_path / "b", link=True)
+        place_file(tmp_path / "a.safetensors", tmp_path / "b", link=True)
 
 
 def test_other_errors_pass_through(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
 
     def fail() -> None:
-        with staged_folder(tmp_path / "source", tmp_path / "out", overwrite=False) as folder:
+        with staged_folder(tmp_path / "out", [tmp_path / "source"]) as folder:
             (folder / "x").touch()
             raise ZeroDivisionError
 

@@ -8,3 +8,13 @@ HELPERS = ROOT / "tests" / "helpers"
 NATIVE = (
     ROOT / "tests" / "exporters" / "tensorrt_plugin" / "native"
 )  # C++ of the tests: harness, mock driver, stand-ins
+ROOMS = ("commands", "compat", "exporters", "files", "kernels", "optimizer", "passes", "runtime")
+
+
+def package_files() -> list[Path]:
+    """Every file of the package, from the root on."""
+    files = [
+        *(file for file in ROOT.glob("*.py") if file.name != "setup.py"),
+        *(file for room in ROOMS for file in (ROOT / room).rglob("*.py")),
+    ]
+    return sorted(file.relative_to(ROOT) for file in files)

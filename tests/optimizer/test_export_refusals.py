@@ -63,7 +63,7 @@ def test_out_in_the_way(dsa: Path, tmp_path: Path) -> None:
     taken.mkdir()
     (taken / "notes.txt").write_text("mine")
     refused(UsageError, dsa, taken, taken, "--overwrite")
-    refused(UsageError, dsa, taken, "no checkpoint to overwrite", overwrite=True)
+    refused(UsageError, dsa, taken, "holds no manifest of mla2dsa", overwrite=True)
     refused(UsageError, dsa, dsa, "same folder")
     refused(UsageError, dsa, dsa / "inside", "inside one another")
     assert (taken / "notes.txt").read_text() == "mine"

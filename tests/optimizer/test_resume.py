@@ -65,10 +65,10 @@ def stopped(
     processes: list[subprocess.Popen[str]] = []
 
     def first_layer() -> bool:
-        return bool(layer_files(tmp_path / ".dsa.layers"))
+        return bool(layer_files(tmp_path / ".dsa.mla2dsa-layers"))
 
     def written() -> bool:
-        return any(tmp_path.glob(".dsa.partial-*/config.unproven.json"))
+        return any(tmp_path.glob(".dsa.mla2dsa-work-*/in/config.unproven.json"))
 
     def run(stage: str, number: signal.Signals) -> Done:
         process = start("convert", TINY, tmp_path / "dsa", *small_flags(tmp_path_factory))
@@ -82,7 +82,7 @@ def stopped(
             process.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill-9"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["ctrl-c", "term", "kill-9"])
 @pytest.mark.parametrize("stage", ["calibrating", "proving"])
 def test_stopped_and_resumed(
     stage: str, number: signal.Signals, stopped: Callable[[str, signal.Signals], Done], tmp_path: Path,
@@ -91,17 +91,18 @@ def test_stopped_and_resumed(
     source, complete = contents(TINY), small_conversion(tmp_path_factory)
     fitted.clear()
     done = stopped(stage, number)
-    kept = layer_files(tmp_path / ".dsa.layers")
+    kept = layer_files(tmp_path / ".dsa.mla2dsa-layers")
     assert done.out == ""
-    if number == signal.SIGINT:
-        assert done.code == 1
+    if number != signal.SIGKILL:
+        assert done.code == 128 + number
         expected = f"mla2dsa: interrupted; nothing was left half-written; {len(kept)} finished layers are kept, pass --resume to go on"
         assert done.err.splitlines()[-1] == expected
         assert all(": captures " in line for line in done.err.splitlines()[:-1])
-        assert [path.name for path in tmp_path.iterdir()] == [".dsa.layers"]
+        assert [path.name for path in tmp_path.iterdir()] == [".dsa.mla2dsa-layers"]
     else:
         assert done.code == -signal.SIGKILL
-        assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} <= {".dsa.layers", ".dsa.partial"}
+        roles = {path.name.removeprefix(".dsa.mla2dsa-").partition("-")[0] for path in tmp_path.iterdir()}
+        assert {"lock", "layers"} <= roles <= {"lock", "layers", "work"}
     assert kept == set(LAYERS) if stage == "proving" else kept
     assert not looks_finished(tmp_path)
     assert contents(TINY) == source
@@ -136,8 +137,8 @@ def unfinished(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(ProgressStore, "save", interrupting)
         done = mla2dsa("convert", TINY, tmp_path / "dsa", *small_flags(tmp_path_factory))
-    assert_refused(done, 1, "interrupted", "3 finished layers are kept, pass --resume")
-    assert layer_files(tmp_path / ".dsa.layers") == set(LAYERS[:3])
+    assert_refused(done, 130, "interrupted", "3 finished layers are kept, pass --resume")
+    assert layer_files(tmp_path / ".dsa.mla2dsa-layers") == set(LAYERS[:3])
     return tmp_path / "dsa"
 
 
@@ -185,7 +186,7 @@ def test_dry_run_leaves_it_alone(unfinished: Path, tmp_path_factory: pytest.Temp
 
 def test_damaged_layer_file(unfinished: Path, tmp_path_factory: pytest.TempPathFactory, fitted: list[str]) -> None:
     """Only a disk or a person can damage one; removed, it is calibrated again."""
-    file = unfinished.parent / ".dsa.layers" / f"{LAYERS[1]}.safetensors"
+    file = unfinished.parent / ".dsa.mla2dsa-layers" / f"{LAYERS[1]}.safetensors"
     file.write_bytes(file.read_bytes()[:-7])
     flags = [*small_flags(tmp_path_factory), "--skip-verification", "--resume"]
     assert_refused(mla2dsa("convert", TINY, unfinished, *flags), 1, file, "damaged", "remove it")
@@ -197,8 +198,7 @@ def test_damaged_layer_file(unfinished: Path, tmp_path_factory: pytest.TempPathF
 
 def test_resume_without_anything_to_resume(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """A script may always pass --resume. A run killed before its first layer has left nothing to ask about."""
-    (tmp_path / ".dsa.layers").mkdir()
-    (tmp_path / ".dsa.layers" / "state.json").write_text('{"fingerprint": "of something else"}')
+    (tmp_path / ".dsa.mla2dsa-layers").mkdir()
     flags = [*small_flags(tmp_path_factory), "--skip-verification"]
     assert mla2dsa("convert", TINY, tmp_path / "dsa", *flags, "--dry-run").code == 0
     assert mla2dsa("convert", TINY, tmp_path / "dsa", *flags, "--resume").code == 0

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ....files.temporary import replace_file
 from ....files.user_cache import cache_folder
 from ..programs.program import Variant
 from .compile import PTX_VERSION, Compiled, compile_variant, find_kernel
@@ -65,15 +65,6 @@ def _write(file: Path, compiled: Compiled) -> None:
     fields = asdict(compiled)
     cubin = fields.pop("cubin")
     head = json.dumps(fields | {"sha256": hashlib.sha256(cubin).hexdigest()}).encode()
-    try:
+    with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".partial-", delete=False) as partial:
-            try:
-                partial.write(head + b"\n" + cubin)
-                partial.close()
-                os.replace(partial.name, file)
-            except BaseException:
-                Path(partial.name).unlink(missing_ok=True)
-                raise
-    except OSError:
-        return
+        replace_file(file, head + b"\n" + cubin)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ....errors import UserError
+from ....files.ownership import write_manifest as write_owned
 from ..programs.program import LaunchProgram, Variant
 from ..programs.program_text import read_program, write_program
 from .compile import HIDDEN
@@ -98,7 +99,7 @@ def write_manifest(pack: Pack) -> None:
         "kernels": kernels,
         "programs": {name: _written(by_sm) for name, by_sm in sorted(pack.programs.items())},
     }
-    (pack.folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
+    write_owned(pack.folder, MANIFEST, content, indent=1)
 
 
 def _written(by_sm: Mapping[int, LaunchProgram]) -> list[dict[str, Any]]:

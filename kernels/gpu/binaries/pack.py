@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import shutil
-import tempfile
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .... import __version__
-from ....errors import UsageError, UserError
+from ....errors import UsageError
+from ....files.staging import claim, staged_folder
+from ....files.system_calls import die_with_parent
+from ....files.writing import write_new
 from ..programs.program import LaunchProgram, Variant
 from .cache import compile_cached
 from .compile import Compiled, check_architecture, find_kernel
-from .manifest import MANIFEST, Binary, Pack, PackedKernel, kernel_name, read_pack, write_manifest
+from .manifest import Binary, Pack, PackedKernel, kernel_name, read_pack, write_manifest
 from .source import source_hash
 
 Catalogue = Callable[[int], Mapping[str, LaunchProgram]]
 OnProgress = Callable[[int, int], None]
+Task = tuple[Variant, int]
 
 
 def pack(
@@ -41,10 +43,21 @@ def pack(
     Raises UsageError if `out` is in the way, UserError if a kernel cannot be made; then `out` is as it was.
     """
     wanted = {sm: dict(programs(sm)) for sm in _architectures(sms)}
-    check_out(out, overwrite=overwrite)
     tasks = [(variant, sm) for sm in wanted for variant in variants_of(wanted[sm])]
-    compiled = dict(compile_all(tasks, jobs, functions, on_progress))
-    with _replaced(out) as folder:
+    with claim(out, overwrite=overwrite):
+        compiled = dict(compile_all(tasks, jobs, functions, on_progress))
+        _write(out, wanted, tasks, compiled, functions)
+    return read_pack(out)
+
+
+def _write(
+    out: Path,
+    wanted: Mapping[int, Mapping[str, LaunchProgram]],
+    tasks: Sequence[Task],
+    compiled: Mapping[Task, Compiled],
+    functions: Mapping[str, Any] | None,
+) -> None:
+    with staged_folder(out) as folder:
         kernels: dict[str, PackedKernel] = {}
         for variant in dict.fromkeys(variant for variant, _ in tasks):
             name, source = kernel_name(variant), source_hash(find_kernel(variant, functions))
@@ -53,24 +66,11 @@ def pack(
         names = dict.fromkeys(name for by_name in wanted.values() for name in by_name)
         by_sm = {name: {sm: wanted[sm][name] for sm in wanted if name in wanted[sm]} for name in names}
         write_manifest(Pack(folder, _versions(), tuple(wanted), kernels, by_sm))
-    return read_pack(out)
 
 
 def variants_of(programs: Mapping[str, LaunchProgram]) -> list[Variant]:
     """Every kernel that the programs launch, once, in order."""
     return list(dict.fromkeys(variant for program in programs.values() for variant in program.variants()))
-
-
-def check_out(out: Path, *, overwrite: bool) -> None:
-    """Raises UsageError if `out` holds something that is not to be replaced: only packs are, and only when asked."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not out.is_dir():
-        raise UsageError(f"{out}: is a file; choose another output folder")
-    if not overwrite:
-        raise UsageError(f"{out}: not empty; choose another output folder, or pass --overwrite to replace it")
-    if not (out / MANIFEST).is_file():
-        raise UsageError(f"{out}: holds no {MANIFEST}, so it is no kernel pack to overwrite; remove it yourself")
 
 
 def _architectures(sms: Sequence[int]) -> list[int]:
@@ -87,9 +87,6 @@ def _versions() -> dict[str, str]:
     return {"mla2dsa": __version__, "triton": triton.__version__}
 
 
-Task = tuple[Variant, int]
-
-
 def compile_all(
     tasks: Sequence[Task], jobs: int, functions: Mapping[str, Any] | None, on_progress: OnProgress
 ) -> Iterator[tuple[Task, Compiled]]:
@@ -99,8 +96,10 @@ def compile_all(
             yield (variant, sm), compile_cached(variant, sm, functions)
             on_progress(done, len(tasks))
         return
-    # Fresh processes: a fork of one that has run torch may hang.
-    with ProcessPoolExecutor(min(jobs, len(tasks)), multiprocessing.get_context("spawn")) as pool:
+    # Fresh processes: a fork of one that has run torch may hang. They end when this one does, however that comes.
+    before = set(multiprocessing.active_children())
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(tasks)), context, die_with_parent, (os.getpid(),)) as pool:
         waiting = {pool.submit(compile_cached, *task): task for task in tasks}
         try:
             for done, future in enumerate(as_completed(waiting), 1):
@@ -108,12 +107,14 @@ def compile_all(
                 on_progress(done, len(tasks))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(multiprocessing.active_children()) - before:
+                process.kill()
             raise
 
 
 def _store(folder: Path, name: str, compiled: Compiled) -> Binary:
     file = f"{name}.sm{compiled.sm}.cubin"
-    (folder / file).write_bytes(compiled.cubin)
+    write_new(folder / file, compiled.cubin)
     return Binary(
         file=file,
         sha256=hashlib.sha256(compiled.cubin).hexdigest(),
@@ -127,30 +128,3 @@ def _store(folder: Path, name: str, compiled: Compiled) -> Binary:
         tmem=compiled.tmem,
         ptxas=compiled.ptxas,
     )
-
-
-@contextmanager
-def _replaced(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place when the block ends well, and is removed when it does not."""
-    out = out.absolute()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.partial-"))
-    except OSError as error:
-        raise UserError(f"{out}: not written, {error.strerror or error}") from error
-    folder, old = beside / "new", beside / "old"
-    try:
-        folder.mkdir()
-        yield folder
-        if out.exists():
-            out.rename(old)
-        try:
-            folder.rename(out)
-        except BaseException:
-            if old.exists():
-                old.rename(out)
-            raise
-    except OSError as error:
-        raise UserError(f"{out}: not written, {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

@@ -179,15 +179,17 @@ def test_only_a_pack_is_overwritten_and_only_when_asked(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     make(out)  # an empty folder is free
-    (out / "note").write_text("")
     with pytest.raises(UsageError, match="not empty; choose another output folder, or pass --overwrite"):
         make(out)
     make(out, sms=(90,), overwrite=True)
     assert len(files(out)) == 3
+    (out / "note").write_text("")
+    with pytest.raises(UsageError, match=r"holds note, which mla2dsa did not write"):
+        make(out, sms=(90,), overwrite=True)
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("mine")
-    with pytest.raises(UsageError, match=r"holds no manifest\.json, so it is no kernel pack to overwrite"):
+    with pytest.raises(UsageError, match=r"holds no manifest of mla2dsa"):
         make(other, overwrite=True)
     with pytest.raises(UsageError, match="is a file"):
         make(other / "thesis.txt", overwrite=True)
