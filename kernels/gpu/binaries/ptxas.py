@@ -11,13 +11,15 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ....compat.triton_private import bundled_assemblers
 from ....errors import UserError
+from ....files.system_calls import die_with_parent
+from ....files.temporary import scratch_folder
+from ....files.writing import write_new
 
 _VARIABLES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
 _TOOLKITS = ("CUDA_HOME", "CUDA_PATH")
@@ -80,11 +82,11 @@ def _version(path: Path) -> tuple[int, ...] | None:
 
 def assemble(ptx: str, architecture: str, tool: Ptxas) -> Assembled:
     """The cubin of a PTX module with one kernel; architecture: "sm_90a". Raises UserError with what ptxas says."""
-    with tempfile.TemporaryDirectory(prefix="mla2dsa-ptxas-") as folder:
-        source, target = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        source.write_text(ptx)
+    with scratch_folder("ptxas") as folder:
+        source, target = folder / "kernel.ptx", folder / "kernel.cubin"
+        write_new(source, ptx)
         command = [str(tool.path), "-v", f"--gpu-name={architecture}", source.name, "-o", target.name]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={}, preexec_fn=_fixed_addresses)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={}, preexec_fn=_prepare)
         said = done.stderr + done.stdout
         if done.returncode != 0 or not target.is_file():
             complaint = next((line for line in said.splitlines() if "error" in line or "fatal" in line), said.strip())
@@ -100,6 +102,11 @@ def _fixed_addresses() -> None:
     Where a sandbox forbids this the cubins are as good, only not the same each time.
     """
     ctypes.CDLL(None).personality(_ADDR_NO_RANDOMIZE)
+
+
+def _prepare() -> None:
+    _fixed_addresses()
+    die_with_parent(os.getppid())
 
 
 def assemble_best(ptx: str, architecture: str, tools: Iterable[Ptxas]) -> Assembled:
