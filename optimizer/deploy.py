@@ -1,17 +1,25 @@
-"""deploy: from a checkpoint, dense or not, to an engine folder: convert, export, build."""
+"""deploy: from a checkpoint, dense or not, to an engine folder: convert, export, build.
+
+What is converted lies in .<out>.mla2dsa-deploy until the engine is there: a run that was stopped or failed is gone on with.
+"""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import UsageError, UserError
+from ..exporters.dsa.checkpoint import MANIFEST
+from ..files.json_files import read_json
+from ..files.ownership import why_not_ours
+from ..files.staging import InTheWay, claim, hidden_sibling
+from ..files.temporary import remove_tree
 from .build import Built, OnProgress, build
 from .build_plan import BuildOptions, check_ready, plan_build
-from .convert import convert
+from .convert import Listener, convert, fingerprint
 from .model.checkpoint import Checkpoint
 from .plan import prepare
 from .recipe import Recipe
@@ -26,18 +34,24 @@ def deploy(
     keep_checkpoint: Path | None = None,
     device: str = "cpu",
     skip_transformers: bool = False,
-    listener: Any = None,
+    listener: Listener | None = None,
     on_progress: OnProgress = lambda stage, done, total: None,
 ) -> Built:
     """Write `out`. A dense checkpoint is converted first (and verified, as `convert` does), to `keep_checkpoint` or to a
-    temporary folder beside `out`. Raises UserError as `convert` and `build` do; what can be known to fail, before converting."""
+    hidden folder beside `out`; a conversion that an earlier run began or finished there is gone on with. Raises UserError as
+    `convert` and `build` do; what can be known to fail, before converting."""
     plan = plan_build(model, out, options, convert_first=True)
     if Checkpoint.open(model).is_dsa():
         return build(plan, on_progress)
-    check_ready(plan)
-    with _place(out, keep_checkpoint) as converted:
-        facts = {} if listener is None else {"listener": listener}
-        convert(model, converted, recipe, device=device, skip_transformers=skip_transformers, **facts)
+    inputs = [plan.source, *([keep_checkpoint] if keep_checkpoint else [])]
+    with claim(out, inputs, overwrite=options.overwrite), _place(out, keep_checkpoint) as converted:
+        check_ready(plan)
+        again = options.overwrite and keep_checkpoint is None
+        if not _is_converted(model, converted, recipe, again):
+            convert(
+                model, converted, recipe, resume=True, overwrite=again, device=device, skip_transformers=skip_transformers,
+                listener=listener,
+            )  # fmt: skip
         return build(replace(plan, source=converted), on_progress)
 
 
@@ -49,11 +63,35 @@ def plan_deploy(model: str, out: Path, recipe: Recipe, options: BuildOptions) ->
     return {**planned, "conversion": prepare(model, recipe, False).plan.to_json()}
 
 
+def _is_converted(model: str, folder: Path, recipe: Recipe, again: bool) -> bool:
+    """Whether `folder` is what this conversion gives, made by an earlier run. Raises UsageError when it is of another one, unless
+    it may be made `again`."""
+    if not (folder / MANIFEST).is_file() or why_not_ours(folder) is not None:
+        return False  # `convert` says what is in the way
+    if read_json(folder / MANIFEST).get("fingerprint") == fingerprint(model, recipe):
+        return True
+    if again:
+        return False
+    raise UsageError(f"{folder}: converted from another model, recipe or text; pass --overwrite to start again")
+
+
 @contextmanager
 def _place(out: Path, kept: Path | None) -> Iterator[Path]:
     if kept is not None:
         yield kept
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.dsa-") as folder:
-        yield Path(folder, "dsa")
+    folder = hidden_sibling(out.resolve(), "deploy")
+    folder.mkdir(exist_ok=True)
+    try:
+        yield folder / "dsa"
+    except InTheWay:  # the engine is whole, though elsewhere
+        remove_tree(folder)
+        raise
+    except (KeyboardInterrupt, UserError) as error:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+            raise
+        message = "what is converted is kept: the same command goes on from there"
+        said = [] if isinstance(error, KeyboardInterrupt) else [str(error)]
+        raise type(error)("; ".join([*said, message])) from error
+    remove_tree(folder)
