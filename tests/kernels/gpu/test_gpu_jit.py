@@ -52,7 +52,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
 
 def run(program: LaunchProgram, *shapes: tuple[int, ...]) -> None:
     inputs = (torch.zeros(s, dtype=launch.DTYPES[t]) for s, t in zip(shapes, program.inputs, strict=True))
-    launch.PieceRunner(program)(*inputs)
+    launch.Launcher(program)(*inputs)
 
 
 def check(variant: Variant, kernels: list[Any]) -> None:
