@@ -13,20 +13,19 @@ from hypothesis import strategies as st
 from small_programs import inputs_of, nodes_of, op_name, program_of
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
 
-from mla2dsa.passes.graph.editor import ProgramEditor
-from mla2dsa.passes.normalize import Normalize
+from mla2dsa.passes.manager import Step, run_passes
+from mla2dsa.passes.normalize import Normalize, Normalized
 
 ROWS, COLUMNS = 3, 8
 
 
 @dataclass(frozen=True)
-class Normalized:
+class Done:
     before: ExportedProgram
+    step: Step
     after: ExportedProgram
-    changes: dict[str, int]
-    modified: bool
+    changes: Normalized
 
     def assert_same(self, *given: Tensor) -> None:
         with torch.no_grad():
@@ -36,14 +35,13 @@ class Normalized:
         return [op_name(n) for n in self.after.graph.nodes if n.op == "call_function"]
 
 
-def normalized(lines: Callable[..., Any], *inputs: Tensor) -> Normalized:
-    program = program_of(lines, *inputs, dynamic=(0,))
-    editor = ProgramEditor(program)
-    step = Normalize()
-    result = step(editor.module)
-    assert result is not None
-    assert isinstance(result.graph_module, GraphModule)
-    return Normalized(program, editor.finish(), step.changes, result.modified)
+def normalized(lines: Callable[..., Any], *inputs: Tensor) -> Done:
+    return done_to(program_of(lines, *inputs, dynamic=(0,)))
+
+
+def done_to(program: ExportedProgram) -> Done:
+    run = run_passes(program, [Normalize()])
+    return Done(program, run.steps[0], run.program, run.fact(Normalized))
 
 
 def x_of(rows: int = ROWS, columns: int = COLUMNS, seed: int = 0) -> Tensor:
@@ -62,7 +60,8 @@ def filled(x: Tensor, start: float = 0.0) -> Tensor:
 
 def test_writes_into_a_buffer_become_values() -> None:
     done = normalized(filled, x_of())
-    assert (done.changes, done.modified) == ({"buffer fills": 1, "grad regions": 0}, True)
+    assert done.changes == Normalized(grad_regions=0, buffer_fills=1)
+    assert done.step.report.could_not == ()
     assert done.ops().count("slice_scatter") == 2
     assert "copy_" not in done.ops()
     for rows in (1, 2, 6):
@@ -94,7 +93,7 @@ def test_any_writes_leave_the_same_values(
         return buffer.sin() if not along_rows else buffer.sum(0)
 
     done = normalized(lines, x_of())
-    assert done.changes["buffer fills"] == 1
+    assert done.changes.buffer_fills == 1
     assert "copy_" not in done.ops()
     done.assert_same(x_of(rows, seed=1))
 
@@ -108,7 +107,7 @@ def other_type(x: Tensor) -> Tensor:
 
 def test_a_write_of_another_type_is_cast() -> None:
     done = normalized(other_type, x_of())
-    assert done.changes["buffer fills"] == 1
+    assert done.changes.buffer_fills == 1
     done.assert_same(x_of(2, seed=1))
 
 
@@ -166,14 +165,21 @@ LEFT_ALONE = [
 def test_other_uses_of_memory_are_left_alone(lines: Callable[[Tensor], Tensor]) -> None:
     """The writes are still there, for the guard against writes to see."""
     done = normalized(lines, x_of())
-    assert (done.changes, done.modified) == ({"buffer fills": 0, "grad regions": 0}, False)
+    assert done.changes == Normalized(grad_regions=0, buffer_fills=0)
     assert done.ops() == [op_name(n) for n in done.before.graph.nodes if n.op == "call_function"]
     done.assert_same(x_of(seed=1))
 
 
+def test_a_buffer_that_is_read_between_its_writes_is_named() -> None:
+    done = normalized(read_between, x_of())
+    (buffer,) = nodes_of(done.before, "new_zeros")
+    assert done.step.report.could_not == (f"make {buffer.name} functional: it is read between the writes into it",)
+    assert normalized(never_written, x_of()).step.report.could_not == ()
+
+
 def test_two_buffers_are_two() -> None:
     done = normalized(lambda x: filled(x) + filled(x + 1, 3.0), x_of())
-    assert done.changes["buffer fills"] == 2
+    assert done.changes.buffer_fills == 2
     done.assert_same(x_of(2, seed=1))
 
 
@@ -264,12 +270,9 @@ def exported_with_gradients(lines: Callable[[Tensor], Tensor], x: Tensor) -> Exp
 def test_regions_are_inlined(lines: Callable[[Tensor], Tensor], count: int) -> None:
     program = exported_with_gradients(lines, x_of())
     assert [n for n in program.graph.nodes if "set_grad_enabled" in str(n.target)]
-    editor = ProgramEditor(program)
-    step = Normalize()
-    step(editor.module)
-    assert step.changes["grad regions"] == count
-    assert step.changes["buffer fills"] == (lines is filled_inside)
-    after = editor.finish()
+    done = done_to(program)
+    assert done.changes == Normalized(grad_regions=count, buffer_fills=int(lines is filled_inside))
+    after = done.after
     assert not [n for n in after.graph.nodes if "set_grad_enabled" in str(n.target) or n.op == "get_attr"]
     for rows in (1, 4):
         x = x_of(rows, seed=rows)
@@ -277,10 +280,7 @@ def test_regions_are_inlined(lines: Callable[[Tensor], Tensor], count: int) -> N
 
 
 def test_inlined_nodes_keep_their_values_and_inputs() -> None:
-    program = exported_with_gradients(two_results, x_of())
-    editor = ProgramEditor(program)
-    Normalize()(editor.module)
-    after = editor.finish()
+    after = done_to(exported_with_gradients(two_results, x_of())).after
     (x,) = inputs_of(after)
     for op in ("cos", "sin"):
         (node,) = nodes_of(after, op)
@@ -289,4 +289,4 @@ def test_inlined_nodes_keep_their_values_and_inputs() -> None:
 
 def test_a_graph_without_either_is_not_modified() -> None:
     done = normalized(lambda x: x.exp() + 1, x_of())
-    assert (done.changes, done.modified) == ({"buffer fills": 0, "grad regions": 0}, False)
+    assert done.changes == Normalized(grad_regions=0, buffer_fills=0)
