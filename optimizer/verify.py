@@ -27,10 +27,12 @@ from .proof.check import compare
 from .proof.evaluate import LayerRecall, TextResult, layer_recalls, on_text, program_inputs, selection_runners
 from .recipe import Verify
 
+# benchmarks/constants.py holds both tolerances against good conversions and small faults.
 GRAPH_TOLERANCE = 1e-5  # relative, float32, dense graph against converted graph
+# benchmarks/constants.py, as above.
 TRANSFORMERS_TOLERANCE = 1e-4  # relative, float32, converted graph against DeepseekV32ForCausalLM
-SHORT = 256  # tokens of the exactness check, at most
-PARITY_SEQUENCES = 2
+SHORT = 256  # tokens of the exactness check, at most; swept by benchmarks/constants.py
+PARITY_SEQUENCES = 2  # swept by benchmarks/constants.py
 CONVERT_AGAIN = "fetch the files again, or convert again"
 NOT_A_PAIR = "compare with the checkpoint that the DSA one was made from, and convert again if a file was changed"
 CALIBRATE_BETTER = "calibrate on more text like it, with --indexer distil or a larger --index-topk"

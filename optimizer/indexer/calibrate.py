@@ -55,7 +55,7 @@ class Calibration:
     """How to calibrate. rows: query rows sampled per sequence; schedule None stops at the closed form."""
 
     config: IndexerConfig
-    rows: int = 128
+    rows: int = 128  # swept by benchmarks/constants.py
     schedule: DistilSchedule | None = None
     seed: int = 0
     allow_partial: bool = False

@@ -14,15 +14,19 @@ from ...kernels.spec import IndexerConfig, IndexerWeights
 from .indexer_math import index_scores, mean_recall, oracle_scores
 from .samples import SiteSample
 
-BETAS = (0.9, 0.95)
-FINAL_RATE = 0.05  # of the peak, reached linearly
+BETAS = (0.9, 0.95)  # swept by benchmarks/constants.py
+FINAL_RATE = 0.05  # of the peak, reached linearly; swept by benchmarks/constants.py
+# Swept by benchmarks/constants.py.
 FEW_STEPS = 16  # up to here the peak is capped: too few steps to mend what a high rate breaks
-FEW_STEPS_LR = 1e-3
-CLIP = 1.0  # gradient norm of the layer
-ROW_RMS = 0.05  # of every row of wk while training
+FEW_STEPS_LR = 1e-3  # swept by benchmarks/constants.py
+CLIP = 1.0  # gradient norm of the layer; swept by benchmarks/constants.py
+ROW_RMS = 0.05  # of every row of wk while training; swept by benchmarks/constants.py
+# Swept by benchmarks/constants.py.
 PLATEAU_STEPS = 64  # recall has settled when its best gained less than PLATEAU_GAIN over this many steps
-PLATEAU_GAIN = 0.002
+PLATEAU_GAIN = 0.002  # swept by benchmarks/constants.py
+# Swept by benchmarks/constants.py.
 COOL_STEPS = 32  # then the rate falls over this many steps before the end: a high rate alone hides half the gain
+# Swept by benchmarks/constants.py.
 ORACLE_MARGIN = 0.001  # there is nothing left to learn this close to the oracle's recall
 
 
@@ -32,9 +36,9 @@ class DistilSchedule:
     eval_every: steps between looks at the held-out recall; seed: order of the sequences."""
 
     steps: int
-    lr: float = 3e-3
-    warmup: int = 8
-    eval_every: int = 16
+    lr: float = 3e-3  # swept by benchmarks/constants.py
+    warmup: int = 8  # swept by benchmarks/constants.py
+    eval_every: int = 16  # swept by benchmarks/constants.py
     seed: int = 0
 
     def rate(self, step: int, plateau: int | None = None) -> float:

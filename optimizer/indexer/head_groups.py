@@ -10,7 +10,7 @@ from torch import Tensor
 from .indexer_math import row_blocks
 from .samples import SiteSample
 
-CLUSTER_ROWS = 256  # query rows the correlation of heads is measured on
+CLUSTER_ROWS = 256  # query rows the correlation of heads is measured on; swept by benchmarks/constants.py
 
 
 def head_groups(samples: Sequence[SiteSample], count: int) -> tuple[tuple[int, ...], ...]:

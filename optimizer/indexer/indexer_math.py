@@ -12,8 +12,9 @@ from ...errors import UserError
 from ...kernels.spec import K_NORM_EPS, IndexerConfig, IndexerWeights
 from .samples import SiteSample
 
+# Swept by benchmarks/constants.py.
 BLOCK_ELEMENTS = 1 << 25  # largest [rows, HI, T] block where no gradient is kept: 128 MiB in float32
-INIT_STD = 0.02  # what the published trainers of sparse attention start from
+INIT_STD = 0.02  # fixed by DeepSeek-V3.2's config.json: initializer_range
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool = False) -> Tensor:
