@@ -179,11 +179,16 @@ def _add_strip(commands: Any) -> None:
 
 
 def _strip(args: argparse.Namespace) -> int:
-    from ..exporters.dsa.checkpoint import strip
+    from ..exporters.dsa.checkpoint import not_restored, strip
     from .show.tables import print_json
 
     if not args.dsa.is_dir():
         raise UserError(f"{args.dsa}: no such folder")
-    out = strip(args.dsa, args.out, overwrite=args.overwrite)
-    print_json({"out": str(out)}) if args.json else print(f"{out}: the dense checkpoint again, bit for bit")
+    out, missing = strip(args.dsa, args.out, overwrite=args.overwrite), not_restored(args.dsa)
+    if args.json:
+        print_json({"out": str(out), "left_out": missing})
+        return 0
+    print(f"{out}: the dense checkpoint again, bit for bit")
+    if missing:
+        print(f"not in it, since the conversion took what belongs to the model only: {', '.join(missing)}")
     return 0

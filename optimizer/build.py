@@ -27,9 +27,11 @@ from ..exporters.engine.plugin_sources import LIBRARY
 from ..exporters.engine.to_tensorrt import build_engine
 from ..exporters.engine.triton_repo import write_triton_repo
 from ..exporters.engine.trtexec import build_command, time_command
+from ..exporters.onnx_model.external_data import DATA_FILE
 from ..files.digests import file_sha256
 from ..files.engine_manifest import ENGINE_MANIFEST, FORMAT
-from ..files.export_manifest import EXPORT_MANIFEST, check_weight_files, read_export
+from ..files.export_manifest import check_weight_files, read_export
+from ..files.model_files import CONFIG, model_files
 from ..files.ownership import FILES_MANIFEST, refuse_names, write_manifest
 from ..files.staging import Claim, beside, claim, staged_folder
 from ..files.writing import place_file, write_new
@@ -38,7 +40,6 @@ from .export import export
 
 _DROPPED = ("kind", "file", "runs_on", "weights", "format", "files")
 PLUGINS_FOLDER, TRITON_FOLDER, ONNX_FILE = "plugins", "triton", "model.onnx"
-_ABOUT_MODEL = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _OURS = (ENGINE, LAYERS, ENGINE_MANIFEST, FILES_MANIFEST, LIBRARY, ONNX_FILE, PLUGINS_FOLDER, TRITON_FOLDER)
 OnProgress = Callable[[str, int, int], None]
 
@@ -68,8 +69,8 @@ def build_onnx(plan: EnginePlan, on_progress: OnProgress = lambda stage, done, t
     out = plan.out
     with _prepared(plan, on_progress) as work:
         with staged_folder(out) as staged:
-            for file in _carried(work.folder, work.export):
-                place_file(file, staged / file.name, link=True)
+            for name in _carried(work.folder, work.export):
+                place_file(work.folder / name, staged / name, link=True)
             write_new(staged / ONNX_FILE, work.model.SerializeToString())
             place_file(work.plugin, staged / work.plugin.name, link=False)
             write_manifest(staged, FILES_MANIFEST, {"format": FORMAT})
@@ -95,7 +96,7 @@ def _prepared(plan: EnginePlan, on_progress: OnProgress) -> Iterator[_Work]:
     with claim(plan.out, [plan.source], overwrite=plan.overwrite) as mine, _exported(plan, mine) as folder:
         manifest = read_export(folder, "onnx")
         check_weight_files(folder, manifest)
-        refuse_names(folder, [file.name for file in _carried(folder, manifest)], _OURS)
+        refuse_names(folder, _carried(folder, manifest), _OURS)
         model = onnx.load(str(folder / manifest["file"]), load_external_data=False)
         nodes = attach(model, plan.sms, plan.jobs, lambda done, total: on_progress("compiling kernels", done, total))
         yield _Work(plan, folder, manifest, model, nodes, build_plugin())
@@ -122,9 +123,8 @@ def _write(work: _Work, backend: Backend, on_progress: OnProgress) -> Built:
                 keep_engine(key, folder)
         place_file(work.plugin, folder / work.plugin.name, link=False)
         _write_fields(work.model, folder / PLUGINS_FOLDER)
-        for file in _carried(work.folder, work.export):
-            if file.suffix in _ABOUT_MODEL and file.name not in work.export["weights"]["linked_files"]:
-                place_file(file, folder / file.name, link=False)
+        for name in (CONFIG, *model_files(work.folder)):
+            place_file(work.folder / name, folder / name, link=False)
         manifest = _manifest(work, backend, folder)
         if plan.triton_repo:
             write_triton_repo(folder, manifest, folder / TRITON_FOLDER, plan.out.name)
@@ -132,9 +132,13 @@ def _write(work: _Work, backend: Backend, on_progress: OnProgress) -> Built:
     return Built(manifest, key, found == HIT, found == DAMAGED)
 
 
-def _carried(folder: Path, export: Mapping[str, Any]) -> list[Path]:
-    """Files of an export beside its model and its manifest."""
-    return [it for it in sorted(folder.iterdir()) if it.is_file() and it.name not in (EXPORT_MANIFEST, export["file"])]
+def _carried(folder: Path, export: Mapping[str, Any]) -> list[str]:
+    """Files of an export that belong to the model: what its graph points into, config.json, the tokenizer's."""
+    return [*_weight_files(folder, export), CONFIG, *model_files(folder)]
+
+
+def _weight_files(folder: Path, export: Mapping[str, Any]) -> list[str]:
+    return [*export["weights"]["linked_files"], *([DATA_FILE] if (folder / DATA_FILE).is_file() else [])]
 
 
 def _build_into(folder: Path, work: _Work, backend: Backend, on_progress: OnProgress) -> None:
@@ -156,8 +160,7 @@ def _key(work: _Work, backend: Backend) -> str:
         "source": work.export["source"]["fingerprint"],
         "mla2dsa": __version__,
     }
-    weights = [file for file in work.folder.iterdir() if file.name in work.export["weights"]["linked_files"]]
-    weights += work.folder.glob("*.data")
+    weights = [work.folder / name for name in _weight_files(work.folder, work.export)]
     return engine_key(work.model.SerializeToString(deterministic=True), weights, facts)
 
 

@@ -18,6 +18,7 @@ from ..errors import UsageError, UserError
 from ..exporters.dsa.checkpoint import UNPROVEN_CONFIG, file_names, write_dsa_checkpoint
 from ..exporters.dsa.config import can_write
 from ..files.finite import finite
+from ..files.model_files import checkpoint_files, left_out
 from ..files.staging import InTheWay, check_target, claim
 from ..kernels.spec import IndexerWeights
 from .environment import usable_device
@@ -151,7 +152,7 @@ def _check_before_work(checkpoint: Checkpoint, out: Path, recipe: Recipe, resume
     if refusal is not None:
         raise UserError(f"{checkpoint.path}: no DSA checkpoint can be written: {refusal}")
     check_target(out, _inputs(checkpoint, recipe), overwrite=overwrite)
-    file_names(checkpoint.path)
+    file_names(checkpoint.path, checkpoint.tensors)
     if recipe.donor is None:
         ProgressStore.check(out, resume, overwrite)
 
@@ -262,6 +263,7 @@ def _fingerprint(job: _Job) -> str:
 
 
 def _report(job: _Job, layers: tuple[LayerResult, ...], proof: list[Verification], seconds: float) -> dict[str, Any]:
+    checkpoint = job.prepared.checkpoint
     text, fitted = job.sequences, job.sequences.calibration if job.prepared.donor is None else []
     report: dict[str, Any] = {
         "plan": job.prepared.plan.to_json(),
@@ -274,6 +276,7 @@ def _report(job: _Job, layers: tuple[LayerResult, ...], proof: list[Verification
         },
         "layers": [layer.summary() for layer in layers],
         "verification": proof[0].to_json() if proof else None,
+        "left_out": left_out(checkpoint.path, checkpoint_files(checkpoint.path, checkpoint.tensors)),
         "seconds": round(seconds, 1),
     }
     return {name: finite(entry) for name, entry in report.items()}

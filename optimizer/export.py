@@ -47,6 +47,7 @@ from ..compat import torch_private
 from ..errors import UsageError
 from ..files.dtypes import MODEL_DTYPES, torch_dtype
 from ..files.export_manifest import EXPORT_MANIFEST
+from ..files.model_files import CONFIG, model_files
 from ..files.ownership import refuse_names, write_manifest
 from ..files.staging import claim, staged_folder
 from ..files.writing import create, place_file
@@ -66,8 +67,6 @@ _RUNS_ON: dict[str, dict[str, tuple[str, ...]]] = {
     "pt2": dict.fromkeys(MODEL_DTYPES, ("torch",)),
 }
 _OURS = {"model.onnx", "model.data", EXPORT_MANIFEST}
-_BESIDE = ("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
-_BESIDE_PATTERNS = ("tokenizer*", "vocab*", "chat_template*", "*.tiktoken")
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def export(
         with staged_folder(out) as folder:
             write = _write_onnx if format == "onnx" else _write_pt2
             written = write(ready, folder, copy_weights)
-            for name in sorted(_beside(checkpoint.path) - shards):
+            for name in (CONFIG, *(it for it in model_files(checkpoint.path) if it not in shards)):
                 place_file(checkpoint.path / name, folder / name, link=False)
             manifest = write_manifest(folder, EXPORT_MANIFEST, _manifest(ready, format, dtype, limits, written))
     return Exported(out, manifest)
@@ -154,12 +153,6 @@ def _write_pt2(ready: CachedModel, folder: Path, copy_weights: bool) -> Mapping[
         torch.export.save(program, stream)
     size = sum(tensor.nbytes for tensor in program.state_dict.values())
     return {"linked_files": [], "zero_copy_bytes": 0, "written_bytes": size, "written": []}
-
-
-def _beside(source: Path) -> set[str]:
-    """config.json and the tokenizer's files."""
-    names = {path.name for pattern in _BESIDE_PATTERNS for path in source.glob(pattern) if path.is_file()}
-    return names | {name for name in _BESIDE if (source / name).is_file()}
 
 
 def _manifest(

@@ -10,7 +10,8 @@
       tokenizer.json ...                 ->     tokenizer.json ...              (copy)
                                                 mla2dsa.json                    manifest
 
-Weights are hard-linked: never write into them. The other files are copies, since people do edit those in place.
+Weights are hard-linked: never write into them. The other files are copies, since people do edit those in place. What is no
+part of the model (its card, scripts, images) stays behind (`files/model_files.py`): it speaks of the dense one.
 config.json gets its name after the proof: a folder that a killed run leaves is no checkpoint to anybody. The manifest is
 the last file, and lists all others.
 A source with a single `model.safetensors` has it linked as `model-dense.safetensors`: transformers would load a file of
@@ -19,8 +20,7 @@ the first name alone and never look at the index.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -33,6 +33,7 @@ from ...errors import UserError
 from ...files.digests import file_digest
 from ...files.dtypes import MODEL_DTYPES, element_type, torch_dtype
 from ...files.json_files import read_json
+from ...files.model_files import CONFIG, checkpoint_files, left_out
 from ...files.ownership import refuse_names, write_manifest
 from ...files.safetensors_index import (
     INDEX_FILE,
@@ -55,10 +56,8 @@ INDEXER_SHARD = "model-indexer.safetensors"
 MANIFEST_FORMAT = 1
 _MANIFEST_ENTRIES = {"format", "versions", "source", "indexer", "report", "files"}
 UNPROVEN_CONFIG = "config.unproven.json"  # what config.json is called until the folder is proven
-_CONFIG = "config.json"
 _RENAMED = {SINGLE_FILE: "model-dense.safetensors", INDEX_FILE: "mla2dsa.source-index.json"}
 _OURS = {MANIFEST, REPORT, INDEXER_SHARD, UNPROVEN_CONFIG, *_RENAMED.values()}
-_SKIPPED_FOLDERS = {".git", ".cache"}  # version control and download bookkeeping, not part of a checkpoint
 _INDEXER_DTYPES = tuple(map(torch_dtype, MODEL_DTYPES))
 
 
@@ -86,11 +85,11 @@ def write_dsa_checkpoint(
     """
     if taken := sorted(_MANIFEST_ENTRIES & manifest.keys()):
         raise ValueError(f"manifest entries {taken} are written by write_dsa_checkpoint itself")
-    dense = read_json(source / _CONFIG)
+    dense = read_json(source / CONFIG)
     tensors = read_index(source)
     settings = dsa_config(dense, config, weights)
     _check_layers(source, dense, tensors, weights)
-    names = file_names(source)
+    names = file_names(source, tensors)
     with staged_folder(out, [source], overwrite=overwrite) as folder:
         placed = [_place(source, folder, name, target) for name, target in names.items()]
         added = _write_indexers(folder / INDEXER_SHARD, weights, _shapes(dense, config), dtype)
@@ -100,14 +99,18 @@ def write_dsa_checkpoint(
         entries = {
             "format": MANIFEST_FORMAT,
             "versions": _versions(),
-            "source": {"config": (source / _CONFIG).read_bytes().decode(), "files": placed},
+            "source": {
+                "config": (source / CONFIG).read_bytes().decode(),
+                "files": placed,
+                "left_out": left_out(source, names),
+            },
             "indexer": {"shard": INDEXER_SHARD, "tensors": sorted(added), "mtp_layers_without": bare},
         }
         read_index(folder)  # what is published reads back: every header, every file size
         report = prove(folder) if prove is not None else None
         if report is not None:
             write_json(folder / REPORT, report)
-        move_file(folder / UNPROVEN_CONFIG, folder / _CONFIG)
+        move_file(folder / UNPROVEN_CONFIG, folder / CONFIG)
         write_manifest(folder, MANIFEST, {**entries, "report": report, **manifest})
     return out
 
@@ -115,17 +118,23 @@ def write_dsa_checkpoint(
 def strip(dsa: Path, out: Path, overwrite: bool = False) -> Path:
     """The dense checkpoint that `dsa` was made from, bit for bit, every file under its old name; returns `out`.
 
+    What was no part of the model is not in it (`not_restored`).
     Raises UserError when `dsa` was not written by mla2dsa, or a file to restore is missing or was changed since (sizes
     and hashes as in `file_digest`), UsageError when `out` is in the way.
     """
-    config, files = _read_manifest(dsa)
+    config, files, _ = _read_manifest(dsa)
     for entry in files:
         _check_unchanged(dsa, entry)
     with staged_folder(out, [dsa], overwrite=overwrite) as folder:
         for entry in files:
             place_file(dsa / entry["name"], folder / entry["source_name"], link=True)
-        write_new(folder / _CONFIG, config)
+        write_new(folder / CONFIG, config)
     return out
+
+
+def not_restored(dsa: Path) -> list[str]:
+    """Files and folders of the source that `strip` cannot give back, since they were no part of the model."""
+    return _read_manifest(dsa)[2]
 
 
 def _check_layers(
@@ -136,7 +145,7 @@ def _check_layers(
 ) -> None:
     layers = config.get("num_hidden_layers")
     if not isinstance(layers, int):
-        raise UserError(f"{source / _CONFIG}: num_hidden_layers is {layers!r}, expected a number")
+        raise UserError(f"{source / CONFIG}: num_hidden_layers is {layers!r}, expected a number")
     needed = [f"model.layers.{layer}.self_attn" for layer in range(layers)]
     if missing := [module for module in needed if module not in weights]:
         raise UserError(f"{some(missing)}: no indexer weights, but deepseek_v32 has an indexer in every layer")
@@ -147,24 +156,12 @@ def _check_layers(
         raise UserError(f"{tensors[present[0]].file}: already holds indexer tensors ({some(present)})")
 
 
-def file_names(source: Path) -> dict[str, str]:
-    """Every file of `source` but its config, with its name in the DSA checkpoint. Raises UserError for a name that a file of
-    our own needs."""
-    names = {name: _RENAMED.get(name, name) for name in _walk(source) if name != _CONFIG}
+def file_names(source: Path, tensors: Mapping[str, TensorLocation]) -> dict[str, str]:
+    """Every file of the checkpoint in `source` but its config, with its name in the DSA checkpoint. Raises UserError for a name
+    that a file of our own needs."""
+    names = {name: _RENAMED.get(name, name) for name in checkpoint_files(source, tensors)}
     refuse_names(source, names, _OURS)
     return names
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(set(folders) - _SKIPPED_FOLDERS)
-        for name in [*folders, *sorted(names)]:
-            path = Path(parent, name)
-            if name in folders and not path.is_symlink():
-                continue
-            if not path.is_file():
-                raise UserError(f"{path}: neither a file nor a folder of files (dangling link?); remove it")
-            yield path.relative_to(folder).as_posix()
 
 
 def _place(source: Path, folder: Path, name: str, target: str) -> dict[str, Any]:
@@ -240,8 +237,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _read_manifest(dsa: Path) -> tuple[str, list[dict[str, Any]]]:
-    """The dense config.json text, and the files to restore."""
+def _read_manifest(dsa: Path) -> tuple[str, list[dict[str, Any]], list[str]]:
+    """The dense config.json text, the files to restore, and what the source had beside the model."""
     if not (dsa / MANIFEST).is_file():
         raise UserError(
             f"{dsa}: no {MANIFEST}, so mla2dsa did not write it (a native DSA model has no dense original to restore)"
@@ -253,7 +250,7 @@ def _read_manifest(dsa: Path) -> tuple[str, list[dict[str, Any]]]:
         )
     match manifest.get("source"):
         case {"config": str(config), "files": [*files]} if all(_is_file_entry(entry) for entry in files):
-            return config, files
+            return config, files, list(manifest["source"].get("left_out", []))
     raise UserError(f"{dsa / MANIFEST}: damaged (source config or file list); fetch it again")
 
 

@@ -158,7 +158,10 @@ def test_strip_gives_the_dense_model_back(tmp_path: Path, tmp_path_factory: pyte
     done = mla2dsa("strip", dsa, tmp_path / "dense")
     assert (done.code, done.err) == (0, "")
     assert "bit for bit" in done.out
-    assert contents(tmp_path / "dense") == contents(TINY)
+    assert done.out.splitlines()[-1].endswith("README.md, corpus.py, held_out/, train.py, training.json")
+    given, restored = contents(TINY), contents(tmp_path / "dense")
+    assert restored == {name: given[name] for name in restored}
+    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"} < set(restored)
     assert_refused(mla2dsa("strip", dsa, tmp_path / "dense"), 2, tmp_path / "dense", "not empty")
     assert_refused(mla2dsa("strip", TINY, tmp_path / "x"), 1, TINY, "mla2dsa did not write it")
     assert_refused(mla2dsa("strip", tmp_path / "no", tmp_path / "x"), 1, tmp_path / "no", "no such folder")

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mla2dsa.errors import UserError
-from mla2dsa.exporters.dsa.checkpoint import INDEXER_SHARD, MANIFEST, strip, write_dsa_checkpoint
+from mla2dsa.exporters.dsa.checkpoint import INDEXER_SHARD, MANIFEST, not_restored, strip, write_dsa_checkpoint
 from mla2dsa.files.safetensors_index import INDEX_FILE, SINGLE_FILE, read_index
 from mla2dsa.kernels.spec import IndexerConfig, IndexerWeights
 from mla2dsa.optimizer.model.checkpoint import Checkpoint
@@ -49,6 +49,11 @@ def load(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
     )
     assert not any(info.values()), info
     return model.eval()
+
+
+def of_the_model(folder: Path) -> dict[str, str]:
+    """`contents` without the folder that is no part of the model."""
+    return {name: digest for name, digest in contents(folder).items() if not name.startswith("figures/")}
 
 
 def logits(folder: Path, name: str, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -114,10 +119,11 @@ def test_shards_are_links_and_the_rest_copies(
     for file in source.glob("*.safetensors"):
         target = out / {SINGLE_FILE: "model-dense.safetensors"}.get(file.name, file.name)
         assert os.path.samefile(file, target)
-    for name in ["tokenizer.json", "generation_config.json", "figures/speed.txt"]:
+    for name in ["tokenizer.json", "generation_config.json"]:
         assert (out / name).read_bytes() == (source / name).read_bytes()
         assert not os.path.samefile(source / name, out / name)
     assert not (out / SINGLE_FILE).exists()
+    assert not (out / "figures").exists()
     assert [entry.name for entry in tmp_path.iterdir()] == ["dsa"]
 
 
@@ -145,8 +151,9 @@ def test_manifest(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> N
     assert manifest["source"]["config"] == (source / "config.json").read_text()
     assert {"mla2dsa", "torch", "transformers"} == set(manifest["versions"])
     files = {entry["source_name"]: entry for entry in manifest["source"]["files"]}
-    assert set(files) == set(contents(source)) - {"config.json"}
-    for name, digest in contents(source).items():
+    assert set(files) == set(of_the_model(source)) - {"config.json"}
+    assert manifest["source"]["left_out"] == not_restored(out) == ["figures/"]
+    for name, digest in of_the_model(source).items():
         if name != "config.json":
             assert files[name]["sha256"] == digest
             assert files[name]["placed"] == ("hardlink" if name.endswith(".safetensors") else "copy")
@@ -175,12 +182,13 @@ def test_hub_cache_links_are_followed(copy: Callable[[str], Path], tmp_path: Pat
 
 
 def test_stray_index_of_a_single_file(copy: Callable[[str], Path], tmp_path: Path) -> None:
-    """An index that transformers ignores beside model.safetensors is kept for `strip`, and not used."""
+    """An index that transformers ignores beside model.safetensors is not used: it stays behind, and that is said."""
     source = copy("single")
     (source / INDEX_FILE).write_text('{"weight_map": {"ghost": "gone.safetensors"}}')
     out = convert(source, tmp_path / "dsa")
     load(out, "DeepseekV32ForCausalLM")
-    assert contents(strip(out, tmp_path / "dense")) == contents(source)
+    assert not_restored(out) == ["figures/", INDEX_FILE]
+    assert set(contents(strip(out, tmp_path / "dense"))) == set(of_the_model(source)) - {INDEX_FILE}
 
 
 class Lazy(Mapping[str, IndexerWeights]):
@@ -220,7 +228,7 @@ def test_strip_restores_every_byte(kind: str, tmp_path: Path, tmp_path_factory: 
     out = convert(source, tmp_path / "dsa")
     before = contents(out)
     dense = strip(out, tmp_path / "dense")
-    assert contents(dense) == contents(source)
+    assert contents(dense) == of_the_model(source)
     assert contents(out) == before
     assert all(os.path.samefile(file, dense / file.name) for file in source.glob("*.safetensors"))
     load(dense, "DeepseekV3ForCausalLM")
@@ -231,7 +239,7 @@ def test_strip_keeps_odd_config_text(copy: Callable[[str], Path], tmp_path: Path
     text = (source / "config.json").read_text().replace("\n", "\r\n").replace("{", '{ "note": "Größe \\u00e9",', 1)
     (source / "config.json").write_bytes(text.encode())
     restored = strip(convert(source, tmp_path / "dsa"), tmp_path / "dense")
-    assert contents(restored) == contents(source)
+    assert contents(restored) == of_the_model(source)
 
 
 def drop_manifest(out: Path) -> None:
@@ -323,13 +331,19 @@ def add_indexer(source: Path) -> None:
     save_file({**tensors, "model.layers.0.self_attn.indexer.wk.weight": torch.zeros(2)}, source / SINGLE_FILE)
 
 
+def take_name(source: Path) -> None:
+    """A shard of the name that the indexers' shard gets."""
+    names = read_index(source)
+    (source / SINGLE_FILE).rename(source / INDEXER_SHARD)
+    (source / INDEX_FILE).write_text(json.dumps({"weight_map": dict.fromkeys(names, INDEXER_SHARD)}))
+
+
 SOURCES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "cut": (lambda f: os.truncate(f / SINGLE_FILE, 5000), [SINGLE_FILE, "truncated"]),
     "no-config": (lambda f: (f / "config.json").unlink(), ["config.json", "no such file"]),
     "has-indexer": (add_indexer, [SINGLE_FILE, "already holds indexer tensors"]),
-    "name-taken": (lambda f: (f / INDEXER_SHARD).touch(), [INDEXER_SHARD, "rename it"]),
+    "name-taken": (take_name, [INDEXER_SHARD, "rename it"]),
     "dangling": (lambda f: (f / "vocab.txt").symlink_to("gone"), ["vocab.txt", "dangling"]),
-    "folder-link": (lambda f: (f / "more").symlink_to(f.parent), ["more", "neither"]),
     "layers": (lambda f: edit_config(f, {"num_hidden_layers": "3"}), ["config.json", "num_hidden_layers", "'3'"]),
 }
 
