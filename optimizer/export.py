@@ -14,7 +14,8 @@ Beside the model lies `mla2dsa-export.json`, the manifest, which is all a runtim
     caches          one per layer: {"layer", "latent": {"input", "output", "width"}, "index_key": {the same}}; each cache is
                     [batch, cache_length, width], starts as zeros, and an output is the next call's input
     limits          {"max_batch", "max_seq"}: max_seq is the most slots a cache may have (and the model's context at most)
-    model           {"model_type", "vocab_size", "num_hidden_layers", "context", "bos_token_id", "eos_token_id"}
+    model           {"model_type", "vocab_size", "num_hidden_layers", "context", "bos_token_id",
+                    "eos_token_id": ids of all tokens that end a text, a list (`files/stop_tokens.py`)}
     indexer         {"index_topk", "index_n_heads", "index_head_dim", "rope_interleave"}
     source          {"name", "fingerprint", "files"}: the checkpoint's folder name and digests (`Checkpoint.source_hashes`)
     weights         {"linked_files", "zero_copy_bytes", "written_bytes", "written"}: written lists what had to be written:
@@ -50,6 +51,7 @@ from ..files.export_manifest import EXPORT_MANIFEST
 from ..files.model_files import CONFIG, model_files
 from ..files.ownership import refuse_names, write_manifest
 from ..files.staging import claim, staged_folder
+from ..files.stop_tokens import stop_tokens
 from ..files.writing import create, place_file
 from ..passes.add_cache import Cached
 from ..passes.graph.editor import ProgramEditor
@@ -160,7 +162,7 @@ def _manifest(
 ) -> dict[str, Any]:
     cached, checkpoint = ready.cached, ready.checkpoint
     config = checkpoint.config
-    fields = ("model_type", "vocab_size", "num_hidden_layers", "bos_token_id", "eos_token_id")
+    fields = ("model_type", "vocab_size", "num_hidden_layers", "bos_token_id")
     inputs, outputs = interface(cached, int(config["vocab_size"]), dtype)
     return {
         "format": MANIFEST_FORMAT, "kind": format, "file": f"model.{format}", "dtype": dtype,
@@ -170,7 +172,9 @@ def _manifest(
             {"layer": c.layer, "latent": _cache(c.latent, c.latent_width), "index_key": _cache(c.index_key, c.index_key_width)}
             for c in cached.caches
         ],
-        "limits": dict(limits), "model": {**{f: config.get(f) for f in fields}, "context": ready.captured.max_length},
+        "limits": dict(limits),
+        "model": {**{f: config.get(f) for f in fields}, "context": ready.captured.max_length,
+                  "eos_token_id": stop_tokens(checkpoint.path)},
         "indexer": asdict(ready.indexer),
         "source": {"name": checkpoint.path.name, "fingerprint": checkpoint.fingerprint(), "files": checkpoint.source_hashes()},
         "weights": dict(written), "versions": _versions(),

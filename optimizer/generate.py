@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, UserError
-from ..files.engine_manifest import engine_folder
+from ..files.engine_manifest import ENGINE_MANIFEST, engine_folder
 from ..files.export_manifest import EXPORT_MANIFEST, is_export
 from ..files.json_files import read_json
+from ..files.stop_tokens import stop_tokens
 from ..runtime.generation import Sampling, Session, generate
 from ..runtime.ort_session import OrtSession
 from ..runtime.torch_session import open_pt2_session
@@ -40,7 +41,7 @@ def generate_text(
         session = _session(folder, runtime or _natural_runtime(folder, exported), exported, device)
     tokenizer = load_tokenizer(folder)
     ids = tokenizer(prompt)["input_ids"]
-    return _pieces(tokenizer, generate(session, [ids], max_new_tokens, sampling, _stop(tokenizer)))
+    return _pieces(tokenizer, generate(session, [ids], max_new_tokens, sampling, _stop(folder, tokenizer)))
 
 
 def _engine_session(folder: Path, runtime: str | None) -> Session:
@@ -67,8 +68,20 @@ def _session(folder: Path, runtime: str, exported: bool, device: str) -> Session
     return open_torch_session(folder, batch=1, device=device)
 
 
-def _stop(tokenizer: Any) -> list[int]:
-    return [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+def _stop(folder: Path, tokenizer: Any) -> list[int]:
+    """What the folder's files or its manifest say, and what the tokenizer itself does: its code may know better."""
+    known = set(stop_tokens(folder))
+    if (manifest := _manifest(folder)) is not None:
+        known |= set(manifest["model"]["eos_token_id"])
+    if tokenizer.eos_token_id is not None:
+        known.add(tokenizer.eos_token_id)
+    return sorted(known)
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """Of an export or an engine."""
+    names = (name for name in (ENGINE_MANIFEST, EXPORT_MANIFEST) if (folder / name).is_file())
+    return next((read_json(folder / name) for name in names), None)
 
 
 def _pieces(tokenizer: Any, steps: Iterator[list[int | None]]) -> Iterator[str]:

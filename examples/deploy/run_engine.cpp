@@ -2,7 +2,7 @@
 //
 //     run_engine [--host-code] ENGINE_FOLDER NEW_TOKENS ID...
 //
-// One sequence. The prompt goes through profile 0 ("prefill") in chunks, then every new token through profile 1 ("decode").
+// One sequence, greedy; it ends before the first token that the folder's manifest has among its eos_token_id. The prompt goes through profile 0 ("prefill") in chunks, then every new token through profile 1 ("decode").
 // Caches are allocated once; a call reads past_X and writes present_X, and both are bound to the same memory.
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
@@ -20,6 +20,7 @@
 #include <map>
 #include <memory>
 #include <numeric>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -250,6 +251,24 @@ std::vector<char> read(Text const& path) {
     return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
 }
 
+// The tokens that end a text: "eos_token_id": [1, 2] in the manifest, the only key of that name there.
+std::vector<int64_t> stopTokens(Text const& path) {
+    std::vector<char> const bytes = read(path);
+    Text const text(bytes.begin(), bytes.end());
+    Text const key = "\"eos_token_id\"";
+    size_t const at = text.find(key);
+    std::istringstream rest(at == Text::npos ? Text() : text.substr(at + key.size()));
+    std::vector<int64_t> found;
+    char sign = 0;
+    bool good = static_cast<bool>(rest >> sign) && sign == ':' && rest >> sign && sign == '[';
+    good = good && rest >> std::ws && (rest.peek() != ']' || rest >> sign);
+    for (int64_t id = 0; good && sign != ']'; found.push_back(id)) {
+        good = rest >> id && id >= 0 && rest >> sign && (sign == ',' || sign == ']');
+    }
+    if (!good) fail(path + ": eos_token_id is no list of token ids; build the engine again");
+    return found;
+}
+
 int64_t integer(char const* text, int64_t least) {
     char* end = nullptr;
     errno = 0;
@@ -269,6 +288,7 @@ void run(std::vector<char*> words) {
     for (size_t at = 2; at < words.size(); ++at) ids.push_back(integer(words[at], 0));
 
     std::vector<char> const plan = read(folder + "/model.engine");
+    std::vector<int64_t> const stop = stopTokens(folder + "/mla2dsa-engine.json");
     Logger logger;
     std::unique_ptr<IRuntime> const runtime(createInferRuntime(logger));
     check(runtime != nullptr, "starting TensorRT");
@@ -283,9 +303,11 @@ void run(std::vector<char*> words) {
     Session session(*engine, static_cast<int64_t>(ids.size()) + wanted - 1);  // the last token made is not fed
     for (int64_t made = 1; made <= wanted; ++made) {
         ids = {session.feed(ids)};
-        std::printf("%lld%c", static_cast<long long>(ids[0]), made == wanted ? '\n' : ' ');
+        if (std::find(stop.begin(), stop.end(), ids[0]) != stop.end()) break;
+        std::printf("%s%lld", made == 1 ? "" : " ", static_cast<long long>(ids[0]));
         std::fflush(stdout);
     }
+    std::printf("\n");
 }
 
 }  // namespace

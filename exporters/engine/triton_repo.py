@@ -39,10 +39,17 @@ def config_text(manifest: Mapping[str, Any], name: str) -> str:
             "max_batch_size: 0",
             *_tensors("input", manifest["inputs"]),
             *_tensors("output", manifest["outputs"]),
+            *_stop_tokens(manifest["model"]["eos_token_id"]),
             f"instance_group [ {{ count: 1, kind: KIND_GPU, profile: [ {profiles} ] }} ]",
             "",
         ]
     )
+
+
+def _stop_tokens(ids: Sequence[int]) -> list[str]:
+    """For whoever feeds the model: the server itself does not generate."""
+    text = ",".join(map(str, ids))
+    return [f'parameters: {{ key: "eos_token_id" value: {{ string_value: "{text}" }} }}'] if ids else []
 
 
 def _tensors(role: str, entries: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -64,4 +71,5 @@ built with. The plugin library is inside of the plan, so host code has to be all
     tritonserver --model-repository=REPO --backend-config=tensorrt,version-compatible=true
 
 The caches (past_*, present_*) are inputs and outputs: feed each output back as the next call's input.
+The ids of the tokens that end a text are config.pbtxt's parameter eos_token_id, with commas between.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -32,7 +33,14 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "model.engine").write_text(LOGITS["float32"])
     (tmp_path / "libmla2dsa_trt.so").touch()
-    return tmp_path
+    return with_stop_tokens(tmp_path, [])
+
+
+def with_stop_tokens(folder: Path, ids: object) -> Path:
+    """The manifest, as `build` writes it, with these ids."""
+    model = {"vocab_size": VOCAB, "eos_token_id": ids, "context": 16}
+    (folder / "mla2dsa-engine.json").write_text(json.dumps({"format": 1, "model": model}, indent=2))
+    return folder
 
 
 def run(program: Path, *words: str | int | Path) -> subprocess.CompletedProcess[str]:
@@ -65,6 +73,31 @@ def test_types_of_logits(program: Path, folder: Path, dtype: str) -> None:
 def test_the_cache_is_used_to_its_last_slot(program: Path, folder: Path) -> None:
     assert len(run(program, folder, 15, 1, 2).stdout.split()) == 15
     refused(run(program, folder, 16, 1, 2), "17 tokens, the engine's caches hold 16")
+
+
+@pytest.mark.parametrize("place", [0, 1, 5], ids=lambda place: f"token-{place}")
+@pytest.mark.parametrize("others", [[], [VOCAB, VOCAB + 1]], ids=["one-id", "several-ids"])
+def test_it_stops_before_a_token_that_ends_the_text(program: Path, folder: Path, place: int, others: list[int]) -> None:
+    text = expected([5, 9], 8)
+    assert text.index(text[place]) == place
+    with_stop_tokens(folder, [*others, text[place]])
+    done = run(program, folder, 8, 5, 9)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [int(word) for word in done.stdout.split()] == text[:place]
+
+
+@pytest.mark.parametrize("ids", [None, 3, ["3"], [-1], "[3]"], ids=str)
+def test_stop_tokens_that_are_none(program: Path, folder: Path, ids: object) -> None:
+    with_stop_tokens(folder, ids)
+    refused(
+        run(program, folder, 1, 1),
+        f"{folder}/mla2dsa-engine.json: eos_token_id is no list of token ids; build the engine again",
+    )
+
+
+def test_a_folder_without_a_manifest(program: Path, folder: Path) -> None:
+    (folder / "mla2dsa-engine.json").unlink()
+    refused(run(program, folder, 1, 1), f"{folder}/mla2dsa-engine.json: cannot be read")
 
 
 def test_a_plan_with_the_library_inside(program: Path, folder: Path) -> None:

@@ -24,6 +24,7 @@ MANIFEST: dict[str, Any] = {
     "profiles": [{"name": "prefill"}, {"name": "decode"}],
     "engine": {"file": "model.engine"},
     "plugin": {"file": "libmla2dsa_trt.so", "embedded": True},
+    "model": {"vocab_size": 1024, "eos_token_id": [0, 7]},
     "backend": {"name": "tensorrt", "version": "10.16.1"},
 }
 Field = descriptor_pb2.FieldDescriptorProto
@@ -59,6 +60,9 @@ def model_config() -> Any:
         ("profile", Field.TYPE_STRING, True, ""),
     )
     file.message_type.append(message("Group", *group))
+    file.message_type.append(message("Text", ("string_value", Field.TYPE_STRING, False, "")))
+    entry = message("Entry", ("key", Field.TYPE_STRING, False, ""), ("value", Field.TYPE_MESSAGE, False, ".t.Text"))
+    file.message_type.append(entry)
     config = (
         ("name", Field.TYPE_STRING, False, ""),
         ("platform", Field.TYPE_STRING, False, ""),
@@ -66,6 +70,7 @@ def model_config() -> Any:
         ("input", Field.TYPE_MESSAGE, True, ".t.Tensor"),
         ("output", Field.TYPE_MESSAGE, True, ".t.Tensor"),
         ("instance_group", Field.TYPE_MESSAGE, True, ".t.Group"),
+        ("parameters", Field.TYPE_MESSAGE, True, ".t.Entry"),
     )
     file.message_type.append(message("ModelConfig", *config))
     pool = descriptor_pool.DescriptorPool()
@@ -80,7 +85,13 @@ def test_the_configuration_is_that_of_the_engine(model_config: Any) -> None:
     assert found == [("input_ids", 1, [-1, -1]), ("past_latent_0", 4, [-1, -1, 576])]
     found = [(it.name, it.data_type, list(it.dims)) for it in config.output]
     assert found == [("logits", 2, [-1, 1, 1024]), ("probability", 3, [-1])]
+    assert [(it.key, it.value.string_value) for it in config.parameters] == [("eos_token_id", "0,7")]
     assert [(group.count, group.kind, list(group.profile)) for group in config.instance_group] == [(1, 1, ["0", "1"])]
+
+
+def test_a_model_that_says_no_end(model_config: Any) -> None:
+    endless = {**MANIFEST, "model": {"eos_token_id": []}}
+    assert not text_format.Parse(config_text(endless, "tiny"), model_config()).parameters
 
 
 def test_the_repository_has_all_that_the_server_reads(tmp_path: Path) -> None:
