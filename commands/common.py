@@ -61,6 +61,15 @@ def command_parser(
     return command
 
 
+def add_trust(command: argparse.ArgumentParser) -> None:
+    """Of commands that load a tokenizer."""
+    command.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the tokenizer's own Python code, if it has any (read it first)",
+    )
+
+
 def run_command(args: argparse.Namespace) -> int:
     """The command that was asked for, with its log on stderr and its graphs in --dump-graphs; returns the exit code."""
     with _logged(args.verbose), _graphs_dumped(args):

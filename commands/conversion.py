@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .common import MODEL_HELP, command_parser
+from .common import MODEL_HELP, add_trust, command_parser
 
 
 def add_conversion(commands: Any) -> None:
@@ -94,6 +94,7 @@ def _add_convert(commands: Any) -> None:
     command.add_argument(
         "--skip-transformers", action="store_true", help="verify on the streamed graph only (large models)"
     )
+    add_trust(command)
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -103,13 +104,21 @@ def _convert(args: argparse.Namespace) -> int:
 
     recipe = read_recipe_of(args)
     if args.dry_run:
-        plan = dry_run(args.model, args.out, recipe, resume=args.resume, overwrite=args.overwrite)
+        plan = dry_run(
+            args.model,
+            args.out,
+            recipe,
+            resume=args.resume,
+            overwrite=args.overwrite,
+            trust_remote_code=args.trust_remote_code,
+        )
         print_json(plan.to_json()) if args.json else show_plan(plan)
         return 0
     with Progress() as progress:
         outcome = convert(
             args.model, args.out, recipe, resume=args.resume, overwrite=args.overwrite, device=args.device,
-            skip_verification=args.skip_verification, skip_transformers=args.skip_transformers, listener=progress.listener(),
+            skip_verification=args.skip_verification, skip_transformers=args.skip_transformers,
+            trust_remote_code=args.trust_remote_code, listener=progress.listener(),
         )  # fmt: skip
     if args.json:
         print_json(outcome.report)
@@ -150,6 +159,7 @@ def _add_verify(commands: Any) -> None:
     command.add_argument(
         "--skip-transformers", action="store_true", help="do not load the checkpoints with transformers (large models)"
     )
+    add_trust(command)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -161,7 +171,7 @@ def _verify(args: argparse.Namespace) -> int:
         result = verify_folders(
             args.dense, args.dsa, args.text, sequences=args.sequences, sequence_length=args.sequence_length,
             max_loss_delta=args.max_loss_delta, skip_transformers=args.skip_transformers, device=args.device,
-            on_progress=progress.advance,
+            trust_remote_code=args.trust_remote_code, on_progress=progress.advance,
         )  # fmt: skip
     print_json(result.to_json()) if args.json else show_verification(result)
     if not result.passed:

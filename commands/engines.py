@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from .common import MODEL_HELP, architectures, command_parser
+from .common import MODEL_HELP, add_trust, architectures, command_parser
 from .conversion import add_recipe, read_recipe_of
 
 
@@ -117,6 +117,7 @@ def _add_deploy(commands: Any) -> None:
         "--skip-transformers", action="store_true", help="verify on the streamed graph only (large models)"
     )
     command.add_argument("--device", default="cpu", help="where the model is streamed through (default cpu)")
+    add_trust(command)
     _add_engine_options(command)
 
 
@@ -134,7 +135,8 @@ def _deploy(args: argparse.Namespace) -> int:
     with Progress() as progress:
         built = deploy(
             args.model, args.out, recipe, options, keep_checkpoint=args.keep_checkpoint, device=args.device,
-            skip_transformers=args.skip_transformers, listener=progress.listener(), on_progress=progress.advance,
+            skip_transformers=args.skip_transformers, trust_remote_code=args.trust_remote_code,
+            listener=progress.listener(), on_progress=progress.advance,
         )  # fmt: skip
     print_json(dict(built.manifest)) if args.json else show_built(args.out, built)
     return 0

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .common import command_parser
+from .common import add_trust, command_parser
 
 
 def add_use(commands: Any) -> None:
@@ -89,6 +89,7 @@ def _add_generate(commands: Any) -> None:
     )
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
     command.add_argument("--device", default="cpu", help="where torch runs (default cpu)")
+    add_trust(command)
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -98,7 +99,9 @@ def _generate(args: argparse.Namespace) -> int:
 
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     sampling = Sampling(args.temperature, args.top_p, args.seed)
-    pieces = generate_text(args.model, prompt, args.runtime, args.max_new_tokens, sampling, args.device)
+    pieces = generate_text(
+        args.model, prompt, args.runtime, args.max_new_tokens, sampling, args.device, args.trust_remote_code
+    )
     if args.json:
         print_json({"text": "".join(pieces)})
         return 0

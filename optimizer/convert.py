@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..errors import UsageError, UserError
 from ..exporters.dsa.checkpoint import UNPROVEN_CONFIG, file_names, write_dsa_checkpoint
 from ..exporters.dsa.config import can_write
 from ..files.finite import finite
-from ..files.model_files import checkpoint_files, left_out
+from ..files.model_files import checkpoint_files, left_out, remote_tokenizer
 from ..files.staging import InTheWay, check_target, claim
 from ..kernels.spec import IndexerWeights
 from .environment import usable_device
@@ -79,6 +79,7 @@ class _Job:
     sequences: _Sequences
     device: str
     tell: Listener
+    remote_code: Sequence[str]  # that the tokenizer is made of, and was allowed to run
 
 
 def convert(
@@ -91,6 +92,7 @@ def convert(
     skip_verification: bool = False,
     skip_transformers: bool = False,
     device: str = "cpu",
+    trust_remote_code: bool = False,
     listener: Listener | None = None,
 ) -> Outcome:
     """Write `out`, whole and verified or not at all. Raises UserError / UsageError with nothing left under `out`; at once
@@ -111,7 +113,7 @@ def convert(
 
         prepared = prepare(model, recipe, check=check)
         tell.on_plan(prepared.plan)
-        job = _Job(prepared, recipe, _sequences(prepared, recipe), device, tell)
+        job = _job(prepared, recipe, device, tell, trust_remote_code)
         proof: list[Verification] = []
         reports: list[Mapping[str, Any]] = []
         with _indexers(job, out, resume, overwrite) as (weights, layers):
@@ -125,24 +127,36 @@ def convert(
             write_dsa_checkpoint(
                 prepared.checkpoint.path, out, weights, prepared.plan.indexer,
                 manifest={"model": str(model), "recipe": recipe.model_dump(), "verified": not skip_verification,
-                          "fingerprint": _fingerprint(job)},
+                          "remote_code": list(job.remote_code), "fingerprint": _fingerprint(job)},
                 prove=prove,
             )  # fmt: skip
         return Outcome(prepared.plan, layers, proof[0] if proof else None, reports[0])
 
 
-def fingerprint(model: str, recipe: Recipe) -> str:
+def _job(prepared: Prepared, recipe: Recipe, device: str, tell: Listener, trust_remote_code: bool) -> _Job:
+    code = remote_tokenizer(prepared.checkpoint.path) if trust_remote_code and recipe.calibration else []
+    return _Job(prepared, recipe, _sequences(prepared, recipe, trust_remote_code), device, tell, code)
+
+
+def fingerprint(model: str, recipe: Recipe, trust_remote_code: bool = False) -> str:
     """Of everything that the indexers of a conversion depend on; its manifest has it, too."""
-    prepared = prepare(model, recipe)
-    return _fingerprint(_Job(prepared, recipe, _sequences(prepared, recipe), "cpu", Listener()))
+    return _fingerprint(_job(prepare(model, recipe), recipe, "cpu", Listener(), trust_remote_code))
 
 
-def dry_run(model: str, out: Path, recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Plan:
+def dry_run(
+    model: str,
+    out: Path,
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> Plan:
     """The plan of a conversion, after every check that can be made before work starts. Writes nothing."""
     prepared = prepare(
         model, recipe, check=lambda checkpoint: _check_before_work(checkpoint, out, recipe, resume, overwrite)
     )
-    _sequences(prepared, recipe)
+    _sequences(prepared, recipe, trust_remote_code)
     return prepared.plan
 
 
@@ -216,7 +230,7 @@ def _proved(job: _Job, folder: Path, skip_transformers: bool) -> Verification:
     return result
 
 
-def _sequences(prepared: Prepared, recipe: Recipe) -> _Sequences:
+def _sequences(prepared: Prepared, recipe: Recipe, trust_remote_code: bool) -> _Sequences:
     """Cut the text: most of it calibrates; sequences spread over it choose the snapshot and prove the result."""
     topk, context = prepared.plan.indexer.index_topk, prepared.plan.context
     length = recipe.sequence_length or min(context, max(1024, 4 * topk))
@@ -226,7 +240,8 @@ def _sequences(prepared: Prepared, recipe: Recipe) -> _Sequences:
         )
     wanted = recipe.tokens or length * (DISTIL_SEQUENCES if recipe.indexer == "distil" else CLOSED_FORM_SEQUENCES)
     held = recipe.verify.sequences + MOST_HELD_OUT
-    text = model_tokens(prepared.checkpoint, recipe.calibration, wanted + held * length, recipe.seed)
+    count = wanted + held * length
+    text = model_tokens(prepared.checkpoint, recipe.calibration, count, recipe.seed, trust_remote_code)
     if recipe.sequence_length is None:
         length = min(length, len(text.ids) // 3)
     if length <= topk + 1:
@@ -268,6 +283,7 @@ def _report(job: _Job, layers: tuple[LayerResult, ...], proof: list[Verification
     report: dict[str, Any] = {
         "plan": job.prepared.plan.to_json(),
         "recipe": job.recipe.model_dump(),
+        "remote_code": list(job.remote_code),
         "calibration": {
             "text": text.origin,
             "sequences": len(fitted),

@@ -34,6 +34,7 @@ def deploy(
     keep_checkpoint: Path | None = None,
     device: str = "cpu",
     skip_transformers: bool = False,
+    trust_remote_code: bool = False,
     listener: Listener | None = None,
     on_progress: OnProgress = lambda stage, done, total: None,
 ) -> Built:
@@ -47,10 +48,10 @@ def deploy(
     with claim(out, inputs, overwrite=options.overwrite), _place(out, keep_checkpoint) as converted:
         check_ready(plan)
         again = options.overwrite and keep_checkpoint is None
-        if not _is_converted(model, converted, recipe, again):
+        if not _is_converted(model, converted, recipe, again, trust_remote_code):
             convert(
                 model, converted, recipe, resume=True, overwrite=again, device=device, skip_transformers=skip_transformers,
-                listener=listener,
+                trust_remote_code=trust_remote_code, listener=listener,
             )  # fmt: skip
         return build(replace(plan, source=converted), on_progress)
 
@@ -63,12 +64,12 @@ def plan_deploy(model: str, out: Path, recipe: Recipe, options: BuildOptions) ->
     return {**planned, "conversion": prepare(model, recipe, False).plan.to_json()}
 
 
-def _is_converted(model: str, folder: Path, recipe: Recipe, again: bool) -> bool:
+def _is_converted(model: str, folder: Path, recipe: Recipe, again: bool, trust_remote_code: bool) -> bool:
     """Whether `folder` is what this conversion gives, made by an earlier run. Raises UsageError when it is of another one, unless
     it may be made `again`."""
     if not (folder / MANIFEST).is_file() or why_not_ours(folder) is not None:
         return False  # `convert` says what is in the way
-    if read_json(folder / MANIFEST).get("fingerprint") == fingerprint(model, recipe):
+    if read_json(folder / MANIFEST).get("fingerprint") == fingerprint(model, recipe, trust_remote_code):
         return True
     if again:
         return False

@@ -21,7 +21,13 @@ from .model.text import load_tokenizer
 
 
 def generate_text(
-    model: str, prompt: str, runtime: str | None, max_new_tokens: int, sampling: Sampling, device: str = "cpu"
+    model: str,
+    prompt: str,
+    runtime: str | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> Iterator[str]:
     """Yield the continuation of `prompt` piece by piece. runtime None: onnxruntime for an ONNX export, tensorrt for an engine,
     else torch.
@@ -39,7 +45,7 @@ def generate_text(
         exported = is_export(model)
         folder = Path(model) if exported else Checkpoint.open(model).path
         session = _session(folder, runtime or _natural_runtime(folder, exported), exported, device)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
     ids = tokenizer(prompt)["input_ids"]
     return _pieces(tokenizer, generate(session, [ids], max_new_tokens, sampling, _stop(folder, tokenizer)))
 

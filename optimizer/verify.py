@@ -299,6 +299,7 @@ def verify_folders(
     max_loss_delta: float | None = None,
     skip_transformers: bool = False,
     device: str = "cpu",
+    trust_remote_code: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Verification:
     """Open both folders, read `text` (random tokens without one), and run every check. Raises UserError."""
@@ -313,7 +314,7 @@ def verify_folders(
         raise UsageError(
             f"--sequence-length {length}, expected more than index_topk {topk} and at most the context of {context} tokens"
         )
-    tokens = model_tokens(pair.dense.checkpoint, text, length * sequences)
+    tokens = model_tokens(pair.dense.checkpoint, text, length * sequences, trust_remote_code=trust_remote_code)
     chosen = tokens.sequences(length, sequences)
     limit = Verify().max_loss_delta if max_loss_delta is None else max_loss_delta
     return verify(pair, chosen, tokens.origin, limit, skip_transformers, on_progress)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ...files.model_files import remote_tokenizer
 from .capture import read_config
 from .checkpoint import Checkpoint
 
@@ -45,7 +46,9 @@ class Tokens:
         return Tokens(self.ids[:cut], self.origin), Tokens(self.ids[cut:], self.origin)
 
 
-def model_tokens(checkpoint: Checkpoint, path: str | Path | None, count: int, seed: int = 0) -> Tokens:
+def model_tokens(
+    checkpoint: Checkpoint, path: str | Path | None, count: int, seed: int = 0, trust_remote_code: bool = False
+) -> Tokens:
     """The text at `path` in the checkpoint's own tokens; without a path `count` random ones.
 
     Raises UserError when there is no text, or no tokenizer that goes with the model.
@@ -53,7 +56,7 @@ def model_tokens(checkpoint: Checkpoint, path: str | Path | None, count: int, se
     vocabulary = int(read_config(checkpoint.config).get_text_config().vocab_size)
     if path is None:
         return random_tokens(count, vocabulary, seed)
-    tokens = read_tokens(path, load_tokenizer(checkpoint.path))
+    tokens = read_tokens(path, load_tokenizer(checkpoint.path, trust_remote_code))
     if int(tokens.ids.max()) >= vocabulary:
         raise UserError(
             f"{checkpoint.path}: the tokenizer gives token {int(tokens.ids.max())}, config.json has vocab_size {vocabulary}; "
@@ -130,12 +133,22 @@ def _jsonl(file: Path, content: str) -> Iterator[str]:
         yield text
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer. Raises UserError when it has none transformers can load."""
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's tokenizer. Raises UserError when it has none transformers can load.
+
+    trust_remote_code: run the tokenizer's own code if it has any. Without, none runs: None, transformers' default, would ask
+    on stdin.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds for a missing or foreign tokenizer
+        code = remote_tokenizer(folder)
+        if code and not trust_remote_code:
+            raise UserError(
+                f"{folder}: the tokenizer is code of its own ({code[0]}), which is not run unasked; read it, then pass "
+                "--trust-remote-code"
+            ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise UserError(f"{folder}: no tokenizer that transformers can load, needed to read text ({reason})") from error
