@@ -70,6 +70,14 @@ def add_trust(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_drop_stale(command: argparse.ArgumentParser) -> None:
+    """Of commands that read a dense checkpoint."""
+    command.add_argument(
+        "--drop-stale-quantization", action="store_true",
+        help="where config.json has a quantization_config and no tensor is quantised: leave it out instead of refusing",
+    )  # fmt: skip
+
+
 def run_command(args: argparse.Namespace) -> int:
     """The command that was asked for, with its log on stderr and its graphs in --dump-graphs; returns the exit code."""
     with _logged(args.verbose), _graphs_dumped(args):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .common import MODEL_HELP, add_trust, command_parser
+from .common import MODEL_HELP, add_drop_stale, add_trust, command_parser
 
 
 def add_conversion(commands: Any) -> None:
@@ -53,6 +53,7 @@ def _add_plan(commands: Any) -> None:
     command.add_argument(
         "--allow-partial", action="store_true", help="plan a model that has other attention beside MLA"
     )
+    add_drop_stale(command)
     add_recipe(command)
 
 
@@ -61,7 +62,7 @@ def _plan(args: argparse.Namespace) -> int:
     from .show.conversion import show_plan
     from .show.tables import print_json
 
-    plan = prepare(args.model, read_recipe_of(args), args.allow_partial).plan
+    plan = prepare(args.model, read_recipe_of(args), args.allow_partial, drop_stale=args.drop_stale_quantization).plan
     print_json(plan.to_json()) if args.json else show_plan(plan)
     return 0
 
@@ -95,6 +96,7 @@ def _add_convert(commands: Any) -> None:
         "--skip-transformers", action="store_true", help="verify on the streamed graph only (large models)"
     )
     add_trust(command)
+    add_drop_stale(command)
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -111,6 +113,7 @@ def _convert(args: argparse.Namespace) -> int:
             resume=args.resume,
             overwrite=args.overwrite,
             trust_remote_code=args.trust_remote_code,
+            drop_stale=args.drop_stale_quantization,
         )
         print_json(plan.to_json()) if args.json else show_plan(plan)
         return 0
@@ -118,7 +121,7 @@ def _convert(args: argparse.Namespace) -> int:
         outcome = convert(
             args.model, args.out, recipe, resume=args.resume, overwrite=args.overwrite, device=args.device,
             skip_verification=args.skip_verification, skip_transformers=args.skip_transformers,
-            trust_remote_code=args.trust_remote_code, listener=progress.listener(),
+            trust_remote_code=args.trust_remote_code, drop_stale=args.drop_stale_quantization, listener=progress.listener(),
         )  # fmt: skip
     if args.json:
         print_json(outcome.report)
@@ -160,6 +163,7 @@ def _add_verify(commands: Any) -> None:
         "--skip-transformers", action="store_true", help="do not load the checkpoints with transformers (large models)"
     )
     add_trust(command)
+    add_drop_stale(command)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -171,7 +175,7 @@ def _verify(args: argparse.Namespace) -> int:
         result = verify_folders(
             args.dense, args.dsa, args.text, sequences=args.sequences, sequence_length=args.sequence_length,
             max_loss_delta=args.max_loss_delta, skip_transformers=args.skip_transformers, device=args.device,
-            trust_remote_code=args.trust_remote_code, on_progress=progress.advance,
+            trust_remote_code=args.trust_remote_code, drop_stale=args.drop_stale_quantization, on_progress=progress.advance,
         )  # fmt: skip
     print_json(result.to_json()) if args.json else show_verification(result)
     if not result.passed:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from .common import MODEL_HELP, add_trust, architectures, command_parser
+from .common import MODEL_HELP, add_drop_stale, add_trust, architectures, command_parser
 from .conversion import add_recipe, read_recipe_of
 
 
@@ -118,6 +118,7 @@ def _add_deploy(commands: Any) -> None:
     )
     command.add_argument("--device", default="cpu", help="where the model is streamed through (default cpu)")
     add_trust(command)
+    add_drop_stale(command)
     _add_engine_options(command)
 
 
@@ -129,13 +130,14 @@ def _deploy(args: argparse.Namespace) -> int:
 
     options, recipe = _options(args), read_recipe_of(args)
     if args.dry_run:
-        planned = plan_deploy(args.model, args.out, recipe, options)
+        planned = plan_deploy(args.model, args.out, recipe, options, args.drop_stale_quantization)
         print_json(planned) if args.json else show_build_plan(planned)
         return 0
     with Progress() as progress:
         built = deploy(
             args.model, args.out, recipe, options, keep_checkpoint=args.keep_checkpoint, device=args.device,
             skip_transformers=args.skip_transformers, trust_remote_code=args.trust_remote_code,
+            drop_stale=args.drop_stale_quantization,
             listener=progress.listener(), on_progress=progress.advance,
         )  # fmt: skip
     print_json(dict(built.manifest)) if args.json else show_built(args.out, built)

@@ -18,7 +18,8 @@ from ..errors import UsageError, UserError
 from ..exporters.dsa.checkpoint import UNPROVEN_CONFIG, file_names, write_dsa_checkpoint
 from ..exporters.dsa.config import can_write
 from ..files.finite import finite
-from ..files.model_files import checkpoint_files, left_out, remote_tokenizer
+from ..files.json_files import read_json
+from ..files.model_files import CONFIG, checkpoint_files, left_out, remote_tokenizer
 from ..files.staging import InTheWay, check_target, claim
 from ..kernels.spec import IndexerWeights
 from .environment import usable_device
@@ -93,6 +94,7 @@ def convert(
     skip_transformers: bool = False,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    drop_stale: bool = False,
     listener: Listener | None = None,
 ) -> Outcome:
     """Write `out`, whole and verified or not at all. Raises UserError / UsageError with nothing left under `out`; at once
@@ -111,7 +113,7 @@ def convert(
             if not (skip_verification or skip_transformers):
                 refuse_if_too_large(checkpoint)
 
-        prepared = prepare(model, recipe, check=check)
+        prepared = prepare(model, recipe, check=check, drop_stale=drop_stale)
         tell.on_plan(prepared.plan)
         job = _job(prepared, recipe, device, tell, trust_remote_code)
         proof: list[Verification] = []
@@ -128,7 +130,7 @@ def convert(
                 prepared.checkpoint.path, out, weights, prepared.plan.indexer,
                 manifest={"model": str(model), "recipe": recipe.model_dump(), "verified": not skip_verification,
                           "remote_code": list(job.remote_code), "fingerprint": _fingerprint(job)},
-                prove=prove,
+                dropped=_dropped(prepared.checkpoint), prove=prove,
             )  # fmt: skip
         return Outcome(prepared.plan, layers, proof[0] if proof else None, reports[0])
 
@@ -138,9 +140,10 @@ def _job(prepared: Prepared, recipe: Recipe, device: str, tell: Listener, trust_
     return _Job(prepared, recipe, _sequences(prepared, recipe, trust_remote_code), device, tell, code)
 
 
-def fingerprint(model: str, recipe: Recipe, trust_remote_code: bool = False) -> str:
+def fingerprint(model: str, recipe: Recipe, trust_remote_code: bool = False, drop_stale: bool = False) -> str:
     """Of everything that the indexers of a conversion depend on; its manifest has it, too."""
-    return _fingerprint(_job(prepare(model, recipe), recipe, "cpu", Listener(), trust_remote_code))
+    prepared = prepare(model, recipe, drop_stale=drop_stale)
+    return _fingerprint(_job(prepared, recipe, "cpu", Listener(), trust_remote_code))
 
 
 def dry_run(
@@ -151,11 +154,13 @@ def dry_run(
     resume: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    drop_stale: bool = False,
 ) -> Plan:
     """The plan of a conversion, after every check that can be made before work starts. Writes nothing."""
     prepared = prepare(
-        model, recipe, check=lambda checkpoint: _check_before_work(checkpoint, out, recipe, resume, overwrite)
-    )
+        model, recipe, check=lambda checkpoint: _check_before_work(checkpoint, out, recipe, resume, overwrite),
+        drop_stale=drop_stale,
+    )  # fmt: skip
     _sequences(prepared, recipe, trust_remote_code)
     return prepared.plan
 
@@ -222,12 +227,19 @@ def _calibrated(job: _Job, store: ProgressStore) -> Iterator[LayerResult]:
 
 def _proved(job: _Job, folder: Path, skip_transformers: bool) -> Verification:
     """Raises UserError naming the first check that does not hold."""
-    pair = open_pair(job.prepared.checkpoint.path, folder, job.device, job.prepared.capture, UNPROVEN_CONFIG)
+    checkpoint = job.prepared.checkpoint
+    stale = bool(_dropped(checkpoint))
+    pair = open_pair(checkpoint.path, folder, job.device, job.prepared.capture, UNPROVEN_CONFIG, drop_stale=stale)
     text, limit = job.sequences, job.recipe.verify.max_loss_delta
     result = verify(pair, text.proof, text.origin, limit, skip_transformers, job.tell.on_progress)
     if not result.passed:
         raise UserError(result.failure())
     return result
+
+
+def _dropped(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Fields of config.json that `prepare` dropped."""
+    return tuple(name for name in read_json(checkpoint.path / CONFIG) if name not in checkpoint.config)
 
 
 def _sequences(prepared: Prepared, recipe: Recipe, trust_remote_code: bool) -> _Sequences:
@@ -284,6 +296,7 @@ def _report(job: _Job, layers: tuple[LayerResult, ...], proof: list[Verification
         "plan": job.prepared.plan.to_json(),
         "recipe": job.recipe.model_dump(),
         "remote_code": list(job.remote_code),
+        "dropped_fields": list(_dropped(checkpoint)),
         "calibration": {
             "text": text.origin,
             "sequences": len(fitted),

@@ -35,6 +35,7 @@ def deploy(
     device: str = "cpu",
     skip_transformers: bool = False,
     trust_remote_code: bool = False,
+    drop_stale: bool = False,
     listener: Listener | None = None,
     on_progress: OnProgress = lambda stage, done, total: None,
 ) -> Built:
@@ -48,28 +49,32 @@ def deploy(
     with claim(out, inputs, overwrite=options.overwrite), _place(out, keep_checkpoint) as converted:
         check_ready(plan)
         again = options.overwrite and keep_checkpoint is None
-        if not _is_converted(model, converted, recipe, again, trust_remote_code):
+        if not _is_converted(model, converted, recipe, again, trust_remote_code, drop_stale):
             convert(
                 model, converted, recipe, resume=True, overwrite=again, device=device, skip_transformers=skip_transformers,
-                trust_remote_code=trust_remote_code, listener=listener,
+                trust_remote_code=trust_remote_code, drop_stale=drop_stale, listener=listener,
             )  # fmt: skip
         return build(replace(plan, source=converted), on_progress)
 
 
-def plan_deploy(model: str, out: Path, recipe: Recipe, options: BuildOptions) -> dict[str, Any]:
+def plan_deploy(
+    model: str, out: Path, recipe: Recipe, options: BuildOptions, drop_stale: bool = False
+) -> dict[str, Any]:
     """What `deploy` would do: how the engine is built, and for a dense checkpoint the plan of its conversion."""
     planned = plan_build(model, out, options, convert_first=True).to_json()
     if Checkpoint.open(model).is_dsa():
         return planned
-    return {**planned, "conversion": prepare(model, recipe, False).plan.to_json()}
+    return {**planned, "conversion": prepare(model, recipe, drop_stale=drop_stale).plan.to_json()}
 
 
-def _is_converted(model: str, folder: Path, recipe: Recipe, again: bool, trust_remote_code: bool) -> bool:
+def _is_converted(
+    model: str, folder: Path, recipe: Recipe, again: bool, trust_remote_code: bool, drop_stale: bool
+) -> bool:
     """Whether `folder` is what this conversion gives, made by an earlier run. Raises UsageError when it is of another one, unless
     it may be made `again`."""
     if not (folder / MANIFEST).is_file() or why_not_ours(folder) is not None:
         return False  # `convert` says what is in the way
-    if read_json(folder / MANIFEST).get("fingerprint") == fingerprint(model, recipe, trust_remote_code):
+    if read_json(folder / MANIFEST).get("fingerprint") == fingerprint(model, recipe, trust_remote_code, drop_stale):
         return True
     if again:
         return False

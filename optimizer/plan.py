@@ -14,6 +14,7 @@ from ..passes.mla_to_dsa import Converted, mla_to_dsa
 from .model.capture import Capture, capture
 from .model.checkpoint import Checkpoint
 from .model.donor import Donor
+from .model.every_tensor import check_every_tensor, with_true_quantisation
 from .model.weights import WeightSource
 from .recipe import DEFAULT_TOPK, Recipe
 
@@ -83,22 +84,27 @@ def prepare(
     allow_partial: bool = False,
     attention: str = "anchor",
     check: Callable[[Checkpoint], None] | None = None,
+    drop_stale: bool = False,
 ) -> Prepared:
     """Open, capture, match and rewrite `model`. Raises UserError for anything that would stop the conversion itself.
 
     A model whose checkpoint cannot be written yet is still planned; `Plan.refusal` says so. check: looks at the opened
-    checkpoint before the capture, which takes a while on large models.
+    checkpoint before the capture, which takes a while on large models. drop_stale: a quantization_config that is not about
+    these tensors is dropped instead of refused.
     """
     checkpoint = Checkpoint.open(model)
     if checkpoint.is_dsa():
         raise UserError(f"{model}: already a DSA model (it has an indexer); nothing to convert")
+    checkpoint = with_true_quantisation(checkpoint, drop_stale)
     if check is not None:
         check(checkpoint)
     captured = capture(checkpoint.config, attention)
     donor = Donor.open(recipe.donor) if recipe.donor else None
     config = indexer_config(recipe, checkpoint.config, captured.max_length, donor)
     converted = mla_to_dsa(captured.program, config, allow_partial=allow_partial)
-    checkpoint.check_shapes(WeightSource(checkpoint, captured).expected())
+    source = WeightSource(checkpoint, captured)
+    checkpoint.check_shapes(source.expected())
+    check_every_tensor(source)
     if donor is not None:
         donor.check(converted.found.sites)
     layers = tuple((site.name, site.dims) for site in converted.found.sites)

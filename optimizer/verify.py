@@ -20,6 +20,7 @@ from ..runtime.execute import PieceRunner
 from .environment import usable_device
 from .model.capture import Capture, capture
 from .model.checkpoint import Checkpoint
+from .model.every_tensor import check_every_tensor, with_true_quantisation
 from .model.text import model_tokens
 from .model.weights import WeightSource
 from .proof import transformers_check as hf
@@ -107,25 +108,30 @@ def open_pair(
     device: str = "cpu",
     captured: Capture | None = None,
     config_file: str = "config.json",
+    drop_stale: bool = False,
 ) -> Pair:
     """Open both and rewrite the dense graph. Raises UserError when they do not belong together.
 
-    captured: the dense graph, if it is at hand. config_file: the name of the DSA checkpoint's config.json.
+    captured: the dense graph, if it is at hand. config_file: the name of the DSA checkpoint's config.json. drop_stale: of the
+    dense one, as in `prepare`.
     """
     base, made = Checkpoint.open(dense), Checkpoint.open(dsa, config_file=config_file)
     if base.is_dsa():
         raise UserError(f"{dense}: has an indexer, expected the dense checkpoint first")
+    base, made = with_true_quantisation(base, drop_stale), with_true_quantisation(made)
     config = _indexer_config(made)
     captured = captured or capture(base.config)
     converted = mla_to_dsa(captured.program, config)
     dense_source, sparse_source = WeightSource(base, captured, device), WeightSource(made, captured, device)
     base.check_shapes(dense_source.expected())
+    check_every_tensor(dense_source)
     indexers = {
         f"{site.name}.indexer.{name}": shape
         for site in converted.found.sites
         for name, shape in IndexerWeights.shapes(config, site.dims.hidden_size, site.dims.q_width).items()
     }
     made.check_shapes(sparse_source.expected() | indexers)
+    check_every_tensor(sparse_source, indexers)
     return Pair(dense_source, sparse_source, converted, config)
 
 
@@ -300,12 +306,13 @@ def verify_folders(
     skip_transformers: bool = False,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    drop_stale: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Verification:
     """Open both folders, read `text` (random tokens without one), and run every check. Raises UserError."""
     if sequences < 1:
         raise UsageError(f"--sequences {sequences}, expected at least 1")
-    pair = open_pair(dense, dsa, usable_device(device))
+    pair = open_pair(dense, dsa, usable_device(device), drop_stale=drop_stale)
     if not skip_transformers:
         hf.refuse_if_too_large(pair.sparse.checkpoint)
     topk, context = pair.config.index_topk, pair.dense.capture.max_length

@@ -20,7 +20,7 @@ the first name alone and never look at the index.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -69,6 +69,7 @@ def write_dsa_checkpoint(
     *,
     manifest: Mapping[str, object],
     dtype: torch.dtype = torch.bfloat16,
+    dropped: Sequence[str] = (),
     overwrite: bool = False,
     prove: Callable[[Path], Mapping[str, object]] | None = None,
 ) -> Path:
@@ -76,6 +77,7 @@ def write_dsa_checkpoint(
 
     weights: by attention module name (`model.layers.0.self_attn`); each is fetched once, in order, so that a lazy
     mapping keeps one layer in memory. MTP layers may have one, the `num_hidden_layers` others must.
+    dropped: fields of the source's config.json that are not true of it; `strip` gives them back all the same.
     dtype: of wq_b, wk and weights_proj; k_norm is written in float32, as DeepSeek does: runtimes that keep LayerNorm in
     float32 get the full precision, transformers casts it to the model's dtype.
     manifest: what to record besides our own entries (model id, recipe). prove: looks at the folder before it gets its
@@ -85,7 +87,7 @@ def write_dsa_checkpoint(
     """
     if taken := sorted(_MANIFEST_ENTRIES & manifest.keys()):
         raise ValueError(f"manifest entries {taken} are written by write_dsa_checkpoint itself")
-    dense = read_json(source / CONFIG)
+    dense = {name: value for name, value in read_json(source / CONFIG).items() if name not in dropped}
     tensors = read_index(source)
     settings = dsa_config(dense, config, weights)
     _check_layers(source, dense, tensors, weights)

@@ -24,6 +24,7 @@ from ...passes.pipeline import cached_passes
 from ...runtime.torch_session import TorchSession
 from .capture import Capture, capture
 from .checkpoint import Checkpoint
+from .every_tensor import check_every_tensor, with_true_quantisation
 from .weights import WeightSource
 
 _V32_ONLY = ("index_topk", "index_n_heads", "index_head_dim", "indexer_rope_interleave", "indexer_types")
@@ -44,6 +45,7 @@ def open_cached(checkpoint: Checkpoint, dtype: torch.dtype, last_only: bool, dev
     """Raises UserError when `checkpoint` has no indexers, or tensors that do not fit its config.json."""
     if not checkpoint.is_dsa():
         raise UserError(f"{checkpoint.path}: a dense checkpoint (no indexer); run `mla2dsa convert` first")
+    with_true_quantisation(checkpoint)
     config = dense_config(checkpoint)
     indexer = _indexer(checkpoint)
     captured = capture(config, dtype=dtype)
@@ -51,6 +53,7 @@ def open_cached(checkpoint: Checkpoint, dtype: torch.dtype, last_only: bool, dev
     source = WeightSource(checkpoint, captured, device)
     shapes = {name: tuple(run.program.state_dict[name].shape) for name in run.fact(Rewritten).added}
     checkpoint.check_shapes({**source.expected(), **shapes})
+    check_every_tensor(source, shapes)
     return CachedModel(checkpoint, captured, indexer, cached_of(run), source)
 
 

@@ -17,10 +17,9 @@ from ...errors import UserError
 from ...files.digests import file_digest
 from ...files.json_files import read_json
 from ...files.safetensors_index import INDEX_FILE, SINGLE_FILE, TensorLocation, read_index, some
+from .stored_formats import FP8, PLAIN, SCALES, block_of, format_fault
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_FP8_BLOCK = (128, 128)  # DeepSeek-V3's weight_block_size, when config.json does not say
-_FP8 = ("F8_E4M3", "F8_E5M2")
 _OTHER_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data"]
 
 
@@ -67,8 +66,10 @@ class Checkpoint:
         Raises UserError when it is absent, in another quantised format, or (with `finite`) holds NaN or infinities.
         """
         place = self._locate(name)
+        if place.dtype not in PLAIN and (dtype is not None or place.dtype in FP8):
+            self._check_format(name)
         tensor = self._read(name)
-        if place.dtype in _FP8:
+        if place.dtype in FP8:
             tensor = self._dequantise(name, tensor).to(dtype or torch.bfloat16)
         elif dtype is not None:
             tensor = tensor.to(dtype)
@@ -131,20 +132,12 @@ class Checkpoint:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
+    def _check_format(self, name: str) -> None:
+        if fault := format_fault(self.path, self.tensors, self.config, name):
+            raise UserError(fault)
+
     def _dequantise(self, name: str, weight: Tensor) -> Tensor:
-        if f"{name}_scale_inv" not in self.tensors:
-            dtype = self.tensors[name].dtype
-            raise UserError(f"{self.tensors[name].file}: {name} is {dtype} without {name}_scale_inv (block scales)")
-        quantisation = self.config.get("quantization_config") or {}
-        block = tuple(quantisation.get("weight_block_size") or _FP8_BLOCK)
-        scale = self._read(f"{name}_scale_inv").float()
-        grid = [-(-size // step) for size, step in zip(weight.shape, block, strict=False)]
-        if weight.dim() != 2 or list(scale.shape) != grid:
-            raise UserError(
-                f"{self.tensors[name].file}: {name}_scale_inv is {list(scale.shape)}, expected {grid} "
-                f"for {list(weight.shape)} in blocks of {list(block)} (quantization_config.weight_block_size)"
-            )
-        return dequantise_blocks(weight, scale, block[0], block[1])
+        return dequantise_blocks(weight, self._read(f"{name}{SCALES}").float(), *block_of(self.config))
 
 
 def dequantise_blocks(weight: Tensor, scale: Tensor, rows: int, columns: int) -> Tensor:

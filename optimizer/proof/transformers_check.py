@@ -131,7 +131,7 @@ def load_model(checkpoint: Checkpoint, class_name: str) -> tuple[Any, Mapping[st
     logging.disable_progress_bar()
     try:
         model_class = getattr(transformers, class_name)
-        config = model_class.config_class.from_pretrained(checkpoint.path / checkpoint.config_file)
+        config = model_class.config_class.from_dict(dict(checkpoint.config))
         model, info = model_class.from_pretrained(
             checkpoint.path, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True
         )
