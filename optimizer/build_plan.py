@@ -16,6 +16,7 @@ from ..files.dtypes import MODEL_DTYPES
 from ..files.export_manifest import EXPORT_MANIFEST, is_export, read_export
 from ..files.staging import check_target
 from ..kernels.gpu.binaries.compile import ARCHITECTURES, check_architecture
+from .model.cached_model import context_of
 from .model.checkpoint import Checkpoint
 
 
@@ -102,8 +103,8 @@ def _dsa_checkpoint(target: str | Path) -> Checkpoint:
 
 
 def _export_limits(options: BuildOptions, checkpoint: Checkpoint) -> dict[str, int]:
-    most, context = options.most or {}, int(checkpoint.config["max_position_embeddings"])
-    return {"max_batch": most.get("batch", 1), "max_seq": most.get("cache_length", context)}
+    most = options.most or {}
+    return {"max_batch": most.get("batch", 1), "max_seq": most.get("cache_length", context_of(checkpoint))}
 
 
 def _onnx_folder(target: str | Path) -> Path | None:

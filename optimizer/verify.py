@@ -18,7 +18,8 @@ from ..kernels.spec import IndexerConfig, IndexerWeights
 from ..passes.mla_to_dsa import Converted, mla_to_dsa
 from ..runtime.execute import PieceRunner
 from .environment import usable_device
-from .model.capture import Capture, capture
+from .model.cached_model import dense_config
+from .model.capture import Capture, capture, read_config
 from .model.checkpoint import Checkpoint
 from .model.every_tensor import check_every_tensor, with_true_quantisation
 from .model.text import model_tokens
@@ -34,6 +35,12 @@ GRAPH_TOLERANCE = 1e-5  # relative, float32, dense graph against converted graph
 TRANSFORMERS_TOLERANCE = 1e-4  # relative, float32, converted graph against DeepseekV32ForCausalLM
 SHORT = 256  # tokens of the exactness check, at most; swept by benchmarks/constants.py
 PARITY_SEQUENCES = 2  # swept by benchmarks/constants.py
+# Fields of config.json that change nothing in what the graph computes.
+_NOT_THE_GRAPH = {
+    "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "initializer_range", "model_type",
+    "pad_token_id", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+_NULLS = {"attention_dropout": 0.0, "norm_topk_prob": False}  # what null means to deepseek_v3
 CONVERT_AGAIN = "fetch the files again, or convert again"
 NOT_A_PAIR = "compare with the checkpoint that the DSA one was made from, and convert again if a file was changed"
 CALIBRATE_BETTER = "calibrate on more text like it, with --indexer distil or a larger --index-topk"
@@ -120,6 +127,7 @@ def open_pair(
         raise UserError(f"{dense}: has an indexer, expected the dense checkpoint first")
     base, made = with_true_quantisation(base, drop_stale), with_true_quantisation(made)
     config = _indexer_config(made)
+    _check_same_model(base, made)
     captured = captured or capture(base.config)
     converted = mla_to_dsa(captured.program, config)
     dense_source, sparse_source = WeightSource(base, captured, device), WeightSource(made, captured, device)
@@ -133,6 +141,22 @@ def open_pair(
     made.check_shapes(sparse_source.expected() | indexers)
     check_every_tensor(sparse_source, indexers)
     return Pair(dense_source, sparse_source, converted, config)
+
+
+def _check_same_model(base: Checkpoint, made: Checkpoint) -> None:
+    """One graph is held against the other, so both config.json have to mean the same but for the indexer."""
+    one, two = (read_config(config) for config in (base.config, dense_config(made)))
+    known = type(one)().to_dict().keys() - _NOT_THE_GRAPH  # what the class acts upon
+    meant = [
+        {name: _NULLS.get(name) if value is None else value for name, value in it.to_dict().items()}
+        for it in (one, two)
+    ]
+    differing = sorted(name for name in known if meant[0].get(name) != meant[1].get(name))
+    if differing:
+        raise UserError(
+            f"{made.path / made.config_file}: {', '.join(differing)} other than in {base.path / base.config_file}; "
+            f"set both alike, or {CONVERT_AGAIN}"
+        )
 
 
 def _indexer_config(made: Checkpoint) -> IndexerConfig:

@@ -6,7 +6,7 @@ second modelling code.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,15 @@ from ...passes.manager import run_passes
 from ...passes.mla_to_dsa import Rewritten
 from ...passes.pipeline import cached_passes
 from ...runtime.torch_session import TorchSession
-from .capture import Capture, capture
+from .capture import Capture, capture, max_length, read_config
 from .checkpoint import Checkpoint
 from .every_tensor import check_every_tensor, with_true_quantisation
 from .weights import WeightSource
 
-_V32_ONLY = ("index_topk", "index_n_heads", "index_head_dim", "indexer_rope_interleave", "indexer_types")
+_V32_ONLY = (
+    "index_topk", "index_n_heads", "index_head_dim", "indexer_rope_interleave", "indexer_types", "layer_types", "mlp_bias",
+)  # fmt: skip
+_V32_MAX_POSITION_EMBEDDINGS = 163840  # its default; deepseek_v3's is another
 
 
 @dataclass(frozen=True)
@@ -58,31 +61,63 @@ def open_cached(checkpoint: Checkpoint, dtype: torch.dtype, last_only: bool, dev
 
 
 def dense_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """config.json of the dense base: the one the manifest keeps, or a native deepseek_v32 told as deepseek_v3.
+    """config.json of the dense base: that of the DSA checkpoint, which is the truth about the model, told as deepseek_v3's.
 
-    Raises UserError when the checkpoint is neither.
+    What was edited after a conversion is obeyed, as transformers obeys it. Raises UserError naming the field where
+    deepseek_v3 cannot say it, or where it contradicts what the conversion wrote.
     """
-    if (checkpoint.path / DSA_MANIFEST).is_file():
-        kept = read_json(checkpoint.path / DSA_MANIFEST).get("source")
-        text = kept.get("config") if isinstance(kept, dict) else None
-        if not isinstance(text, str):
-            raise UserError(f"{checkpoint.path / DSA_MANIFEST}: damaged (no source config); fetch it again")
-        dense: dict[str, Any] = json.loads(text)
-        return dense
+    ours = _check_manifest(checkpoint)
     config = {name: value for name, value in checkpoint.config.items() if name not in _V32_ONLY}
-    if config.get("model_type") != "deepseek_v32":
-        raise UserError(
-            f"{checkpoint.path / 'config.json'}: model_type {config.get('model_type')!r} with an indexer, but no {DSA_MANIFEST}; "
-            "only deepseek_v32 is known without one"
-        )
+    if fault := _contradiction(checkpoint.config, ours):
+        raise UserError(f"{checkpoint.path / checkpoint.config_file}: {fault}")
     layers = config.pop("mlp_layer_types", None)
-    config.pop("layer_types", None)
     if layers is not None:
-        dense_layers = next((i for i, kind in enumerate(layers) if kind != "dense"), len(layers))
-        if "dense" in layers[dense_layers:]:
-            raise UserError(f"{checkpoint.path / 'config.json'}: mlp_layer_types has dense layers after sparse ones")
-        config["first_k_dense_replace"] = dense_layers
+        config["first_k_dense_replace"] = next((i for i, kind in enumerate(layers) if kind != "dense"), len(layers))
+    if (experts := config.pop("num_experts", None)) is not None:  # deepseek_v32 obeys it, deepseek_v3 does not
+        config["n_routed_experts"] = experts
+    config.setdefault("max_position_embeddings", _V32_MAX_POSITION_EMBEDDINGS)
     return {**config, "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
+
+
+def _check_manifest(checkpoint: Checkpoint) -> bool:
+    """Whether mla2dsa wrote the checkpoint. Raises UserError when its manifest is damaged."""
+    file = checkpoint.path / DSA_MANIFEST
+    if not file.is_file():
+        return False
+    kept = read_json(file).get("source")
+    if not isinstance(kept, dict) or not isinstance(kept.get("config"), str):
+        raise UserError(f"{file}: damaged (no source config); fetch it again")
+    return True
+
+
+def _contradiction(config: Mapping[str, Any], ours: bool) -> str | None:
+    """What a deepseek_v32 config.json says that the graph of its dense base cannot mean."""
+    if config.get("model_type") != "deepseek_v32":
+        which = (
+            f"{DSA_MANIFEST} says deepseek_v32"
+            if ours
+            else f"no {DSA_MANIFEST}; only deepseek_v32 is known without one"
+        )
+        return f"model_type {config.get('model_type')!r} with an indexer, but {which}"
+    if config.get("rope_interleave", True) is not True:
+        return f"rope_interleave is {config['rope_interleave']}, but deepseek_v32 rotates MLA in interleaved pairs; remove it"
+    if config.get("mlp_bias"):
+        return "mlp_bias is true, which no dense base has; set it to false"
+    if ours and config.get("indexer_rope_interleave"):
+        return "indexer_rope_interleave is true, but the indexers were written half-split; set it to false"
+    kinds = config.get("layer_types")
+    if kinds is not None and set(kinds) != {"indexed_attention"}:
+        return f"layer_types has {sorted(set(kinds) - {'indexed_attention'})}, but every layer here has an indexer; remove it"
+    layers = config.get("mlp_layer_types") or []
+    if "dense" in layers[next((i for i, kind in enumerate(layers) if kind != "dense"), len(layers)) :]:
+        return "mlp_layer_types has dense layers after sparse ones"
+    return None
+
+
+def context_of(checkpoint: Checkpoint) -> int:
+    """Most tokens of a sequence, as config.json and the defaults of its class say."""
+    config = dense_config(checkpoint) if checkpoint.is_dsa() else checkpoint.config
+    return max_length(read_config(config))
 
 
 def _indexer(checkpoint: Checkpoint) -> IndexerConfig:

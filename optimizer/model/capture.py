@@ -52,11 +52,16 @@ def capture(
     model_class = _model_class(hf_config, config)
     with _quiet(), hf_interfaces.capturable_experts(hf_config):
         model = _fake_model(model_class, hf_config, attention, dtype, device)
-        max_length = int(getattr(hf_config.get_text_config(), "max_position_embeddings", 0) or 2**17)
-        program = _export(model, max_length, device)
+        context = max_length(hf_config)
+        program = _export(model, context, device)
         program = _without_fakes(program, _computed_buffers(model))
     shapes = {name: tuple(t.shape) for name, t in program.state_dict.items()}
-    return Capture(program, shapes, _tied(model), max_length)
+    return Capture(program, shapes, _tied(model), context)
+
+
+def max_length(hf_config: Any) -> int:
+    """Tokens of the longest sequence that the model takes."""
+    return int(getattr(hf_config.get_text_config(), "max_position_embeddings", 0) or 2**17)
 
 
 def read_config(config: Mapping[str, Any]) -> Any:

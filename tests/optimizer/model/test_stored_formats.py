@@ -38,7 +38,7 @@ FOREIGN: dict[str, Case] = {
         {},
         ("NVFP4, as NVIDIA's ModelOpt writes it", "hf_quant_config.json says NVFP4"),
     ),
-    "gptq": ({"qweight": INT32, "g_idx": INT32}, {}, {}, ("qweight is I32" , "GPTQ")),
+    "gptq": ({"qweight": INT32, "g_idx": INT32}, {}, {}, ("is I32", "GPTQ")),
     "awq": ({"qweight": INT32, "qzeros": INT32}, {}, {"quantization_config": {"quant_method": "awq"}}, ("says awq",)),
     "packed": ({"weight_packed": INT32, "weight_scale": ONE}, {}, {}, ("weight_packed is I32", "compressed-tensors")),
     "bitsandbytes-4bit": ({"weight": UINT8, "weight.absmax": ONE}, {}, {}, ("weight is U8", "bitsandbytes 4-bit")),
