@@ -20,7 +20,7 @@ from .commands.conversion import add_conversion
 from .commands.engines import add_engines
 from .commands.kernels import add_kernels
 from .commands.use import add_use
-from .errors import UserError
+from .errors import SeveralErrors, UserError
 
 EPILOG = """examples:
   mla2dsa plan deepseek-ai/DeepSeek-V3.1
@@ -48,19 +48,21 @@ def _run(argv: Sequence[str] | None, received: list[int]) -> int:
         result = run_command(_parser().parse_args(argv))
         sys.stdout.flush()
         return result
+    except SeveralErrors as error:
+        return _fail(error.lines, error.exit_code)
     except UserError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail([str(error)], error.exit_code)
     except KeyboardInterrupt as error:
         said = f"; {error}" if error.args else ""
-        return _fail("interrupted; nothing was left half-written" + said, 128 + (received or [signal.SIGINT])[0])
+        return _fail(["interrupted; nothing was left half-written" + said], 128 + (received or [signal.SIGINT])[0])
     except BrokenPipeError:
         _drop_broken_stdout()
         return 1
     except OSError as error:
         _drop_broken_stdout()
-        return _fail(f"{error.filename or 'reading or printing'}: {error.strerror or error}", 1)
+        return _fail([f"{error.filename or 'reading or printing'}: {error.strerror or error}"], 1)
     except Exception as error:
-        return _fail(_unexpected(error), 1)
+        return _fail([_unexpected(error)], 1)
 
 
 @contextmanager
@@ -100,12 +102,13 @@ def _unexpected(error: Exception) -> str:
     return f"internal error: {type(error).__name__}: {first} (MLA2DSA_DEBUG=1 shows where; please report it)"
 
 
-def _fail(message: str, code: int) -> int:
+def _fail(lines: Sequence[str], code: int) -> int:
     if os.environ.get("MLA2DSA_DEBUG") == "1":
         import traceback
 
         traceback.print_exc()
-    print("mla2dsa: " + " ".join(message.split()), file=sys.stderr)
+    first, *others = (" ".join(line.split()) for line in lines)  # whatever a path or a library's message holds
+    print("\n  ".join([f"mla2dsa: {first}", *others]), file=sys.stderr)
     return code
 
 

@@ -58,11 +58,18 @@ def _add_plan(commands: Any) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    from ..files.findings import Findings
+    from ..optimizer.preflight import check_plan
+
+    recipe = read_recipe_of(args)
+    with Findings() as found:  # before torch is imported, which takes seconds
+        check_plan(found, args.model, recipe, args.drop_stale_quantization)
+
     from ..optimizer.plan import prepare
     from .show.conversion import show_plan
     from .show.tables import print_json
 
-    plan = prepare(args.model, read_recipe_of(args), args.allow_partial, drop_stale=args.drop_stale_quantization).plan
+    plan = prepare(args.model, recipe, args.allow_partial, drop_stale=args.drop_stale_quantization).plan
     print_json(plan.to_json()) if args.json else show_plan(plan)
     return 0
 
@@ -100,11 +107,21 @@ def _add_convert(commands: Any) -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
+    from ..files.findings import Findings
+    from ..optimizer.preflight import check_conversion
+
+    with Findings() as found:  # before torch is imported, which takes seconds
+        recipe = found.collect(read_recipe_of, args)
+        check_conversion(
+            found, args.model, args.out, recipe, overwrite=args.overwrite, drop_stale=args.drop_stale_quantization,
+            calibration=args.calibration,
+        )  # fmt: skip
+    assert recipe is not None  # or its error was raised
+
     from ..optimizer.convert import convert, dry_run
     from .show.conversion import Progress, show_layers, show_plan, show_verification
     from .show.tables import print_json
 
-    recipe = read_recipe_of(args)
     if args.dry_run:
         plan = dry_run(
             args.model,
@@ -167,6 +184,12 @@ def _add_verify(commands: Any) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from ..files.findings import Findings
+    from ..optimizer.preflight import check_verify
+
+    with Findings() as found:
+        check_verify(found, args.dense, args.dsa, args.text)
+
     from ..optimizer.verify import verify_folders
     from .show.conversion import Progress, show_verification
     from .show.tables import print_json
@@ -193,11 +216,15 @@ def _add_strip(commands: Any) -> None:
 
 
 def _strip(args: argparse.Namespace) -> int:
+    from ..files.findings import Findings
+    from ..optimizer.preflight import check_strip
+
+    with Findings() as found:
+        check_strip(found, args.dsa, args.out, args.overwrite)
+
     from ..exporters.dsa.checkpoint import not_restored, strip
     from .show.tables import print_json
 
-    if not args.dsa.is_dir():
-        raise UserError(f"{args.dsa}: no such folder")
     out, missing = strip(args.dsa, args.out, overwrite=args.overwrite), not_restored(args.dsa)
     if args.json:
         print_json({"out": str(out), "left_out": missing})

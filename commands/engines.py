@@ -80,6 +80,20 @@ def _options(args: argparse.Namespace) -> Any:
 
 
 def _build(args: argparse.Namespace) -> int:
+    from ..files.findings import Findings
+    from ..optimizer.preflight import check_build
+
+    with Findings() as found:
+        check_build(
+            found,
+            args.source,
+            args.out,
+            args.dtype,
+            overwrite=args.overwrite,
+            onnx_only=args.onnx_only,
+            cache=_cache(args),
+        )
+
     from ..optimizer.build import build, build_onnx
     from ..optimizer.build_plan import plan_build
     from .show.conversion import Progress
@@ -122,13 +136,31 @@ def _add_deploy(commands: Any) -> None:
     _add_engine_options(command)
 
 
+def _cache(args: argparse.Namespace) -> Path | None:
+    """Where engines are kept, unless they are not."""
+    from ..files.user_cache import cache_folder
+
+    return None if args.no_engine_cache else cache_folder()
+
+
 def _deploy(args: argparse.Namespace) -> int:
+    from ..files.findings import Findings
+    from ..optimizer.preflight import check_deploy
+
+    with Findings() as found:
+        recipe = found.collect(read_recipe_of, args)
+        check_deploy(
+            found, args.model, args.out, recipe, args.dtype, keep_checkpoint=args.keep_checkpoint, overwrite=args.overwrite,
+            drop_stale=args.drop_stale_quantization, calibration=args.calibration, cache=_cache(args),
+        )  # fmt: skip
+    assert recipe is not None  # or its error was raised
+
     from ..optimizer.deploy import deploy, plan_deploy
     from .show.conversion import Progress
     from .show.engines import show_build_plan, show_built
     from .show.tables import print_json
 
-    options, recipe = _options(args), read_recipe_of(args)
+    options = _options(args)
     if args.dry_run:
         planned = plan_deploy(args.model, args.out, recipe, options, args.drop_stale_quantization)
         print_json(planned) if args.json else show_build_plan(planned)

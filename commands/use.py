@@ -40,6 +40,20 @@ def _add_export(commands: Any) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from ..files.findings import Findings
+    from ..optimizer.preflight import check_export
+
+    with Findings() as found:
+        check_export(
+            found,
+            args.model,
+            args.out,
+            args.format,
+            args.dtype,
+            copy_weights=args.copy_weights,
+            overwrite=args.overwrite,
+        )
+
     from ..optimizer.export import export
     from .show.tables import print_json
 
@@ -93,6 +107,12 @@ def _add_generate(commands: Any) -> None:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    from ..files.findings import Findings
+    from ..optimizer.preflight import check_generate
+
+    with Findings() as found:
+        check_generate(found, args.model)
+
     from ..optimizer.generate import generate_text
     from ..runtime.generation import Sampling
     from .show.tables import print_json

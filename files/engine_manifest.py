@@ -24,6 +24,7 @@ from .digests import file_sha256
 from .json_files import read_json
 
 ENGINE_MANIFEST = "mla2dsa-engine.json"
+ENGINE_FILES = {ENGINE_MANIFEST, "model.engine", "layers.json", "libmla2dsa_trt.so"}  # beside files of the model
 FORMAT = 1
 _HASHED = 4 * 2**30  # bytes of an engine up to which it is read once more before it is loaded
 

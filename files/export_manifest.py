@@ -10,6 +10,7 @@ from .digests import file_digest
 from .json_files import read_json
 
 EXPORT_MANIFEST = "mla2dsa-export.json"
+EXPORT_FILES = {EXPORT_MANIFEST, "model.onnx", "model.data", "model.pt2"}  # beside files of the checkpoint
 
 
 def is_export(folder: str | Path) -> bool:

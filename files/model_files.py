@@ -35,7 +35,18 @@ _OTHERS = frozenset({GENERATION_CONFIG, "chat_template.jinja", "chat_template.js
 _PATTERNS = ("tokenizer.model.v*", "*.tiktoken", "additional_chat_templates/*.jinja")
 _LEGAL = re.compile(r"(LICEN[SC]E|NOTICE|COPYING)([-_.].*)?$", re.IGNORECASE)
 _TOKENIZER_CLASS = re.compile(r"Auto(Tokenizer|Processor)")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _NOT_LISTED = {".git", ".cache"}  # version control and download bookkeeping
+
+
+def is_folder(model: str | Path) -> bool:
+    """Whether a model's name is that of a folder; otherwise it looks like a hub id. Raises UserError where it is neither."""
+    path = Path(model)
+    if path.is_file():
+        raise UserError(f"{path}: is a file; give the folder that holds it")
+    if not path.is_dir() and (isinstance(model, Path) or not _HUB_ID.fullmatch(model)):
+        raise UserError(f"{model}: no such folder (and not a hub id, which looks like owner/name)")
+    return path.is_dir()
 
 
 def model_files(folder: Path) -> list[str]:

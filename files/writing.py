@@ -62,6 +62,20 @@ def place_file(source: Path, target: Path, *, link: bool) -> str:
     return "copy"
 
 
+def can_link(source: Path, target: Path) -> bool:
+    """Whether `place_file` takes no room for `source` at `target`, a new file: tried, since mounts, owners and file systems all
+    have a say."""
+    real = source.resolve(strict=True)
+    if source.suffix in _WEIGHTS:
+        try:
+            os.link(real, target)
+            return True
+        except OSError:
+            pass
+    with real.open("rb") as reader, create(target) as writer:
+        return _reflink(reader.fileno(), writer.fileno())
+
+
 def link_to(existing: Path, name: Path) -> None:
     """A symbolic link called `name`, where nothing may be."""
     os.symlink(existing, name)

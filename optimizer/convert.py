@@ -15,8 +15,10 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import UsageError, UserError
-from ..exporters.dsa.checkpoint import UNPROVEN_CONFIG, file_names, write_dsa_checkpoint
+from ..exporters.dsa.checkpoint import write_dsa_checkpoint
 from ..exporters.dsa.config import can_write
+from ..exporters.dsa.names import UNPROVEN_CONFIG, file_names
+from ..files.findings import Findings
 from ..files.finite import finite
 from ..files.json_files import read_json
 from ..files.model_files import CONFIG, checkpoint_files, left_out, remote_tokenizer
@@ -26,10 +28,12 @@ from .environment import usable_device
 from .indexer.calibrate import Calibration, LayerResult, calibrate
 from .indexer.distil import DistilSchedule
 from .indexer.progress_store import ProgressStore
+from .indexer.sizes import length_fault
 from .model.checkpoint import Checkpoint
 from .model.text import model_tokens
 from .model.weights import WeightSource
 from .plan import Plan, Prepared, prepare
+from .preflight import check_conversion
 from .proof.transformers_check import refuse_if_too_large
 from .recipe import CLOSED_FORM_SEQUENCES, DISTIL_SEQUENCES, Recipe
 from .verify import Verification, open_pair, verify
@@ -104,6 +108,8 @@ def convert(
     then carries a line that says so.
     """
     tell, started = listener or Listener(), time.monotonic()
+    with Findings() as found:
+        check_conversion(found, model, out, recipe, overwrite=overwrite, drop_stale=drop_stale)
     usable_device(device)
     with ExitStack() as claimed:
 
@@ -246,10 +252,8 @@ def _sequences(prepared: Prepared, recipe: Recipe, trust_remote_code: bool) -> _
     """Cut the text: most of it calibrates; sequences spread over it choose the snapshot and prove the result."""
     topk, context = prepared.plan.indexer.index_topk, prepared.plan.context
     length = recipe.sequence_length or min(context, max(1024, 4 * topk))
-    if not topk + 1 < length <= context:
-        raise UsageError(
-            f"sequence_length {length}, expected at least {topk + 2} (index_topk and two) and at most the context of {context} tokens"
-        )
+    if fault := length_fault(length, topk, context):
+        raise UsageError(fault)
     wanted = recipe.tokens or length * (DISTIL_SEQUENCES if recipe.indexer == "distil" else CLOSED_FORM_SEQUENCES)
     held = recipe.verify.sequences + MOST_HELD_OUT
     count = wanted + held * length

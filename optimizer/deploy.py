@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, UserError
-from ..exporters.dsa.checkpoint import MANIFEST
+from ..errors import SeveralErrors, UsageError, UserError
+from ..exporters.dsa.names import MANIFEST
 from ..files.json_files import read_json
 from ..files.ownership import why_not_ours
 from ..files.staging import InTheWay, claim, hidden_sibling
@@ -96,6 +96,8 @@ def _place(out: Path, kept: Path | None) -> Iterator[Path]:
     except (KeyboardInterrupt, UserError) as error:
         if not any(folder.iterdir()):
             folder.rmdir()
+            raise
+        if isinstance(error, SeveralErrors):  # found before any work of this run
             raise
         message = "what is converted is kept: the same command goes on from there"
         said = [] if isinstance(error, KeyboardInterrupt) else [str(error)]

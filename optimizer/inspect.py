@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..exporters.dsa.checkpoint import MANIFEST as DSA_MANIFEST
+from ..exporters.dsa.names import MANIFEST as DSA_MANIFEST
 from ..files.engine_manifest import engine_folder, read_engine
 from ..files.export_manifest import EXPORT_MANIFEST, is_export
 from ..files.json_files import read_json

@@ -11,17 +11,13 @@ from ..exporters.dsa.config import can_write
 from ..kernels.spec import IndexerConfig, IndexerWeights
 from ..passes.matching.sites import Miss, MlaDims
 from ..passes.mla_to_dsa import Converted, mla_to_dsa
+from .indexer.sizes import indexer_sizes, size_faults
 from .model.capture import Capture, capture
 from .model.checkpoint import Checkpoint
 from .model.donor import Donor
 from .model.every_tensor import check_every_tensor, with_true_quantisation
 from .model.weights import WeightSource
-from .recipe import DEFAULT_TOPK, Recipe
-
-MAX_HEADS = 64
-HEAD_DIM = 128
-MEASURED = 2  # tokens past index_topk at least: one whose selection leaves something out, and the one it predicts
-CLOSED_FORM_CHANNELS = 2  # of an index head beside the rotary ones: balance and latent
+from .recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -121,31 +117,13 @@ def prepare(
 def indexer_config(
     recipe: Recipe, config: Mapping[str, Any], context: int, donor: Donor | None = None
 ) -> IndexerConfig:
-    """Sizes the recipe leaves open: from the donor, else heads as many as the model's (at most 64) of width 128."""
-    topk = recipe.index_topk or (donor.config.index_topk if donor else DEFAULT_TOPK)
-    if topk > context - MEASURED:
-        raise UsageError(
-            f"index_topk {topk} leaves nothing sparse in the model's context of {context} tokens; "
-            f"pass --index-topk, at most {context - MEASURED}"
-        )
-    if donor is not None:
-        fixed = (donor.config.index_n_heads, donor.config.index_head_dim)
-        asked = (recipe.index_n_heads or fixed[0], recipe.index_head_dim or fixed[1])
-        if asked != fixed:
-            raise UsageError(
-                f"the donor's indexer has {fixed[0]} heads of {fixed[1]}, {asked[0]} of {asked[1]} were asked for; "
-                "leave index_n_heads and index_head_dim to the donor"
-            )
-        return IndexerConfig(topk, *fixed)
-    heads = recipe.index_n_heads or min(MAX_HEADS, int(config.get("num_attention_heads") or MAX_HEADS))
-    width = recipe.index_head_dim or HEAD_DIM
-    rope = int(config.get("qk_rope_head_dim") or 0)
-    if width < rope + CLOSED_FORM_CHANNELS:
-        raise UsageError(
-            f"index_head_dim {width}, expected at least {rope + CLOSED_FORM_CHANNELS} (qk_rope_head_dim {rope}, a balance "
-            "channel and a latent channel); pass a larger --index-head-dim"
-        )
-    return IndexerConfig(topk, heads, width)
+    """Raises UsageError for the first size that does not fit (`size_faults`)."""
+    sizes = (
+        None if donor is None else (donor.config.index_topk, donor.config.index_n_heads, donor.config.index_head_dim)
+    )
+    if faults := size_faults(recipe, config, context, sizes):
+        raise UsageError(faults[0])
+    return IndexerConfig(*indexer_sizes(recipe, config, sizes))
 
 
 def _new_parameters(config: IndexerConfig, layers: tuple[tuple[str, MlaDims], ...]) -> int:

@@ -10,7 +10,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ..errors import UsageError
 
-DEFAULT_TOPK = 2048  # fixed by DeepSeek-V3.2's config.json: index_topk
 CLOSED_FORM_SEQUENCES = 16  # swept by benchmarks/constants.py
 DISTIL_SEQUENCES = 64  # swept by benchmarks/constants.py
 

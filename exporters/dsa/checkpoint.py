@@ -33,8 +33,8 @@ from ...errors import UserError
 from ...files.digests import file_digest
 from ...files.dtypes import MODEL_DTYPES, element_type, torch_dtype
 from ...files.json_files import read_json
-from ...files.model_files import CONFIG, checkpoint_files, left_out
-from ...files.ownership import refuse_names, write_manifest
+from ...files.model_files import CONFIG, left_out
+from ...files.ownership import write_manifest
 from ...files.safetensors_index import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -49,15 +49,10 @@ from ...files.temporary import move_file
 from ...files.writing import create, place_file, write_json, write_new
 from ...kernels.spec import IndexerConfig, IndexerWeights
 from .config import dsa_config
+from .names import INDEXER_SHARD, MANIFEST, REPORT, UNPROVEN_CONFIG, file_names
 
-MANIFEST = "mla2dsa.json"
-REPORT = "report.json"
-INDEXER_SHARD = "model-indexer.safetensors"
 MANIFEST_FORMAT = 1
 _MANIFEST_ENTRIES = {"format", "versions", "source", "indexer", "report", "files"}
-UNPROVEN_CONFIG = "config.unproven.json"  # what config.json is called until the folder is proven
-_RENAMED = {SINGLE_FILE: "model-dense.safetensors", INDEX_FILE: "mla2dsa.source-index.json"}
-_OURS = {MANIFEST, REPORT, INDEXER_SHARD, UNPROVEN_CONFIG, *_RENAMED.values()}
 _INDEXER_DTYPES = tuple(map(torch_dtype, MODEL_DTYPES))
 
 
@@ -156,14 +151,6 @@ def _check_layers(
         raise UserError(f"{some(unknown)}: indexer weights for a module that {source} has no tensors of")
     if present := [name for name in tensors if ".self_attn.indexer." in name]:
         raise UserError(f"{tensors[present[0]].file}: already holds indexer tensors ({some(present)})")
-
-
-def file_names(source: Path, tensors: Mapping[str, TensorLocation]) -> dict[str, str]:
-    """Every file of the checkpoint in `source` but its config, with its name in the DSA checkpoint. Raises UserError for a name
-    that a file of our own needs."""
-    names = {name: _RENAMED.get(name, name) for name in checkpoint_files(source, tensors)}
-    refuse_names(source, names, _OURS)
-    return names
 
 
 def _place(source: Path, folder: Path, name: str, target: str) -> dict[str, Any]:

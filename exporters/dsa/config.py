@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
-from ...kernels.spec import IndexerConfig
+
+if TYPE_CHECKING:  # it would bring torch, and this is asked before torch is loaded
+    from ...kernels.spec import IndexerConfig
 
 DENSE_MODEL_TYPES = ("deepseek_v3", "kimi_k2")  # kimi_k2 is deepseek_v3 under another name
 _DENSE_ARCHITECTURE = "DeepseekV3ForCausalLM"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ...errors import UserError
-from ...exporters.dsa.checkpoint import MANIFEST as DSA_MANIFEST
+from ...exporters.dsa.names import MANIFEST as DSA_MANIFEST
 from ...files.json_files import read_json
 from ...kernels.spec import IndexerConfig
 from ...passes.add_cache import Cached, cached_of

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...errors import UserError
 from ...files.digests import file_digest
 from ...files.json_files import read_json
+from ...files.model_files import is_folder
 from ...files.safetensors_index import INDEX_FILE, SINGLE_FILE, TensorLocation, read_index, some
 from .stored_formats import FP8, PLAIN, SCALES, block_of, format_fault
 
@@ -49,12 +50,8 @@ class Checkpoint:
         Raises UserError when it is neither, cannot be reached, or its files disagree (see `read_index`).
         """
         path = Path(model)
-        if path.is_file():
-            raise UserError(f"{path}: is a file; give the folder that holds it")
-        if not path.is_dir():
-            if isinstance(model, Path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
-                raise UserError(f"{model}: no such folder (and not a hub id, which looks like owner/name)")
-            path = _download(model, revision, local_files_only)
+        if not is_folder(model):
+            path = _download(str(model), revision, local_files_only)
         return cls(path, read_json(path / config_file), read_index(path), config_file)
 
     def load(

@@ -1,0 +1,26 @@
+"""What a DSA checkpoint calls its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ...files.model_files import checkpoint_files
+from ...files.ownership import refuse_names
+from ...files.safetensors_index import INDEX_FILE, SINGLE_FILE, TensorLocation
+
+MANIFEST = "mla2dsa.json"
+REPORT = "report.json"
+INDEXER_SHARD = "model-indexer.safetensors"
+UNPROVEN_CONFIG = "config.unproven.json"  # what config.json is called until the folder is proven
+RENAMED = {SINGLE_FILE: "model-dense.safetensors", INDEX_FILE: "mla2dsa.source-index.json"}  # of the source's files
+_OURS = {MANIFEST, REPORT, INDEXER_SHARD, UNPROVEN_CONFIG, *RENAMED.values()}
+
+
+def file_names(source: Path, tensors: Mapping[str, TensorLocation]) -> dict[str, str]:
+    """Every file of the checkpoint in `source` but its config, with its name in the DSA checkpoint.
+
+    Raises UserError for anything in `source` that has a name which a file of our own needs, be it part of the model or not.
+    """
+    refuse_names(source, sorted(path.name for path in source.iterdir()), _OURS)
+    return {name: RENAMED.get(name, name) for name in checkpoint_files(source, tensors)}
