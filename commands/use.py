@@ -111,7 +111,7 @@ def _generate(args: argparse.Namespace) -> int:
     from ..optimizer.preflight import check_generate
 
     with Findings() as found:
-        check_generate(found, args.model)
+        check_generate(found, args.model, args.runtime)
 
     from ..optimizer.generate import generate_text
     from ..runtime.generation import Sampling

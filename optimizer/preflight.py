@@ -156,8 +156,10 @@ def check_strip(found: Findings, dsa: Path, out: Path, overwrite: bool) -> None:
     _check_space(found, needs)
 
 
-def check_generate(found: Findings, model: str) -> None:
+def check_generate(found: Findings, model: str, runtime: str | None) -> None:
     """generate: the model's files, where it is a checkpoint."""
+    if runtime == "tensorrt":
+        return
     path = Path(model)
     folder = path.parent if path.suffix == ".engine" else path
     if not any((folder / name).is_file() for name in (EXPORT_MANIFEST, ENGINE_MANIFEST)):
@@ -189,6 +191,9 @@ def _without_stale(model: _Model, drop_stale: bool) -> dict[str, Any]:
 
 def _convert(found: Findings, model: _Model, out: Path, recipe: Recipe | None, drop_stale: bool, needs: Needs) -> None:
     """What a conversion takes from the model, and adds at `out`."""
+    if _is_dsa(model):
+        found.add(UserError(f"{model.folder}: no DSA checkpoint can be written: already a DSA model"))
+        return
     found.collect(file_names, model.folder, model.tensors)
     if (refusal := can_write(_without_stale(model, drop_stale))) is not None:
         found.add(UserError(f"{model.folder}: no DSA checkpoint can be written: {refusal}"))

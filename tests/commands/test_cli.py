@@ -102,7 +102,8 @@ def test_json_is_one_object_from_every_command(tmp_path: Path, tmp_path_factory:
     assert mla2dsa("plan", TINY, "--index-topk", 64, "--json").json()["model_type"] == "deepseek_v3"
     dry = mla2dsa("convert", TINY, tmp_path / "x", *small_flags(tmp_path_factory), "--dry-run", "--json").json()
     assert dry == converted["plan"]
-    assert mla2dsa("strip", dsa, tmp_path / "dense", "--json").json() == {"out": str(tmp_path / "dense")}
+    stripped = mla2dsa("strip", dsa, tmp_path / "dense", "--json").json()
+    assert stripped == {"out": str(tmp_path / "dense"), "left_out": converted["left_out"]}
     assert mla2dsa("env", "--json").json()["packages"]["torch"] == torch.__version__
 
 

@@ -243,8 +243,8 @@ def test_a_finished_engine_is_asked_for_its_layers(embedded: bool, monkeypatch: 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_no_gpu_to_build_for(tmp_path: Path) -> None:
-    done = mla2dsa("build", tmp_path, tmp_path / "out", "--onnx-only")
+def test_no_gpu_to_build_for(checkpoint: Path, tmp_path: Path) -> None:
+    done = mla2dsa("build", checkpoint, tmp_path / "out", "--onnx-only")
     assert_refused(done, 1, "no GPU here to build for", "--sm", "--backend tensorrt-rtx")
 
 
@@ -304,7 +304,7 @@ def test_deploy_says_what_will_fail_before_it_converts(tmp_path: Path, monkeypat
     ):
         if code == 1 and importlib.util.find_spec("tensorrt") is not None:
             continue
-        assert_refused(mla2dsa("deploy", dense, tmp_path / "out", *options), code, part)
+        assert_refused(mla2dsa("deploy", dense, tmp_path / "out", "--index-topk", 64, *options), code, part)
     assert list(tmp_path.iterdir()) == []
 
 
