@@ -58,8 +58,8 @@ def _add_plan(commands: Any) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from ..files.findings import Findings
-    from ..optimizer.preflight import check_plan
+    from ..optimizer.before.findings import Findings
+    from ..optimizer.before.preflight import check_plan
 
     recipe = read_recipe_of(args)
     with Findings() as found:  # before torch is imported, which takes seconds
@@ -107,8 +107,8 @@ def _add_convert(commands: Any) -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from ..files.findings import Findings
-    from ..optimizer.preflight import check_conversion
+    from ..optimizer.before.findings import Findings
+    from ..optimizer.before.preflight import check_conversion
 
     with Findings() as found:  # before torch is imported, which takes seconds
         recipe = found.collect(read_recipe_of, args)
@@ -184,8 +184,8 @@ def _add_verify(commands: Any) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from ..files.findings import Findings
-    from ..optimizer.preflight import check_verify
+    from ..optimizer.before.findings import Findings
+    from ..optimizer.before.preflight import check_verify
 
     with Findings() as found:
         check_verify(found, args.dense, args.dsa, args.text)
@@ -216,8 +216,8 @@ def _add_strip(commands: Any) -> None:
 
 
 def _strip(args: argparse.Namespace) -> int:
-    from ..files.findings import Findings
-    from ..optimizer.preflight import check_strip
+    from ..optimizer.before.findings import Findings
+    from ..optimizer.before.preflight import check_strip
 
     with Findings() as found:
         check_strip(found, args.dsa, args.out, args.overwrite)

@@ -80,8 +80,8 @@ def _options(args: argparse.Namespace) -> Any:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from ..files.findings import Findings
-    from ..optimizer.preflight import check_build
+    from ..optimizer.before.findings import Findings
+    from ..optimizer.before.preflight import check_build
 
     with Findings() as found:
         check_build(
@@ -144,8 +144,8 @@ def _cache(args: argparse.Namespace) -> Path | None:
 
 
 def _deploy(args: argparse.Namespace) -> int:
-    from ..files.findings import Findings
-    from ..optimizer.preflight import check_deploy
+    from ..optimizer.before.findings import Findings
+    from ..optimizer.before.preflight import check_deploy
 
     with Findings() as found:
         recipe = found.collect(read_recipe_of, args)

@@ -40,8 +40,8 @@ def _add_export(commands: Any) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from ..files.findings import Findings
-    from ..optimizer.preflight import check_export
+    from ..optimizer.before.findings import Findings
+    from ..optimizer.before.preflight import check_export
 
     with Findings() as found:
         check_export(
@@ -107,8 +107,8 @@ def _add_generate(commands: Any) -> None:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from ..files.findings import Findings
-    from ..optimizer.preflight import check_generate
+    from ..optimizer.before.findings import Findings
+    from ..optimizer.before.preflight import check_generate
 
     with Findings() as found:
         check_generate(found, args.model, args.runtime)

@@ -31,7 +31,7 @@ from ..exporters.onnx_model.external_data import DATA_FILE
 from ..files.digests import file_sha256
 from ..files.engine_manifest import ENGINE_MANIFEST, FORMAT
 from ..files.export_manifest import check_weight_files, read_export
-from ..files.model_files import CONFIG, model_files
+from ..files.model.model_files import CONFIG, model_files
 from ..files.ownership import FILES_MANIFEST, refuse_names, write_manifest
 from ..files.staging import Claim, beside, claim, staged_folder
 from ..files.writing import place_file, write_new

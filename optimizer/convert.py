@@ -18,12 +18,13 @@ from ..errors import UsageError, UserError
 from ..exporters.dsa.checkpoint import write_dsa_checkpoint
 from ..exporters.dsa.config import can_write
 from ..exporters.dsa.names import UNPROVEN_CONFIG, file_names
-from ..files.findings import Findings
 from ..files.finite import finite
 from ..files.json_files import read_json
-from ..files.model_files import CONFIG, checkpoint_files, left_out, remote_tokenizer
+from ..files.model.model_files import CONFIG, checkpoint_files, left_out, remote_tokenizer
 from ..files.staging import InTheWay, check_target, claim
 from ..kernels.spec import IndexerWeights
+from .before.findings import Findings
+from .before.preflight import check_conversion
 from .environment import usable_device
 from .indexer.calibrate import Calibration, LayerResult, calibrate
 from .indexer.distil import DistilSchedule
@@ -33,7 +34,6 @@ from .model.checkpoint import Checkpoint
 from .model.text import model_tokens
 from .model.weights import WeightSource
 from .plan import Plan, Prepared, prepare
-from .preflight import check_conversion
 from .proof.transformers_check import refuse_if_too_large
 from .recipe import CLOSED_FORM_SEQUENCES, DISTIL_SEQUENCES, Recipe
 from .verify import Verification, open_pair, verify

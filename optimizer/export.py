@@ -15,7 +15,7 @@ Beside the model lies `mla2dsa-export.json`, the manifest, which is all a runtim
                     [batch, cache_length, width], starts as zeros, and an output is the next call's input
     limits          {"max_batch", "max_seq"}: max_seq is the most slots a cache may have (and the model's context at most)
     model           {"model_type", "vocab_size", "num_hidden_layers", "context", "bos_token_id",
-                    "eos_token_id": ids of all tokens that end a text, a list (`files/stop_tokens.py`)}
+                    "eos_token_id": ids of all tokens that end a text, a list (`files/model/stop_tokens.py`)}
     indexer         {"index_topk", "index_n_heads", "index_head_dim", "rope_interleave"}
     source          {"name", "fingerprint", "files"}: the checkpoint's folder name and digests (`Checkpoint.source_hashes`)
     weights         {"linked_files", "zero_copy_bytes", "written_bytes", "written"}: written lists what had to be written:
@@ -48,10 +48,10 @@ from ..compat import torch_private
 from ..errors import UsageError
 from ..files.dtypes import MODEL_DTYPES, torch_dtype
 from ..files.export_manifest import EXPORT_MANIFEST
-from ..files.model_files import CONFIG, model_files
+from ..files.model.model_files import CONFIG, model_files
+from ..files.model.stop_tokens import stop_tokens
 from ..files.ownership import refuse_names, write_manifest
 from ..files.staging import claim, staged_folder
-from ..files.stop_tokens import stop_tokens
 from ..files.writing import create, place_file
 from ..passes.add_cache import Cached
 from ..passes.graph.editor import ProgramEditor

@@ -11,7 +11,7 @@ from ..errors import UsageError, UserError
 from ..files.engine_manifest import ENGINE_MANIFEST, engine_folder
 from ..files.export_manifest import EXPORT_MANIFEST, is_export
 from ..files.json_files import read_json
-from ..files.stop_tokens import stop_tokens
+from ..files.model.stop_tokens import stop_tokens
 from ..runtime.generation import Sampling, Session, generate
 from ..runtime.ort_session import OrtSession
 from ..runtime.torch_session import open_pt2_session

@@ -14,16 +14,18 @@ from places import ROOT, package_files
 # Whom each room may import, beside itself: rooms by their path, a file of the root by its name, the root itself (which holds
 # nothing but the version) as "". Where a line is longer than its neighbours', its comment says why.
 LOWEST = {"", "errors"}
-FILES, KERNELS = {*LOWEST, "files"}, {*LOWEST, "files", "compat", "kernels"}
+FILES = {*LOWEST, "files", "files/model"}
+KERNELS = {*FILES, "compat", "kernels"}
 GRAPHS = {"passes", "passes/graph", "passes/matching"}
 SHARED = {*KERNELS, "runtime", *GRAPHS, "exporters/dsa"}
 MODEL = {*SHARED, "exporters/onnx_model"}  # which tensors an ONNX model takes is answered by what reads the checkpoint
 EXPORTERS = {"exporters/dsa", "exporters/engine", "exporters/onnx_model"}
-OPTIMIZER = {"optimizer", "optimizer/indexer", "optimizer/model", "optimizer/proof"}
+OPTIMIZER = {"optimizer", "optimizer/before", "optimizer/indexer", "optimizer/model", "optimizer/proof"}
 MAY_IMPORT = {
     "": set(),
     "errors": set(),
     "files": LOWEST,
+    "files/model": {*LOWEST, "files"},
     "compat": FILES,
     "kernels": {*FILES, "compat", "kernels/gpu"},  # ops are registered here, and dispatched to a GPU when one is asked
     "kernels/gpu": {*KERNELS, "kernels/gpu/emulator", "kernels/gpu/programs", "kernels/gpu/triton_code"},
@@ -40,6 +42,7 @@ MAY_IMPORT = {
     "exporters/dsa": KERNELS,
     "exporters/onnx_model": KERNELS,
     "exporters/engine": {*KERNELS, "exporters/onnx_model", "kernels/gpu/binaries", "kernels/gpu/programs"},
+    "optimizer/before": {*FILES, "exporters/dsa", "optimizer", "optimizer/indexer", "optimizer/model"},
     "optimizer/model": MODEL,
     "optimizer/indexer": {*SHARED, "optimizer/model"},
     "optimizer/proof": {*SHARED, "optimizer/model", "optimizer/indexer"},

@@ -11,7 +11,7 @@
                                                 mla2dsa.json                    manifest
 
 Weights are hard-linked: never write into them. The other files are copies, since people do edit those in place. What is no
-part of the model (its card, scripts, images) stays behind (`files/model_files.py`): it speaks of the dense one.
+part of the model (its card, scripts, images) stays behind (`files/model/model_files.py`): it speaks of the dense one.
 config.json gets its name after the proof: a folder that a killed run leaves is no checkpoint to anybody. The manifest is
 the last file, and lists all others.
 A source with a single `model.safetensors` has it linked as `model-dense.safetensors`: transformers would load a file of
@@ -33,7 +33,7 @@ from ...errors import UserError
 from ...files.digests import file_digest
 from ...files.dtypes import MODEL_DTYPES, element_type, torch_dtype
 from ...files.json_files import read_json
-from ...files.model_files import CONFIG, left_out
+from ...files.model.model_files import CONFIG, left_out
 from ...files.ownership import write_manifest
 from ...files.safetensors_index import (
     INDEX_FILE,

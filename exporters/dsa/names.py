@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ...files.model_files import checkpoint_files
+from ...files.model.model_files import checkpoint_files
 from ...files.ownership import refuse_names
 from ...files.safetensors_index import INDEX_FILE, SINGLE_FILE, TensorLocation
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...errors import UserError
 from ...files.digests import file_digest
 from ...files.json_files import read_json
-from ...files.model_files import is_folder
+from ...files.model.model_files import is_folder
 from ...files.safetensors_index import INDEX_FILE, SINGLE_FILE, TensorLocation, read_index, some
 from .stored_formats import FP8, PLAIN, SCALES, block_of, format_fault
 

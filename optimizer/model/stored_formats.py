@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from ...files.model_files import optional_json
+from ...files.model.model_files import optional_json
 from ...files.safetensors_index import TensorLocation, some
 
 PLAIN = ("F64", "F32", "F16", "BF16")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...files.model_files import remote_tokenizer
+from ...files.model.model_files import remote_tokenizer
 from .capture import read_config
 from .checkpoint import Checkpoint
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import SeveralErrors, UsageError, UserError
+from ...errors import SeveralErrors, UsageError, UserError
+from ...files.staging import check_target
+from ...files.temporary import private_folder
 from .space import PROBE, existing_parent
-from .staging import check_target
-from .temporary import private_folder
 
 _Result = TypeVar("_Result")
 _LONGEST_ADDITION = len("..mla2dsa-finished-") + 16  # to OUT's name, for the hidden folders beside it

@@ -13,21 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, UserError
-from ..exporters.dsa.config import can_write
-from ..exporters.dsa.names import MANIFEST, file_names
-from ..files.engine_manifest import ENGINE_FILES, ENGINE_MANIFEST
-from ..files.export_manifest import EXPORT_FILES, EXPORT_MANIFEST, is_export
-from ..files.findings import Findings, check_out, check_text
-from ..files.json_files import read_json
-from ..files.model_files import CONFIG, is_folder
-from ..files.ownership import refuse_names
-from ..files.safetensors_index import TensorLocation, read_index
-from ..files.space import Needs
-from ..files.staging import hidden_sibling
-from .indexer.sizes import Sizes, indexer_sizes, parameters, size_faults
-from .model.stored_formats import check_formats, mtp_tensors, stale_fields
-from .recipe import Recipe
+from ...errors import UsageError, UserError
+from ...exporters.dsa.config import can_write
+from ...exporters.dsa.names import MANIFEST, file_names
+from ...files.engine_manifest import ENGINE_FILES, ENGINE_MANIFEST
+from ...files.export_manifest import EXPORT_FILES, EXPORT_MANIFEST, is_export
+from ...files.json_files import read_json
+from ...files.model.model_files import CONFIG, is_folder
+from ...files.ownership import refuse_names
+from ...files.safetensors_index import TensorLocation, read_index
+from ...files.staging import hidden_sibling
+from ..indexer.sizes import Sizes, indexer_sizes, parameters, size_faults
+from ..model.stored_formats import check_formats, mtp_tensors, stale_fields
+from ..recipe import Recipe
+from .findings import Findings, check_out, check_text
+from .space import Needs
 
 _COPIED = "the model's weights, which cannot be linked from there"
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}

@@ -10,7 +10,7 @@ import pytest
 from checkpoints import assert_one_line
 
 from mla2dsa.errors import UserError
-from mla2dsa.files.model_files import TOKENIZER_FILES, left_out, model_files, remote_tokenizer
+from mla2dsa.files.model.model_files import TOKENIZER_FILES, left_out, model_files, remote_tokenizer
 
 KIMI = {"auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]}, "eos_token": "[EOS]"}
 FOREIGN = {

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .temporary import private_folder
-from .writing import can_link
+from ...files.temporary import private_folder
+from ...files.writing import can_link
 
 PROBE = ".mla2dsa-probe-"
 

@@ -17,9 +17,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..errors import UserError
-from .json_files import read_json
-from .safetensors_index import INDEX_FILE, SINGLE_FILE, TensorLocation
+from ...errors import UserError
+from ..json_files import read_json
+from ..safetensors_index import INDEX_FILE, SINGLE_FILE, TensorLocation
 
 CONFIG = "config.json"
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ...errors import UserError
 from .model_files import CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG, optional_json
 
 FIELD = "eos_token_id"

@@ -11,7 +11,7 @@ from checkpoints import assert_one_line
 from places import TINY
 
 from mla2dsa.errors import UserError
-from mla2dsa.files.stop_tokens import stop_tokens
+from mla2dsa.files.model.stop_tokens import stop_tokens
 
 ADDED = {"added_tokens": [{"id": 5, "content": "<end>"}, {"id": 6, "content": "<other>"}]}
 FOLDERS: dict[str, tuple[dict[str, Any], list[int]]] = {

@@ -23,9 +23,9 @@ from mla2dsa.exporters.engine.cache import ENGINE, LAYERS
 from mla2dsa.exporters.onnx_model.external_data import DATA_FILE
 from mla2dsa.files.engine_manifest import ENGINE_FILES
 from mla2dsa.files.export_manifest import EXPORT_FILES
-from mla2dsa.files.findings import Findings
 from mla2dsa.files.safetensors_index import read_index
-from mla2dsa.files.space import Needs
+from mla2dsa.optimizer.before.findings import Findings
+from mla2dsa.optimizer.before.space import Needs
 
 INDEX = "model.safetensors.index.json"
 

@@ -1,0 +1,1 @@
+"""What is checked before any work, told in one message."""
