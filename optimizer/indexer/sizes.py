@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-DEFAULT_TOPK = 2048
-MAX_HEADS = 64
-HEAD_DIM = 128
-MEASURED = 2  # tokens past index_topk at least: one whose selection leaves something out, and the one it predicts
-CLOSED_FORM_CHANNELS = 2  # of an index head beside the rotary ones: balance and latent
+DEFAULT_TOPK = 2048  # fixed by DeepSeek-V3.2's config.json: index_topk
+MAX_HEADS = 64  # fixed by DeepSeek-V3.2's config.json: index_n_heads
+HEAD_DIM = 128  # fixed by DeepSeek-V3.2's config.json: index_head_dim
+MEASURED = (
+    2  # fixed by what is measured past index_topk: a token whose selection leaves one out, and the one it predicts
+)
+CLOSED_FORM_CHANNELS = (
+    2  # fixed by the closed form: an index head has a balance and a latent channel beside the rotary ones
+)
 Sizes = tuple[int, int, int]
 
 
