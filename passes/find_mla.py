@@ -84,13 +84,15 @@ def find_mla_in(graph: Graph, signature: ExportGraphSignature, constants: Mappin
         for n in placeholders
         if isinstance(value := constants.get(constant_names.get(n.name, "")), Tensor) and value.device.type != "meta"
     }
-    matcher = _Matcher(MaskProver(user_inputs, lifted), WriteGuard(graph), names)
+    writes = WriteGuard(graph)
+    matcher = _Matcher(MaskProver(user_inputs, lifted), writes, names)
     sites: list[MlaSite] = []
     misses: list[Miss] = []
     for index, core in enumerate(find_cores(graph)):
         node = core.out if isinstance(core, Core) else core[0]
         try:
             if not isinstance(core, Core):
+                writes.check_functional(core[0])
                 raise NoMatch(core[1], core[0])
             sites.append(matcher.match(core, index))
         except (NoMatch, UnexpectedArgument) as miss:
@@ -112,15 +114,18 @@ class _Matcher:
         for operand in (core.q, core.k, core.v):
             if len(shape(operand)) != 4:
                 raise NoMatch("queries, keys and values are not [batch, heads, tokens, channels]", operand)
-        self._writes.check([core.q, core.k, core.v], core.mask)
+        self._writes.check(core)
         behind = behind_keys_and_values(core)
         latent, weight = behind.latent, behind.weight
         layout = prove_layout(core, behind)
         kv_a, hidden = _shared_projection(latent, behind.k_pe)
         rope, k_pe_rows = read_k_pe(behind.k_pe, kv_a)
         q_b, q_resid = _query_path(core.q, hidden)
-        self._writes.check_aliases([latent, hidden, *([q_resid] if q_resid else [])])
+        latents = [latent, *([q_resid] if q_resid else [])]
+        self._writes.check_origin(latents)
         padding = self._masks.padding_input(core)
+        read = [core.q, hidden, *latents, behind.k_pe, weight, *([padding] if padding else [])]
+        self._writes.check_readable([*read, *([rope.cos, rope.sin] if rope else [])], at=core.out)
         path = (
             self._names[weight.name].rsplit(".", 2)[0] if weight.name in self._names else _module_path(core.out, index)
         )

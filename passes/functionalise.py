@@ -3,6 +3,7 @@
     x.masked_fill_(m, -inf)   =>   masked_fill(x, m, -inf)        every in-place op, by torch's own decompositions
 
 The slow way, minutes on a 61-layer model: taken only when `normalize`, which knows what transformers writes, did not do.
+Raises UserError when torch would lose a write (compat/aliasing.py).
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..compat.aliasing import Memory
+from ..errors import UserError
 from .find_mla import FindMla
 from .manager import BrokenPass, Pass, Report, Work
 from .matching.sites import Found, Miss
+from .matching.writes import FUNCTIONALISE
 from .normalize import Normalize
 
 
@@ -34,6 +38,9 @@ class Functionalise(Pass):
         blocked = _blocked(work.fact(Found))
         if not blocked:
             return Report(("no in-place write reaches an attention: nothing to do",), fact=Functionalised(False))
+        untold = Memory(work.editor.graph).untold_write()
+        if untold is not None:
+            raise UserError(f"{blocked[0]}, but {untold} would be lost then: write out of place, or into a clone")
         work.restart(work.editor.finish().run_decompositions({}))
         again = [each.run(work) for each in (Normalize(), FindMla())]
         for report in again:
@@ -58,4 +65,4 @@ class Functionalise(Pass):
 
 
 def _blocked(found: Found) -> list[Miss]:
-    return [miss for miss in found.misses if "in-place write" in miss.reason]
+    return [miss for miss in found.misses if miss.reason.endswith(FUNCTIONALISE)]

@@ -117,6 +117,7 @@ def _fill_functionally(graph: Graph, buffer: Node, order: dict[Node, int]) -> bo
         with graph.inserting_before(write):
             scattered = graph.call_function(aten.slice_scatter.default, (current, write.args[1], *bounds))
         scattered.meta.update(buffer.meta)
+        order[scattered] = order[write]  # it may read another buffer, which must not take it for a late reader
         current = scattered
     for reader in readers:
         reader.replace_input_with(buffer, current)

@@ -16,6 +16,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from ..compat.aliasing import Memory
 from ..errors import UserError
 from .building.absorb import key_range, key_rows, query_rows
 from .building.lightning_indexer import rotary_table
@@ -67,8 +68,9 @@ class Tap(Pass):
         rows = editor.add_input(ROWS_INPUT, (self.rows,), torch.int64)
         shared: dict[object, Node] = {}
         taps: dict[str, Node] = {}
+        memory = Memory(editor.graph)
         for site in found.sites:
-            taps |= _taps_of(editor, site, rows, shared)
+            taps |= _taps_of(editor, site, rows, shared, memory)
         for name, node in taps.items():
             editor.add_output(name, node)
         editor.remove_dead()
@@ -87,18 +89,27 @@ class Tap(Pass):
                 raise BrokenPass(self.name, f"{name} is not given out", node.name)
 
 
-def _taps_of(editor: ProgramEditor, site: MlaSite, rows: Node, shared: dict[object, Node]) -> dict[str, Node]:
+def _taps_of(
+    editor: ProgramEditor, site: MlaSite, rows: Node, shared: dict[object, Node], memory: Memory
+) -> dict[str, Node]:
     build = editor.builder(before=site.core.out)
     query = query_rows(build, site, build(aten.index_select.default, site.core.q, 2, rows))
     key = key_rows(build, site)
     begin, end = (build(aten.index_select.default, bound, 1, rows) for bound in _range(build, site, shared))
     mass = build(torch.ops.mla2dsa.attention_mass.default, query, key, begin, end, float(site.core.scale))
-    values = (site.hidden, site.q_input, query, key, mass, site.core.out)
+    hidden, q_input = (_kept(node, memory, build) for node in (site.hidden, site.q_input))
+    attended = _kept(site.core.out, memory, editor.builder(before=site.core.out.next))
+    values = (hidden, q_input, query, key, mass, attended)
     named = dict(zip(SITE_TAPS, values, strict=True))
     table = rotary_table(build, site, shared)
     if table is not None:
         named |= zip(TABLE_TAPS, table, strict=True)
     return {f"{site.name}.{name}": node for name, node in named.items()}
+
+
+def _kept(node: Node, memory: Memory, build: GraphBuilder) -> Node:
+    """`node`, or a copy where something writes into its memory: an output is what the memory holds in the end."""
+    return build(aten.clone.default, node) if memory.is_written(node) else node
 
 
 def _range(build: GraphBuilder, site: MlaSite, shared: dict[object, Node]) -> tuple[Node, Node]:

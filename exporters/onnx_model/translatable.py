@@ -2,20 +2,23 @@
 
 The exporter decomposes a program by tracing it again, twice, which takes minutes for a 61-layer model. The graphs made here
 are ATen ops its translation library knows already, but for a few dtype casts (translated by us) and the in-place writes
-of MoE routers, made functional below. Any other op sends the program the exporter's usual way.
+of MoE routers, made functional below. Any other op sends the program the exporter's usual way, which functionalises.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Node, map_arg
 
 from ...compat import torch_private
+from ...compat.aliasing import Memory, shared, written
+from ...errors import UserError
 
 aten = torch.ops.aten
 
@@ -31,13 +34,16 @@ def translatable(program: ExportedProgram, known: frozenset[Any]) -> ExportedPro
     """A copy of `program` for the exporter. known: our own translations.
 
     Its parameters are fake tensors: the exporter looks at their shapes and types only, and meta tensors would clash with
-    the constants it computes.
+    the constants it computes. Raises UserError for an in-place write that the exporter would lose.
     """
     graph = Graph()
     mapping: dict[Node, Node] = {}
     output = graph.output(graph.graph_copy(program.graph, mapping))
     output.meta.update(next(iter(reversed(program.graph.nodes))).meta)
     direct = _make_functional(graph) and not _unknown(graph, known)
+    untold = None if direct else Memory(program.graph).untold_write()
+    if untold is not None:
+        raise UserError(f"{untold} cannot be functionalised for ONNX: write out of place, or into a clone")
     return (Translatable if direct else ExportedProgram)(
         root=GraphModule(program.graph_module, graph),
         graph=graph,
@@ -68,31 +74,36 @@ def _unknown(graph: Graph, known: frozenset[Any]) -> bool:
 
 
 def _make_functional(graph: Graph) -> bool:
-    """x.div_(y) => x = x.div(y), for every value that is written in place. False if one may be seen through a view."""
+    """x.div_(y) => x = x.div(y), for every value that is written in place. False if another value may share its memory."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
-        if node.op != "call_function" or not getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+        targets = written(node)
+        if not targets:
             continue
-        written, functional = node.args[0], _functional(node.target)
-        if not isinstance(written, Node) or functional is None or _is_view(written) or written.op == "placeholder":
+        functional, value = _functional(node, targets), next(iter(targets))
+        if functional is None or value.op != "call_function" or shared(value):
             return False
-        if any(_is_view(user) and order[user] < order[node] for user in written.users):
+        if any(value in shared(user) and order[user] < order[node] for user in value.users):
             return False
         node.target = functional
-        for user in [user for user in written.users if order[user] > order[node]]:
-            user.replace_input_with(written, node)
+        for user in [user for user in value.users if order[user] > order[node]]:
+            user.replace_input_with(value, node)
     return True
 
 
-def _functional(target: Any) -> Any:
-    """aten.div_.Tensor -> aten.div.Tensor; None when there is no such op, or more than its first argument is written."""
-    written = [argument for argument in target._schema.arguments if argument.alias_info is not None]
-    packet = getattr(aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
-    if len(written) != 1 or written[0] is not target._schema.arguments[0] or packet is None:
+def _functional(node: Node, targets: Mapping[Node, bool]) -> Any:
+    """aten.div_.Tensor -> aten.div.Tensor. None when there is no such op, it writes more than its first argument, or the
+    functional op gives another dtype: that of x.div_(y) is always x's."""
+    if list(targets.items()) != [(node.args[0], True)]:
         return None
-    return getattr(packet, target._overloadname, None)
+    name, _, overload = node.target.name().removeprefix("aten::").partition(".")  # type: ignore[union-attr]
+    packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
+    functional = getattr(packet, overload or "default", None)
+    if functional is None:
+        return None
+    result = functional(*map_arg(node.args, _value), **map_arg(dict(node.kwargs), _value))
+    return functional if result.dtype == _value(node).dtype else None
 
 
-def _is_view(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(result.alias_info is not None for result in schema.returns)
+def _value(node: Node) -> Any:
+    return node.meta["val"]

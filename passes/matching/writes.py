@@ -2,81 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.fx import Graph, Node
 
-from ..graph.graph_eval import MOVES, linear_parts
-from .sites import NoMatch
+from ...compat.aliasing import Memory, Write, written
+from ..graph.graph_eval import linear_parts
+from .sites import Core, NoMatch
 
 aten = torch.ops.aten
 
-_HARMLESS = {aten.detach_.default, aten.requires_grad_.default}
+FUNCTIONALISE = "functionalise the program first"
 
 
 class WriteGuard:
-    """Knows every value of a graph that is written in place, and whether such a value reaches an attention."""
+    """Whether a value of a graph is, wherever it is read, what data flow says it is.
+
+    It is not when its memory is written between: through the value itself, a view of it, what it is a view of, or another
+    view of that. The reason then ends in FUNCTIONALISE, unless torch would not see the write when it functionalises.
+    """
 
     def __init__(self, graph: Graph) -> None:
-        self._written = _written_values(graph)
-        self._clean: set[tuple[Node, bool]] = set()
+        self._memory = Memory(graph)
+        self._clean_to_linears: set[Node] = set()
+        self._clean: set[Node] = set()
 
-    def check(self, operands: Sequence[Node], mask: Node | None) -> None:
-        """Raises NoMatch when a write reaches `operands` (back to their projections) or the mask (all the way)."""
-        if not self._written:
+    def check(self, core: Core) -> None:
+        """Raises NoMatch when a write reaches the core itself, its operands (back to their projections) or its mask."""
+        operands = {core.q, core.k, core.v}
+        self._walk([core.out], set(), stop=lambda node: node in operands or node is core.mask)
+        self.check_origin(operands)
+        if core.mask is not None:
+            self._walk([core.mask], self._clean, stop=lambda node: False)
+
+    def check_origin(self, values: Iterable[Node]) -> None:
+        """Raises NoMatch when a write comes between one of `values` and the projections it is computed from."""
+        self._walk(values, self._clean_to_linears, stop=lambda node: linear_parts(node) is not None)
+
+    def check_readable(self, values: Iterable[Node], at: Node) -> None:
+        """Raises NoMatch when one of `values` would be something else by the time that `at` runs."""
+        self._refuse(self._memory.write_between(value, at) for value in values)
+
+    def check_functional(self, node: Node) -> None:
+        """Raises NoMatch when `node` itself writes."""
+        self._refuse([_as_write(node)])
+
+    def _walk(self, roots: Iterable[Node], clean: set[Node], stop: Callable[[Node], bool]) -> None:
+        """Along data flow, to where `stop` holds and what those nodes read. `clean`: where earlier walks found nothing."""
+        if not self._memory:
             return
-        for operand in operands:
-            self._walk(operand, stop_at_linear=True)
-        if mask is not None:
-            self._walk(mask, stop_at_linear=False)
-
-    def check_aliases(self, values: Sequence[Node]) -> None:
-        """Raises NoMatch when one of `values` is written in place, itself or through the memory it is a view of."""
-        for val in values:
-            node: Node | None = val
-            while node is not None:
-                if node in self._written:
-                    raise _reaches(self._written[node])
-                node = _viewed(node)
-
-    def _walk(self, root: Node, stop_at_linear: bool) -> None:
-        stack = [root]
+        seen: set[Node] = set()
+        found: list[Write | None] = []
+        stack = list(roots)
         while stack:
             node = stack.pop()
-            if (node, stop_at_linear) in self._clean:
+            if node in seen or node in clean or node.target is aten.sym_size.int:  # a write leaves sizes as they are
                 continue
-            writer = self._written.get(node)
-            if writer is not None:
-                raise _reaches(writer)
-            self._clean.add((node, stop_at_linear))
-            if not (stop_at_linear and linear_parts(node)):
+            seen.add(node)
+            found += [_as_write(node), *(self._memory.write_between(source, node) for source in node.all_input_nodes)]
+            if not stop(node):
                 stack.extend(node.all_input_nodes)
+        self._refuse(found)
+        clean |= seen
+
+    def _refuse(self, writes: Iterable[Write | None]) -> None:
+        """Raises NoMatch for the first write; for one that cannot be functionalised, if there is any."""
+        found = [write for write in writes if write is not None]
+        if found:
+            write = next((write for write in found if write.through is not None), found[0])
+            advice = FUNCTIONALISE if write.through is None else "write out of place, or into a clone"
+            raise NoMatch(f"{write} reaches the attention: {advice}", write.node)
 
 
-def _reaches(writer: Node) -> NoMatch:
-    return NoMatch(f"the in-place write {writer.name} reaches the attention: functionalise the program first", writer)
-
-
-def _viewed(node: Node) -> Node | None:
-    """What `node` may be a view of."""
-    is_view = node.op == "call_function" and node.target in MOVES and node.args
-    source = node.args[0] if is_view else None
-    return source if isinstance(source, Node) else None
-
-
-def _written_values(graph: Graph) -> dict[Node, Node]:
-    """Each written value, and every value it is a view of, with the op that writes."""
-    written: dict[Node, Node] = {}
-    for node in graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if node.op != "call_function" or schema is None or not schema.is_mutable or node.target in _HARMLESS:
-            continue
-        for spec, arg in zip(schema.arguments, node.args, strict=False):
-            if spec.alias_info is None or not spec.alias_info.is_write or not isinstance(arg, Node):
-                continue
-            target: Node | None = arg
-            while target is not None:
-                written[target] = node
-                target = _viewed(target)
-    return written
+def _as_write(node: Node) -> Write | None:
+    targets = written(node)
+    return Write(node, None if all(targets.values()) else node) if targets else None

@@ -11,6 +11,7 @@ from forgetting import complaint, forget
 from torch import Tensor, nn
 from torch.export import Dim, export
 
+from mla2dsa.compat import aliasing
 from mla2dsa.compat import torch_private as private
 from mla2dsa.compat.private_names import MovedError
 from mla2dsa.compat.torch_private import TORCH
@@ -63,6 +64,11 @@ def fake() -> Any:
         return torch.ones(2)
 
 
+def op_is_read() -> bool:
+    facts = aliasing._facts.__wrapped__(torch.ops.aten.mul_.Tensor)  # not what an earlier call has kept
+    return facts is not None and facts.writes == ("self",)
+
+
 CALLS: dict[str, Callable[[], Any]] = {
     "torch:_check_value": lambda: private.check_value(True, lambda: "") is None,
     "torch:ops.aten._assert_tensor_metadata.default": is_metadata_assert,
@@ -72,6 +78,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "torch:ops.aten._unsafe_view.default": private.view_op,
     "torch:ops.mkldnn._is_mkldnn_bf16_supported": lambda: private.cpu_multiplies_bfloat16() in (True, False),
     "torch._dynamo.source:ConstantSource": new_size,
+    "torch._ops:OpOverload": op_is_read,
     "torch._subclasses:FakeTensor": lambda: private.fake_mode_of(values()),
     "torch._subclasses:FakeTensorMode": lambda: fake() is not None,
     "torch.fx.experimental.symbolic_shapes:DimDynamic": new_size,
@@ -92,6 +99,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "FakeTensor.fake_mode": lambda: private.fake_mode_of(values()),
     "FakeTensorMode.shape_env": new_size,
     "GraphModule._graph": put_graph,
+    "OpOverload._schema": op_is_read,
     "SymInt.node.expr": lambda: private.expression(values()[0].shape[0]),
     "TreeSpec.num_leaves": round_trip,
 }

@@ -85,7 +85,7 @@ REFUSED: list[tuple[type[Mla], str, str]] = [  # attention, reason, op of the no
     (FlattenedTokens, "no single dynamic token axis", "linear"),
     (LongerKeys, "capture without a cache", "cat"),
     (TwoHiddenStates, "queries and latent do not start at the same hidden state", "cat"),
-    (HiddenWrittenBetween, "the in-place write add_ reaches the attention", "add_"),
+    (HiddenWrittenBetween, "the in-place write add_ (aten.add_.Tensor) reaches the attention", "add_"),
     (Sliding3, "not causal plus key padding: it differs at batch", "and"),
     (Sliding512, "it differs at batch 1, length 517", "and"),
     (Sliding16384, "reaches 16384 tokens: too long to probe", "and"),
@@ -159,7 +159,7 @@ def test_an_in_place_write_is_named_before_anything_is_read() -> None:
             return seen
 
     (miss,) = find_mla(export(build(WrittenMask))).misses
-    assert "the in-place write iand reaches the attention: functionalise" in miss.reason
+    assert "the in-place write iand (aten.__iand__.Tensor) reaches the attention: functionalise" in miss.reason
 
 
 def test_a_softmax_over_channels_is_no_attention() -> None:

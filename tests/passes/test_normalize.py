@@ -183,6 +183,31 @@ def test_two_buffers_are_two() -> None:
     done.assert_same(x_of(2, seed=1))
 
 
+def filled_from_another(x: Tensor) -> Tensor:
+    """The buffer that is made first is filled with the other one when that is complete."""
+    first, second = (x.new_zeros(x.shape[0], COLUMNS) for _ in range(2))
+    second[..., :4] = x[:, :4]
+    second[..., 4:] = x[:, 4:]
+    first[..., 1:] = second[..., 1:]
+    return first
+
+
+def filled_from_half_of_another(x: Tensor) -> Tensor:
+    """... and before that is complete: it must not be taken for a reader of the whole."""
+    first, second = (x.new_zeros(x.shape[0], size) for size in (COLUMNS + 1, COLUMNS))
+    second[..., :4] = x[:, :4]
+    first[..., 1:] = second
+    second[..., 4:] = x[:, 4:]
+    return first[:, 1:] + 10 * second
+
+
+@pytest.mark.parametrize(("lines", "fills"), [(filled_from_another, 2), (filled_from_half_of_another, 1)])
+def test_a_buffer_that_fills_another_is_read_where_it_stood(lines: Callable[[Tensor], Tensor], fills: int) -> None:
+    done = normalized(lines, x_of())
+    assert done.changes.buffer_fills == fills
+    done.assert_same(x_of(2, seed=1))
+
+
 def refilled_from_itself(x: Tensor) -> Tensor:
     buffer = x.new_zeros(x.shape[0], COLUMNS)
     buffer[..., :4] = x[:, :4]
@@ -197,7 +222,17 @@ def changed_afterwards(x: Tensor) -> Tensor:
     return buffer * 2
 
 
-@pytest.mark.parametrize("lines", [refilled_from_itself, changed_afterwards], ids=lambda f: f.__name__)
+def changed_afterwards_through_a_view(x: Tensor) -> Tensor:
+    buffer = x.new_zeros(x.shape[0], COLUMNS)
+    buffer[..., :4] = x[:, :4]
+    torch.diagonal(buffer).fill_(5.0)
+    return buffer * 2
+
+
+AFTERWARDS = [refilled_from_itself, changed_afterwards, changed_afterwards_through_a_view]
+
+
+@pytest.mark.parametrize("lines", AFTERWARDS, ids=lambda f: f.__name__)
 def test_what_comes_between_or_afterwards_keeps_its_meaning(lines: Callable[[Tensor], Tensor]) -> None:
     normalized(lines, x_of()).assert_same(x_of(2, seed=1))
 
