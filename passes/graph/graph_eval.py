@@ -150,6 +150,8 @@ def _run(node: Node, memo: Mapping[Node, Any], env: Mapping[sympy.Symbol, int], 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype.is_floating_point and (tensor.is_floating_point() or tensor.is_complex()):
         return tensor
+    if dtype.is_complex:
+        return tensor.to(torch.complex128)
     return tensor.to(torch.float64 if dtype.is_floating_point else dtype)
 
 

@@ -201,10 +201,12 @@ WIDE = torch.tensor([TAG], dtype=torch.float64)
         (lambda x: x.to(torch.float16), WIDE, WIDE),
         (lambda x: x.bfloat16().float(), WIDE, WIDE),
         (lambda x: x.type_as(x.half()), WIDE, WIDE),
+        (lambda x: x.to(torch.complex64).real, WIDE, WIDE),
+        (lambda x: torch.complex(x, x).to(torch.complex64).imag, WIDE, WIDE),
         (lambda x: x.to(torch.int64), torch.tensor([2.75]), torch.tensor([2])),
         (lambda x: x.bool(), torch.tensor([0.5, 0.0]), torch.tensor([True, False])),
     ],
-    ids=["half", "bfloat16 and back", "type_as", "to integers", "to bool"],
+    ids=["half", "bfloat16 and back", "type_as", "to complex", "complex", "to integers", "to bool"],
 )
 def test_casts_between_floats_are_skipped_and_others_are_not(
     cast: Callable[[Tensor], Tensor], given: Tensor, expected: Tensor
