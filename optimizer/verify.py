@@ -222,9 +222,7 @@ def _exactness(pair: Pair, sequences: Sequence[Tensor]) -> Check:
         pair.dense.loader(pair.dense.capture.program), pair.sparse.loader(pair.converted.program),
     )  # fmt: skip
     bad = result.first_bad
-    detail = (
-        f"first differs in {bad.name}" if bad else f"{length} tokens, all layers and logits, with and without padding"
-    )
+    detail = f"first differs in {bad}" if bad else f"{length} tokens, all layers and logits, with and without padding"
     name = "dense = DSA up to index_topk (graph)"
     return Check(name, bad is None, result.worst, GRAPH_TOLERANCE, detail, NOT_A_PAIR)
 

@@ -15,10 +15,29 @@ from ...runtime.execute import Loader, PieceRunner
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest relative difference of one layer (or the outputs) over all inputs: max |a - b| / max |a|."""
+    """Largest relative difference of one layer (or the outputs) over all inputs: max |a - b| / max |a|.
+
+    nans, infinities: how many values are so, in the graph before and in the one after; with any, `relative` is NaN, which is
+    within no tolerance.
+    """
 
     name: str
     relative: float
+    nans: tuple[int, int] = (0, 0)
+    infinities: tuple[int, int] = (0, 0)
+
+    def joined(self, other: Difference) -> Difference:
+        """Of both: the larger difference, all that is not finite."""
+        nans, infinities = (
+            (mine[0] + theirs[0], mine[1] + theirs[1])
+            for mine, theirs in ((self.nans, other.nans), (self.infinities, other.infinities))
+        )
+        return Difference(self.name, _larger(self.relative, other.relative), nans, infinities)
+
+    def __str__(self) -> str:
+        counts = zip(("NaN", "infinite"), (self.nans, self.infinities), strict=True)
+        strange = [f"{a} {what} values before and {b} after" for what, (a, b) in counts if a or b]
+        return f"{self.name} ({', '.join(strange)})" if strange else self.name
 
 
 @dataclass(frozen=True)
@@ -54,30 +73,32 @@ def compare(
     """
     first = PieceRunner(before, load_before, [old for _, old, _ in layers])
     second = PieceRunner(after, load_after, [new for _, _, new in layers])
-    worst = {name: 0.0 for name, _, _ in layers}
+    worst = {name: Difference(name, 0.0) for name, _, _ in layers}
     run_first = first.run(sequences, [old for _, old, _ in layers] + first.outputs)
     run_second = second.run(sequences, [new for _, _, new in layers] + second.outputs)
-    outputs = 0.0
+    outputs = Difference("outputs", 0.0)
     for a, b in zip(run_first, run_second, strict=True):
         mask = sequences[a.sequence].get("attention_mask")
         for name, old, new in layers:
             if old in a.values and new in b.values:
-                worst[name] = _larger(
-                    worst[name], relative_difference(a.values[old], b.values[new], mask, token_axis=2)
-                )
+                found = difference(name, a.values[old], b.values[new], mask, token_axis=2)
+                worst[name] = worst[name].joined(found)
         for old, new in zip(first.outputs, second.outputs, strict=True):
             if old in a.values and new in b.values:
-                outputs = _larger(outputs, relative_difference(a.values[old], b.values[new], mask, token_axis=1))
-    found = [Difference(name, value) for name, value in worst.items()]
-    return NumericCheck((*found, Difference("outputs", outputs)), tolerance)
+                outputs = outputs.joined(difference("outputs", a.values[old], b.values[new], mask))
+    return NumericCheck((*worst.values(), outputs), tolerance)
 
 
-def relative_difference(a: Tensor, b: Tensor, mask: Tensor | None = None, token_axis: int = 1) -> float:
-    """max |a - b| / max |a| over real tokens; NaN anywhere gives NaN (which is never within a tolerance)."""
+def difference(name: str, a: Tensor, b: Tensor, mask: Tensor | None = None, token_axis: int = 1) -> Difference:
+    """Of the values at real tokens."""
     if mask is not None and not bool(mask.all()):
         a, b = a.movedim(token_axis, 1)[mask.bool()], b.movedim(token_axis, 1)[mask.bool()]
+    nans = (int(a.isnan().sum()), int(b.isnan().sum()))
+    infinities = (int(a.isinf().sum()), int(b.isinf().sum()))
+    if any((*nans, *infinities)):
+        return Difference(name, float("nan"), nans, infinities)
     scale = a.abs().max().clamp_min(torch.finfo(a.dtype).tiny)
-    return float((a - b).abs().max() / scale)
+    return Difference(name, float((a - b).abs().max() / scale))
 
 
 def _larger(a: float, b: float) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...compat.torch_private import topk_rule
 from ...errors import UserError
 from ..model.checkpoint import Checkpoint
-from .check import relative_difference
+from .check import difference
 
 
 def lowest_slot_ties() -> AbstractContextManager[None]:
@@ -168,4 +168,4 @@ def parity(
     selection = SameSelection(selections)
     with selection.taken():
         found: Tensor = model(**batch, use_cache=False).logits
-    return relative_difference(found, expected), selection.shortfall
+    return difference("logits", found, expected).relative, selection.shortfall

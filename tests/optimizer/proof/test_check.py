@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from mla2dsa.kernels.spec import IndexerConfig
-from mla2dsa.optimizer.proof.check import Difference, NumericCheck, compare, relative_difference
+from mla2dsa.optimizer.proof.check import Difference, NumericCheck, compare, difference
 from mla2dsa.passes.mla_to_dsa import Converted, mla_to_dsa
 
 LAYERS = 3
@@ -97,6 +97,7 @@ def test_nan_never_passes(rewrite: Rewrite, layer: int) -> None:
     check = rewrite.compare(rewrite.damaged(f"{name}.kv_b_proj.weight", float("nan")), batches(*SHAPES))
     assert check.first_bad is not None
     assert check.first_bad.name == name
+    assert check.first_bad.nans[0] == 0 < check.first_bad.nans[1]
     assert check.worst != check.worst
 
 
@@ -126,15 +127,19 @@ def test_streamed_from_a_checkpoint(tmp_path_factory: pytest.TempPathFactory) ->
 # Padding
 
 
+def relative(a: Tensor, b: Tensor, mask: Tensor | None = None, token_axis: int = 1) -> float:
+    return difference("layer", a, b, mask, token_axis).relative
+
+
 def test_padded_positions_are_not_compared() -> None:
     a = torch.randn(2, 5, 3)
     mask = torch.ones(2, 5, dtype=torch.int64)
     mask[0, :2] = 0
     b = a.clone()
     b[0, :2] = float("nan")
-    assert relative_difference(a, b, mask) == 0.0
+    assert relative(a, b, mask) == 0.0
     b[0, 2, 0] += 1.0
-    assert relative_difference(a, b, mask) == pytest.approx(1 / float(a[mask.bool()].abs().max()))
+    assert relative(a, b, mask) == pytest.approx(1 / float(a[mask.bool()].abs().max()))
 
 
 def test_token_axis_of_attention_outputs() -> None:
@@ -143,34 +148,48 @@ def test_token_axis_of_attention_outputs() -> None:
     mask[1, 4] = 0
     b = a.clone()
     b[1, :, 4] += 1.0
-    assert relative_difference(a, b, mask, token_axis=2) == 0.0
+    assert relative(a, b, mask, token_axis=2) == 0.0
     b[1, 3, 3] += 1.0
-    assert relative_difference(a, b, mask, token_axis=2) > 0
+    assert relative(a, b, mask, token_axis=2) > 0
 
 
 def test_without_a_mask_every_position_counts() -> None:
     a, b = torch.ones(1, 3, 2), torch.ones(1, 3, 2)
     b[0, 2, 1] = 1.5
-    assert relative_difference(a, b) == 0.5
-    assert relative_difference(a, b, torch.ones(1, 3)) == 0.5
+    assert relative(a, b) == 0.5
+    assert relative(a, b, torch.ones(1, 3)) == 0.5
 
 
 # The result
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_different(bad: float) -> None:
-    a = torch.ones(1, 2, 2)
-    b = a.clone()
-    b[0, 0, 0] = bad
-    assert not relative_difference(a, b) <= 1e9
-    assert not relative_difference(b, b) <= 1e9
+@pytest.mark.parametrize("side", [0, 1, 2], ids=["before", "after", "both"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=str)
+def test_values_that_are_not_finite_are_counted_and_never_equal(bad: float, side: int) -> None:
+    a, b = torch.ones(1, 2, 2), torch.ones(1, 2, 2)
+    for at in {0: [a], 1: [b], 2: [a, b]}[side]:
+        at[0, 0, 0] = at[0, 1, 1] = bad
+    found = difference("layer", a, b)
+    counts = (2 * (side != 1), 2 * (side != 0))
+    assert (found.nans, found.infinities) == ((counts, (0, 0)) if bad != bad else ((0, 0), counts))
+    assert not found.relative <= 1e9
+    what = "NaN" if bad != bad else "infinite"
+    assert str(found) == f"layer ({counts[0]} {what} values before and {counts[1]} after)"
+    assert NumericCheck((found,), 1e9).first_bad is found
+
+
+def test_what_is_not_finite_is_counted_over_all_sequences() -> None:
+    first, second = Difference("a", 0.5, (1, 2), (0, 3)), Difference("a", float("nan"), (10, 0), (5, 0))
+    assert (first.joined(second).nans, first.joined(second).infinities) == ((11, 2), (5, 3))
+    assert first.joined(second).relative != first.joined(second).relative
+    assert second.joined(first).relative != second.joined(first).relative
+    assert str(Difference("a", 0.5)) == "a"
 
 
 def test_nothing_but_zeros_equals_only_zeros() -> None:
     zeros = torch.zeros(1, 2, 2)
-    assert relative_difference(zeros, zeros) == 0.0
-    assert relative_difference(zeros, zeros + 1e-9) > 1e9
+    assert relative(zeros, zeros) == 0.0
+    assert relative(zeros, zeros + 1e-9) > 1e9
 
 
 @pytest.mark.parametrize("values", [[0.1, float("nan"), 0.2], [float("nan"), 0.1], [0.1, float("nan")]])
