@@ -31,10 +31,6 @@ def causal(batch: int, queries: int, past: int = 0) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(end), end
 
 
-def relative_rms(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
-
-
 def op_samples() -> dict[str, tuple[Any, ...]]:
     begin, end = causal(2, 5, past=4)
     q, kv = randn(2, 5, 3, 12, dtype=torch.float32), randn(2, 9, 12, seed=1, dtype=torch.float32)

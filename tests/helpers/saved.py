@@ -72,9 +72,3 @@ def transformers_model(folder: Path, attention: str = "eager") -> Any:
         folder, attn_implementation=attention, dtype=torch.float32
     )
     return found.eval()
-
-
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
-    """Largest difference, relative to the largest value."""
-    assert actual.shape == expected.shape
-    assert float((actual - expected).abs().max()) <= tolerance * float(expected.abs().max())

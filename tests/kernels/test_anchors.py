@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from op_samples import FLOAT_TOLERANCE, randn, relative_rms
+from comparing import close
+from op_samples import FLOAT_TOLERANCE, randn
 
 from mla2dsa.kernels import anchors
 
@@ -22,7 +23,7 @@ def test_dense_attention(kind: str, dtype: torch.dtype) -> None:
     additive = torch.zeros(2, 1, 6, 6, dtype=dtype).masked_fill(~allowed, -torch.inf)
     mask = {"causal": None, "bool": allowed, "additive": additive}[kind]
     want = (q @ k.mT * 0.4 + additive).softmax(-1) @ v
-    assert relative_rms(anchors.dense_attention(q, k, v, mask, 0.4), want) < FLOAT_TOLERANCE[dtype]
+    close(anchors.dense_attention(q, k, v, mask, 0.4), want, rms=FLOAT_TOLERANCE[dtype])
 
 
 def test_dense_attention_row_without_keys_is_zero() -> None:
@@ -48,14 +49,12 @@ def test_moe_experts(activation: str) -> None:
         if 0 <= (e := int(index[n, j])) < 3:
             want[n] += weights[n, j] * (down[e] @ (act(gate_up[e, :4] @ hidden[n]) * (gate_up[e, 4:] @ hidden[n])))
     got = anchors.moe_experts(hidden, index, weights, gate_up, down, activation)
-    assert relative_rms(got, want) < 1e-12
-    assert (
-        relative_rms(
-            anchors.moe_experts(
-                *(x.float() if x.is_floating_point() else x for x in (hidden, index, weights, gate_up, down)),
-                activation,
-            ),
-            want,
-        )
-        < 1e-6
+    close(got, want, rms=1e-12)
+    close(
+        anchors.moe_experts(
+            *(x.float() if x.is_floating_point() else x for x in (hidden, index, weights, gate_up, down)),
+            activation,
+        ),
+        want,
+        rms=1e-6,
     )

@@ -8,7 +8,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from op_samples import FLOAT_TOLERANCE, causal, randn, ranges, relative_rms, small_ints
+from comparing import close, compare
+from op_samples import FLOAT_TOLERANCE, causal, randn, ranges, small_ints
 from torch import Tensor
 
 from mla2dsa.kernels import cpu, ops, reference
@@ -83,7 +84,7 @@ def test_indexer_picks_the_best_scores_in_low_precision(dtype: torch.dtype) -> N
     scores = (weights.unsqueeze(-1) * (q.double() @ k.double().mT.unsqueeze(1)).relu()).sum(2)
     scores = scores.masked_fill(torch.arange(500) >= end.unsqueeze(-1), -torch.inf)
     best = scores.topk(32).values
-    assert (scores.gather(-1, got).sort(descending=True).values - best).abs().max() < 1e-4
+    close(scores.gather(-1, got).sort(descending=True).values, best, atol=1e-4)
 
 
 @BOTH
@@ -155,15 +156,15 @@ def test_sparse_cpu_matches_reference(dtype: torch.dtype, shape: tuple[int, ...]
     want = reference.sparse_mla(q.double(), kv.double(), indices, 0.4, shape[4])
     got = cpu.sparse_mla(q, kv, indices, 0.4, shape[4])
     assert got.dtype == dtype
-    assert relative_rms(got, want) < FLOAT_TOLERANCE[dtype]
-    assert relative_rms(reference.sparse_mla(q, kv, indices, 0.4, shape[4]), want) < FLOAT_TOLERANCE[dtype]
+    close(got, want, rms=FLOAT_TOLERANCE[dtype])
+    close(reference.sparse_mla(q, kv, indices, 0.4, shape[4]), want, rms=FLOAT_TOLERANCE[dtype])
 
 
 @pytest.mark.skipif(not cpu.has_bfloat16_gemm(torch.bfloat16), reason="this machine has no bfloat16 GEMM")
 def test_bfloat16_logits_keep_16_bits() -> None:
     a, b = randn(16, 64, dtype=torch.bfloat16), randn(64, 300, seed=1, dtype=torch.bfloat16)
-    assert relative_rms(cpu._product(a, b), a.double() @ b.double()) < 2**-16
-    assert relative_rms(a @ b, a.double() @ b.double()) > 2**-11  # what a plain bfloat16 product would give
+    close(cpu._product(a, b), a.double() @ b.double(), rms=2**-16)
+    assert compare(a @ b, a.double() @ b.double()).rms > 2**-11  # what a plain bfloat16 product would give
 
 
 @BOTH
@@ -207,7 +208,7 @@ def test_mass_cpu_matches_reference_over_many_tiles(dtype: torch.dtype) -> None:
     got = cpu.attention_mass(q, kv, begin, end, 0.5, budget_mb=1)
     assert cpu.mass_rows(300, 4, 1) < 50
     assert got.dtype == reference.accumulation_dtype(dtype)
-    assert relative_rms(got, reference.attention_mass(q.double(), kv.double(), begin, end, 0.5)) < 1e-6
+    close(got, reference.attention_mass(q.double(), kv.double(), begin, end, 0.5), rms=1e-6)
 
 
 def test_strided_inputs() -> None:

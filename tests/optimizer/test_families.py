@@ -6,7 +6,7 @@ What cannot be exported, or must not be converted, is listed here with its reaso
 from __future__ import annotations
 
 import pytest
-import torch
+from comparing import close
 from families import DENSE, FAMILIES, MAX_LENGTH, SPARSE, build, export, exported, indexer_weights, inputs, logits
 
 from mla2dsa.errors import UserError
@@ -34,7 +34,7 @@ def test_a_family_converts(name: str, attention: str) -> None:
         assert site.padding.name == "attention_mask"
     kwargs = inputs(3, 21, padding=4)
     dense, sparse = logits(model, kwargs), logits(converted.program.module(), kwargs)
-    torch.testing.assert_close(sparse, dense, rtol=0, atol=1e-5 * dense.abs().max().item())
+    close(sparse, dense, of_max=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from comparing import close
 from families import FAMILIES, MAX_LENGTH, build, dynamic_shapes, export, exported, indexer_weights, inputs, logits
 from handwritten import Dims, Mla
 from handwritten import export as export_handwritten
@@ -70,7 +71,7 @@ def test_dense_equality(
     kwargs = inputs(batch, length, padding)
     expected = logits(dense[0], kwargs)
     got = logits(converted.program.module(), kwargs)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    close(got, expected, of_max=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -94,7 +95,7 @@ def test_bfloat16_runs_and_stays_close() -> None:
     kwargs = inputs(2, 33, 5)
     expected, got = logits(model, kwargs), logits(program.module(), kwargs)
     assert got.dtype == torch.bfloat16
-    assert (got - expected).abs().max() < 0.05 * expected.abs().max()
+    close(got, expected, of_max=0.05)
 
 
 # Equal to transformers' own sparse models beyond index_topk

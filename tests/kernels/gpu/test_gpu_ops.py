@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comparing import close
 from gpu_cases import FORMS, TOLERANCE, Target, score_rows, selection
-from op_samples import causal, randn, ranges, relative_rms, small_ints
+from op_samples import causal, randn, ranges, small_ints
 from torch import Tensor
 
 from mla2dsa.kernels import ops, ops_fp8, reference, reference_fp8
@@ -61,7 +62,7 @@ def test_indexer_scores(form: str, width: int, heads: int, dtype: torch.dtype) -
     inside = reference.in_range(begin, end, 1501)
     want = reference.index_scores(*to_gpu(q.double(), k.double(), weights)).cpu().masked_fill(~inside, 0)
     got = GPU.scores(q, k, weights, begin, end, form).masked_fill(~inside, 0)
-    assert relative_rms(got, want) < min(TOLERANCE[dtype], 1e-6)
+    close(got, want, rms=min(TOLERANCE[dtype], 1e-6))
 
 
 @pytest.mark.parametrize("form", INDEXER_FORMS)
@@ -91,7 +92,7 @@ def test_sparse_mla(form: str, heads: int, rank: int, rope: int, dtype: torch.dt
     scale = (rank + rope) ** -0.5
     want = reference.sparse_mla(*to_gpu(q.double(), kv.double(), indices), scale, rank).cpu()
     got = GPU.sparse(q, kv, indices, scale, rank, form)
-    assert relative_rms(got, want) < TOLERANCE[dtype]
+    close(got, want, rms=TOLERANCE[dtype])
     assert bool((got[:, 0] == 0).all())
 
 
@@ -113,7 +114,7 @@ def test_sparse_mla_fp8(form: str, native: bool, heads: int) -> None:
     packed = reference_fp8.pack_latent_fp8(randn(2, 4000, 576, seed=1, dtype=torch.bfloat16))
     indices = selection(2, 5, 4000, 1111)
     want = reference_fp8.sparse_mla_fp8(*to_gpu(q.double(), packed, indices), 0.07).cpu()
-    assert relative_rms(GPU.sparse_fp8(q, packed, indices, 0.07, form, native), want) < 3e-3
+    close(GPU.sparse_fp8(q, packed, indices, 0.07, form, native), want, rms=3e-3)
 
 
 @needs_fp8
@@ -154,7 +155,7 @@ def test_indexer_fp8_scores(form: str) -> None:
     inside = reference.in_range(begin, end, 3000)
     want = reference.index_scores(q.double(), k.double() * k_scale.unsqueeze(-1), weights).masked_fill(~inside, 0)
     got = GPU.scores(q, k, weights, begin, end, form, k_scale).masked_fill(~inside, 0)
-    assert relative_rms(got, want) < 3e-3
+    close(got, want, rms=3e-3)
 
 
 class Layer(torch.nn.Module):
@@ -202,7 +203,7 @@ def test_cuda_graph(sizes: tuple[int, int, int]) -> None:
         for old, new in zip(static, fresh, strict=True):
             old.copy_(new)
         graph.replay()
-        assert relative_rms(out, layer_reference(fresh)) < 2e-3
+        close(out, layer_reference(fresh), rms=2e-3)
         assert torch.equal(out, layer(*fresh))
 
 
@@ -246,7 +247,7 @@ def test_strided_and_misaligned_inputs() -> None:
     q = randn(1, 128, 4, 576, dtype=torch.bfloat16).to(GPU.device).transpose(1, 2)
     indices = selection(1, 4, 4000, 500).to(GPU.device)
     want = reference.sparse_mla(q.double(), kv.double(), indices, 0.1, 512)
-    assert relative_rms(ops.sparse_mla(q, kv, indices, 0.1, 512), want) < 2e-3
+    close(ops.sparse_mla(q, kv, indices, 0.1, 512), want, rms=2e-3)
 
 
 def test_tensors_of_more_than_2_to_the_31_elements() -> None:
@@ -258,7 +259,7 @@ def test_tensors_of_more_than_2_to_the_31_elements() -> None:
     q = randn(1, 2, 16, 576, dtype=torch.bfloat16).to(GPU.device)
     indices = torch.arange(slots - 50, slots, dtype=torch.int32, device=GPU.device).expand(1, 2, 50)
     want = reference.sparse_mla(q.double(), kv[:, -50:].double(), indices - (slots - 50), 0.1, 512)
-    assert relative_rms(ops.sparse_mla(q, kv, indices, 0.1, 512), want) < 2e-3
+    close(ops.sparse_mla(q, kv, indices, 0.1, 512), want, rms=2e-3)
     del kv
     q, weights = small_ints(18, 1, 8, 128).bfloat16().to(GPU.device), small_ints(18, 1, 8, seed=1).to(GPU.device)
     k = small_ints(1, 1 << 20, 128, seed=2).bfloat16().to(GPU.device).expand(18, -1, -1).contiguous()

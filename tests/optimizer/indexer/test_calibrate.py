@@ -11,7 +11,8 @@ import families
 import pytest
 import torch
 from checkpoints import dense_checkpoint
-from saved import assert_close, opened, saved, transformers_model
+from comparing import close
+from saved import opened, saved, transformers_model
 from torch import Tensor
 
 from mla2dsa.errors import UserError
@@ -72,9 +73,9 @@ def test_samples_are_what_transformers_computes(tmp_path_factory: pytest.TempPat
     found = gathered(opened(folder), [ids])
     assert len(found) == 2
     for layer, [sample] in enumerate(found):
-        assert_close(sample.hidden, hidden[layer])
-        assert_close(sample.q_resid, resid[layer])
-        assert_close(sample.mass, attentions[layer][0].mean(0)[sample.rows], 1e-5)
+        close(sample.hidden, hidden[layer], of_max=1e-6)
+        close(sample.q_resid, resid[layer], of_max=1e-6)
+        close(sample.mass, attentions[layer][0].mean(0)[sample.rows], of_max=1e-5)
 
 
 def test_rotary_tables_are_the_models(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -82,8 +83,8 @@ def test_rotary_tables_are_the_models(tmp_path_factory: pytest.TempPathFactory) 
     model, [ids] = transformers_model(folder), text(1)
     cos, sin = model.model.rotary_emb(torch.zeros(1, LENGTH, 64), torch.arange(LENGTH)[None])
     for [sample] in gathered(opened(folder), [ids]):
-        assert_close(sample.cos, cos[0, :, :4])
-        assert_close(sample.sin, sin[0, :, :4])
+        close(sample.cos, cos[0, :, :4], of_max=1e-6)
+        close(sample.sin, sin[0, :, :4], of_max=1e-6)
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(16, 16), (36, 36), (40, 40), (500, LENGTH)])

@@ -10,7 +10,8 @@ import handwritten
 import pytest
 import torch
 import torch.nn.functional as F
-from saved import assert_close, opened, saved, transformers_model
+from comparing import close
+from saved import opened, saved, transformers_model
 from torch import Tensor, nn
 
 from mla2dsa.errors import UserError
@@ -60,7 +61,7 @@ def test_maps_reproduce_the_dense_attention(name: str, tmp_path_factory: pytest.
     assert [site.name for site, _, _ in layers] == list(families.FAMILIES[name].sites)
     for _, samples, maps in layers:
         for sample in samples:
-            assert_close(attention_mass(maps, sample), sample.mass, 1e-5)
+            close(attention_mass(maps, sample), sample.mass, of_max=1e-5)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2", "minicpm3"])
@@ -71,7 +72,7 @@ def test_maps_reproduce_transformers_attention(name: str, tmp_path_factory: pyte
         seen = model(families.inputs(1, LENGTH, seed=0)["input_ids"], output_attentions=True).attentions
     for (_, samples, maps), weights in zip(layers, seen, strict=True):
         sample = samples[0]
-        assert_close(attention_mass(maps, sample), weights[0].mean(0)[sample.rows], 1e-5)
+        close(attention_mass(maps, sample), weights[0].mean(0)[sample.rows], of_max=1e-5)
 
 
 @pytest.mark.parametrize(("name", "interleaved"), [("deepseek_v3", True), ("deepseek_v3-halfsplit", False)])
@@ -84,11 +85,11 @@ def test_maps_are_the_weights_by_name(name: str, interleaved: bool, tmp_path_fac
 
     query, up = weight("q_b_proj").view(4, 24, 48), weight("kv_b_proj").view(4, 28, 32)
     order = [0, 2, 4, 6, 1, 3, 5, 7] if interleaved else list(range(8))
-    assert_close(maps.q_absorbed, up[:, :16].transpose(1, 2) @ query[:, :16])
+    close(maps.q_absorbed, up[:, :16].transpose(1, 2) @ query[:, :16], of_max=1e-6)
     assert torch.equal(maps.q_rope, query[:, 16:][:, order])
     assert torch.equal(maps.latent, weight("kv_a_proj_with_mqa")[:32])
     assert torch.equal(maps.k_rope, weight("kv_a_proj_with_mqa")[32:][order])
-    assert_close(maps.latent_gain, weight("kv_a_layernorm"))
+    close(maps.latent_gain, weight("kv_a_layernorm"), of_max=1e-6)
 
 
 def test_channels_of_a_complex_rotary_table_are_put_in_half_split_order(
@@ -107,8 +108,8 @@ def test_longcats_scales_are_in_the_maps(tmp_path_factory: pytest.TempPathFactor
     norm = source.checkpoint.load("model.layers.0.self_attn.0.kv_a_layernorm.weight")
     query = source.checkpoint.load("model.layers.0.self_attn.0.q_b_proj.weight").view(4, 24, 48)
     kv_scale, q_scale = (64 / 32) ** 0.5, (64 / 48) ** 0.5
-    assert_close(maps.latent_gain, norm * kv_scale)
-    assert_close(maps.q_rope, query[:, 16:][:, [0, 2, 4, 6, 1, 3, 5, 7]] * q_scale)
+    close(maps.latent_gain, norm * kv_scale, of_max=1e-6)
+    close(maps.q_rope, query[:, 16:][:, [0, 2, 4, 6, 1, 3, 5, 7]] * q_scale, of_max=1e-6)
 
 
 def test_without_query_latent_the_maps_read_the_hidden_state(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -255,7 +256,7 @@ def tapped_layer(attention: type[handwritten.Mla]) -> tuple[MlaSite, SiteSample,
 def test_other_spellings(attention: type[handwritten.Mla]) -> None:
     site, sample, maps = tapped_layer(attention)
     check_maps(site, maps, sample)
-    assert_close(attention_mass(maps, sample), sample.mass, 1e-5)
+    close(attention_mass(maps, sample), sample.mass, of_max=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from typing import Any
 import families
 import pytest
 import torch
+from comparing import close
 from safetensors.torch import load_file, save_file
-from saved import assert_close, captured, config_dict, opened, run, saved, tensors, transformers_model
+from saved import captured, config_dict, opened, run, saved, tensors, transformers_model
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
@@ -112,7 +113,7 @@ def test_graph_with_the_checkpoints_weights_is_transformers_model(
     for batch, length, padding in SHAPES:
         inputs = families.inputs(batch, length, padding)
         keep = inputs["attention_mask"].bool()
-        assert_close(run(source, tensors(inputs))[keep], families.logits(model, inputs))
+        close(run(source, tensors(inputs))[keep], families.logits(model, inputs), of_max=1e-6)
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
@@ -124,7 +125,7 @@ def test_every_form_of_attention(
     inputs = families.inputs(batch, length, padding)
     keep = inputs["attention_mask"].bool()
     got = run(opened(folder, attention), tensors(inputs))[keep]
-    assert_close(got, families.logits(transformers_model(folder), inputs))
+    close(got, families.logits(transformers_model(folder), inputs), of_max=1e-6)
 
 
 @pytest.mark.parametrize(("attention", "op"), [("anchor", "mla2dsa.dense_attention"), ("sdpa", "scaled_dot_product"),
@@ -156,7 +157,7 @@ def test_longcats_zero_experts_return_their_input() -> None:
         expected = experts(hidden, ids, share)
         with hf_interfaces.capturable_experts(config):
             got = experts(hidden, ids, share)
-    assert_close(got, expected)
+    close(got, expected, of_max=1e-6)
 
 
 def test_longcat_is_left_as_it_was() -> None:
@@ -280,7 +281,7 @@ def test_grouped_keys_are_repeated_for_their_queries() -> None:
     wide = [t.repeat_interleave(2, 1) for t in (k, v)]
     expected = torch.nn.functional.scaled_dot_product_attention(q, *wide, attn_mask=causal).transpose(1, 2)
     assert weights is None
-    assert_close(out, expected)
+    close(out, expected, of_max=1e-6)
 
 
 def test_read_config_gives_transformers_object() -> None:
