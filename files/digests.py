@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from ..errors import UserError
+from .regular import open_regular
 from .safetensors_index import head_length
 
 WHOLE_HASH_LIMIT = 64 * 2**20  # files up to 64 MiB are hashed whole, larger ones by their beginning
@@ -14,7 +16,7 @@ _OPAQUE_HEAD = 2**20
 
 def file_sha256(file: Path) -> str:
     """Of the whole file, in hexadecimal."""
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -25,9 +27,9 @@ def file_digest(file: Path) -> dict[str, int | str]:
     first MiB of any other format: to read hundreds of GB just to recognise a checkpoint would outlast its conversion.
     """
     try:
-        size = file.stat().st_size
-        hashed = size if size <= WHOLE_HASH_LIMIT else _head_length(file)
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            hashed = size if size <= WHOLE_HASH_LIMIT else _head_length(file)
             return {"size": size, "hashed": hashed, "sha256": hashlib.sha256(stream.read(hashed)).hexdigest()}
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error

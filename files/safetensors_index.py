@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, short
 from .dtypes import BY_SAFETENSORS
-from .json_files import FETCH_AGAIN, read_json
+from .json_files import FETCH_AGAIN, parse_object, read_json
+from .regular import is_plain_name, open_regular
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _HEADER_LIMIT = 100_000_000  # the limit of the safetensors library
+_MOST_DIMS = 64  # torch's own limit
 
 DTYPE_BITS = {name: kind.bits for name, kind in BY_SAFETENSORS.items()}
 
@@ -99,7 +102,7 @@ def _without_safetensors(folder: Path) -> str:
 def some(names: Sequence[str], limit: int = 1) -> str:
     """The first names and how many more there are, so that an error stays one line."""
     rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(map(short, names[:limit])) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _read_shards(folder: Path) -> dict[str, TensorLocation]:
@@ -108,8 +111,10 @@ def _read_shards(folder: Path) -> dict[str, TensorLocation]:
     shards: dict[str, dict[str, TensorLocation]] = {}
     for name, shard in weight_map.items():
         if shard not in shards:
-            if not (folder / shard).is_file():
-                raise UserError(f"{folder / shard}: no such file, but {index} says it holds {name}; fetch the shard")
+            if not (folder / shard).exists():
+                raise UserError(
+                    f"{folder / shard}: no such file, but {index} says it holds {short(name)}; fetch the shard"
+                )
             shards[shard] = read_header(folder / shard)
     _compare(folder, weight_map, shards)
     return {name: shards[shard][name] for name, shard in weight_map.items()}
@@ -134,16 +139,18 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: has no weight_map (tensor name to file name); {FETCH_AGAIN}")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
-            raise UserError(f"{index}: weight_map puts {name} into {shard!r}; expected a file name in the same folder")
+        if not isinstance(shard, str) or not is_plain_name(shard):
+            raise UserError(
+                f"{index}: weight_map puts {short(name)} into {short(shard)}; expected a file name in the same folder"
+            )
     return weight_map
 
 
 def _parse_header(file: Path) -> tuple[int, dict[str, Any]]:
     """Length of the JSON header in bytes, and the header. Raises UserError."""
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
             start = stream.read(8)
             if start == b"version ":
                 raise UserError(f"{file}: a Git LFS pointer, not the file itself; run `git lfs pull`")
@@ -157,42 +164,36 @@ def _parse_header(file: Path) -> tuple[int, dict[str, Any]]:
         raise UserError(f"{file}: no such file, or a link to nowhere; {FETCH_AGAIN}") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-    return length, _parse_entries(file, text)
-
-
-def _parse_entries(file: Path, text: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):  # json.loads would silently keep the last one
-            names = [name for name, _ in pairs]
-            raise UserError(f"{file}: names {next(n for n in names if names.count(n) > 1)} twice; {FETCH_AGAIN}")
-        return found
-
-    try:
-        entries = json.loads(text.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: corrupt header, not valid JSON ({error}); {FETCH_AGAIN}") from None
-    if not isinstance(entries, dict):
-        raise UserError(f"{file}: corrupt header, expected a JSON object; {FETCH_AGAIN}")
-    return entries
+    return length, parse_object(text, f"{file}: corrupt header")
 
 
 def _location(file: Path, name: str, entry: Any, start: int) -> TensorLocation:
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
-            all(type(size) is int and size >= 0 for size in shape) and 0 <= begin <= end
-        ):
+            len(shape) <= _MOST_DIMS and all(type(size) is int and 0 <= size < 2**63 for size in shape)
+            and 0 <= begin <= end and _is_text(name)
+        ):  # fmt: skip
             pass
         case _:
-            raise UserError(f"{file}: corrupt header entry of {name}: {json.dumps(entry)[:120]}; {FETCH_AGAIN}")
+            raise UserError(f"{file}: corrupt header entry of {short(name)}: {short(entry)}; {FETCH_AGAIN}")
     if dtype not in DTYPE_BITS:
-        raise UserError(f"{file}: {name} has dtype {dtype}; known are {', '.join(DTYPE_BITS)}")
+        raise UserError(f"{file}: {short(name)} has dtype {short(dtype)}; known are {', '.join(DTYPE_BITS)}")
     if end - begin != _nbytes(dtype, tuple(shape)):
-        expected = _nbytes(dtype, tuple(shape))
+        needed = short(_nbytes(dtype, tuple(shape)))
         raise UserError(
-            f"{file}: {name} takes {end - begin} bytes, but {dtype} {shape} needs {expected}; {FETCH_AGAIN}"
+            f"{file}: {short(name)} takes {short(end - begin)} bytes, but {dtype} {short(shape)} needs {needed}; "
+            f"{FETCH_AGAIN}"
         )
     return TensorLocation(file, dtype, tuple(shape), start + begin, end - begin)
+
+
+def _is_text(name: str) -> bool:
+    """JSON may spell half of a surrogate pair, which no other reader of the file takes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_layout(file: Path, tensors: Mapping[str, TensorLocation], start: int) -> None:
@@ -201,12 +202,12 @@ def _check_layout(file: Path, tensors: Mapping[str, TensorLocation], start: int)
     for name, place in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if place.offset != end:
             fault = "overlaps the tensor before it" if place.offset < end else "leaves a gap before it"
-            raise UserError(f"{file}: corrupt header, {name} at byte {place.offset} {fault}; {FETCH_AGAIN}")
+            raise UserError(f"{file}: corrupt header, {short(name)} at byte {place.offset} {fault}; {FETCH_AGAIN}")
         end += place.nbytes
     size = file.stat().st_size
     if size < end:
         cut = next(name for name, place in tensors.items() if place.offset + place.nbytes > size)
-        raise UserError(f"{file}: truncated ({size} of {end} bytes, {cut} is cut off); {FETCH_AGAIN}")
+        raise UserError(f"{file}: truncated ({size} of {end} bytes, {short(cut)} is cut off); {FETCH_AGAIN}")
     if size > end:
         raise UserError(f"{file}: {size - end} bytes follow the last tensor; {FETCH_AGAIN}")
 

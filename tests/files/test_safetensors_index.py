@@ -1,7 +1,10 @@
 """The index of tensors against the safetensors library, and one clear line for every bad state of files."""
 
+import contextlib
 import json
 import os
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -183,3 +186,76 @@ def test_dangling_link_is_reported(tmp_path: Path) -> None:
     (tmp_path / SINGLE_FILE).symlink_to(tmp_path / "blobs" / "gone")
     with pytest.raises(UserError, match="a link to nowhere"):
         read_index(tmp_path)
+
+
+def entry(shape: object = (0,), end: object = 0) -> bytes:
+    return json.dumps({"dtype": "U8", "shape": shape, "data_offsets": [0, end]}).encode()
+
+
+def many_names(count: int) -> bytes:
+    """Ends with a name that is there already."""
+    return b"{" + b",".join(b'"%d":%s' % (number % (count - 1), entry()) for number in range(count)) + b"}"
+
+
+HOSTILE: dict[str, tuple[bytes, str]] = {
+    "twice-at-the-end": (many_names(30_000), "names 0 twice"),
+    "all-twice": (b"{" + b",".join([b'"a":%s' % entry()] * 20_000) + b"}", "names a twice"),
+    "long-shape": (b'{"a":%s}' % entry([10**100] * 40_000), "corrupt header entry of a"),
+    "huge-dims": (b'{"a":%s}' % entry([2**62] * 64), "needs a number of"),
+    "dim-over-64-bits": (b'{"a":%s}' % entry([2**63, 0]), "corrupt header entry of a"),
+    "huge-offset": (b'{"a":%s}' % entry([1], 10**4000), "takes a number of"),
+    "deep-list": (b"[" * 200_000 + b"]" * 200_000, "nested too deeply"),
+    "deep-object": (b'{"a":' * 50_000 + b"1" + b"}" * 50_000, "nested too deeply"),
+    "deep-within-recursion": (b'{"a":' * 300 + b"1" + b"}" * 300, "nested more than 64 deep"),
+    "many-values": (b'{"a":[' + b"0," * 5_000_000 + b"0]}", "more than 4000000 values"),
+    "digits": (b'{"a":{"dtype":"U8","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,1]}}', "not valid JSON"),
+    "long-name": (b'{"%s":1}' % (b"n" * 100_000), "corrupt header entry of nnn"),
+    "terminal-codes": (b'{"a\\n\\u001b[2J":1}', r"a\n\x1b[2J"),
+    "half-a-character": (b'{"\\ud800":%s}' % entry(), r"corrupt header entry of \ud800"),
+    "long-dtype": (b'{"a":{"dtype":"%s","shape":[1],"data_offsets":[0,1]}}' % (b"F" * 9999), "has dtype FFF"),
+}
+
+
+@pytest.mark.parametrize("fault", HOSTILE)
+def test_hostile_header_is_refused_at_once(tmp_path: Path, fault: str) -> None:
+    """Linear in the file's size, and one short line however long what is wrong."""
+    header, part = HOSTILE[fault]
+    write_raw(tmp_path / SINGLE_FILE, header)
+    started = time.process_time()
+    with pytest.raises(UserError) as error:
+        read_index(tmp_path)
+    assert time.process_time() - started < 2
+    assert_one_line(error, tmp_path / SINGLE_FILE, part)
+    assert len(str(error.value)) < 400
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("name", [SINGLE_FILE, INDEX_FILE, "model-00001-of-00002.safetensors", "config.json"])
+@pytest.mark.parametrize("kind", ["fifo", "device", "socket", "folder"])
+def test_only_regular_files_are_read(
+    copy: Callable[[str], Path], kind: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A FIFO would wait for a writer for ever."""
+    folder = copy("single" if name == SINGLE_FILE else "sharded")
+    file = shards(folder)[0] if name.startswith("model-") else folder / name
+    file.unlink()
+    with contextlib.ExitStack() as stack:
+        if kind == "socket":
+            monkeypatch.chdir(folder)  # a socket's path may have about 100 characters
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(file.name)
+        else:
+            {"fifo": os.mkfifo, "folder": os.mkdir, "device": lambda path: os.symlink("/dev/zero", path)}[kind](file)
+        with pytest.raises(UserError) as error:
+            Checkpoint.open(folder)
+    assert_one_line(error, file)
+
+
+@pytest.mark.parametrize("shard", ["a\0b", "a\nb", "/etc/passwd", "..", "", "sub/x", "..\\x", "x" * 300, 3, None])
+def test_shard_names_are_plain(copy: Callable[[str], Path], shard: object) -> None:
+    folder = copy("sharded")
+    edit_index(folder, lambda names: names.update({KV_A: shard}))  # type: ignore[dict-item]
+    with pytest.raises(UserError) as error:
+        Checkpoint.open(folder)
+    assert_one_line(error, folder / INDEX_FILE, "expected a file name in the same folder")
+    assert len(str(error.value)) < 400
