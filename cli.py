@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from . import __version__
@@ -20,7 +20,9 @@ from .commands.conversion import add_conversion
 from .commands.engines import add_engines
 from .commands.kernels import add_kernels
 from .commands.use import add_use
-from .errors import SeveralErrors, UserError
+from .errors import SeveralErrors, UserError, short
+
+_LONGEST_WORD, _LONGEST_LINE = 240, 1000  # of an error line: a path
 
 EPILOG = """examples:
   mla2dsa plan deepseek-ai/DeepSeek-V3.1
@@ -45,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None, received: list[int]) -> int:
     try:
+        _open_streams()
         result = run_command(_parser().parse_args(argv))
         sys.stdout.flush()
         return result
@@ -87,6 +90,20 @@ def _stoppable() -> Iterator[list[int]]:
             signal.signal(number, signal.SIG_DFL)
 
 
+def _open_streams() -> None:
+    """Without this, a file that is opened later would get the number of a closed stream, and what libraries print would go
+    into it. Raises UserError where there is nowhere to print results to."""
+    closed = sys.stdout is None
+    if closed or sys.stderr is None or sys.stdin is None:
+        while os.open(os.devnull, os.O_RDWR) <= 2:  # the lowest number that is free
+            pass
+        sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
+    if closed:
+        raise UserError("stdout is closed, and results are printed there; send it to a file or to /dev/null")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no text, a locale may know ASCII only
+
+
 def _drop_broken_stdout() -> None:
     """A closed pipe or a full disk behind stdout: without this Python would complain once more when it exits."""
     try:
@@ -107,9 +124,15 @@ def _fail(lines: Sequence[str], code: int) -> int:
         import traceback
 
         traceback.print_exc()
-    first, *others = (" ".join(line.split()) for line in lines)  # whatever a path or a library's message holds
-    print("\n  ".join([f"mla2dsa: {first}", *others]), file=sys.stderr)
+    first, *others = map(_plain_line, lines)
+    with suppress(OSError):  # a full disk behind stderr: the exit code is all that can be told
+        print("\n  ".join([f"mla2dsa: {first}", *others]), file=sys.stderr)
     return code
+
+
+def _plain_line(text: str) -> str:
+    """One line that a terminal can show, whatever a path or a library's message holds."""
+    return short(" ".join(short(word, _LONGEST_WORD) for word in text.split()), _LONGEST_LINE)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import UserError
 from .json_files import read_json
+from .regular import is_inside
 from .writing import write_json
 
 FILES_MANIFEST = "mla2dsa-files.json"  # of folders that have no other
@@ -98,20 +99,9 @@ def _listed(manifest: Mapping[str, Any]) -> set[str] | None:
     if not isinstance(entries, list):
         return None
     names = {entry.get("name") if isinstance(entry, dict) else None for entry in entries}
-    if not all(isinstance(name, str) and _plain(name) for name in names):
+    if not all(isinstance(name, str) and is_inside(name) for name in names):
         return None
     return {str(name) for name in names}
-
-
-def _plain(name: str) -> bool:
-    path = PurePosixPath(name)
-    return (
-        "\0" not in name
-        and str(path) == name
-        and bool(path.parts)
-        and not path.is_absolute()
-        and ".." not in path.parts
-    )
 
 
 def _parents(names: set[str]) -> set[str]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
 
 from ..errors import UserError
 
@@ -19,7 +19,7 @@ _KINDS = {
 }
 
 
-def open_regular(file: Path) -> BinaryIO:
+def open_regular(file: Path) -> io.BufferedReader:
     """For reading; links are followed. Raises UserError for what is no regular file, OSError as `open` does."""
     descriptor = os.open(file, _FLAGS)  # O_NONBLOCK: opening a FIFO would wait for a writer
     try:

@@ -36,7 +36,8 @@ def write_new(file: Path, content: bytes | memoryview | str) -> None:
 
 def write_json(file: Path, value: Mapping[str, Any], indent: int = 2) -> None:
     """A new file with one JSON object. Raises as `create` does."""
-    write_new(file, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+    # backslashreplace: what is left of a path that is no text, \udcff, is how JSON spells it
+    write_new(file, json.dumps(value, indent=indent, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
 
 
 def place_file(source: Path, target: Path, *, link: bool) -> str:

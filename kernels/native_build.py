@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from ..files.temporary import cache_entry, move_file
-from ..files.user_cache import cache_folder
+from ..errors import UserError
+from ..files.digests import file_sha256
+from ..files.temporary import cache_entry, move_file, replace_file
+from ..files.user_cache import code_folder
 
 _COMPILERS = ("g++", "c++", "clang++")
 
@@ -39,10 +41,10 @@ def build_library(name: str, sources: Sequence[Path], flags: Sequence[str], libr
     digest = hashlib.sha256("\0".join(made_from).encode())
     for file in sources:
         digest.update(file.read_bytes())
-    target = cache_folder() / "native" / digest.hexdigest()[:32] / f"lib{name}.so"
-    if target.is_file():
-        return target
     try:
+        target = code_folder("native") / digest.hexdigest()[:32] / f"lib{name}.so"
+        if _is_whole(target):
+            return target
         with cache_entry(target.parent) as place:
             built = place / target.name
             done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)
@@ -51,10 +53,24 @@ def build_library(name: str, sources: Sequence[Path], flags: Sequence[str], libr
                     f"exit code {done.returncode}"
                 ]
                 raise BuildError(f"{program} cannot compile lib{name}.so: {errors[0][:200]}")
+            replace_file(_known(target), file_sha256(built).encode())
             move_file(built, target)
+    except UserError as error:
+        raise BuildError(str(error)) from error
     except OSError as error:
-        raise BuildError(f"{error.filename or target}: {error.strerror or error}") from error
+        raise BuildError(f"{error.filename or name}: {error.strerror or error}") from error
     return target
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether it is what was built: a killed copy or a full disk may have cut it, and then it would crash when it is loaded."""
+    known = _known(library)
+    return library.is_file() and known.is_file() and known.read_text() == file_sha256(library)
+
+
+def _known(library: Path) -> Path:
+    """Where the digest of a library lies."""
+    return library.with_name(library.name + ".sha256")
 
 
 @cache

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import UsageError, UserError
-from ..files.engine_manifest import engine_folder, read_engine
+from ..files.manifests.engine_manifest import engine_folder, read_engine
 from ..runtime.generation import Session, prefill
 from ..runtime.tensorrt_session import open_engine_session
 

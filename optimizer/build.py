@@ -29,16 +29,17 @@ from ..exporters.engine.triton_repo import write_triton_repo
 from ..exporters.engine.trtexec import build_command, time_command
 from ..exporters.onnx_model.external_data import DATA_FILE
 from ..files.digests import file_sha256
-from ..files.engine_manifest import ENGINE_MANIFEST, FORMAT
-from ..files.export_manifest import check_weight_files, read_export
+from ..files.manifests.engine_manifest import ENGINE_MANIFEST, FORMAT
+from ..files.manifests.export_manifest import check_weight_files, read_export, read_onnx_export
 from ..files.model.model_files import CONFIG, model_files
+from ..files.onnx_file import check_external_files, parse_onnx
 from ..files.ownership import FILES_MANIFEST, refuse_names, write_manifest
 from ..files.staging import Claim, beside, claim, staged_folder
 from ..files.writing import place_file, write_new
 from .build_plan import check_ready
 from .export import export
 
-_DROPPED = ("kind", "file", "runs_on", "weights", "format", "files")
+_DROPPED = ("kind", "file", "digest", "runs_on", "weights", "format", "files")
 PLUGINS_FOLDER, TRITON_FOLDER, ONNX_FILE = "plugins", "triton", "model.onnx"
 _OURS = (ENGINE, LAYERS, ENGINE_MANIFEST, FILES_MANIFEST, LIBRARY, ONNX_FILE, PLUGINS_FOLDER, TRITON_FOLDER)
 OnProgress = Callable[[str, int, int], None]
@@ -97,7 +98,9 @@ def _prepared(plan: EnginePlan, on_progress: OnProgress) -> Iterator[_Work]:
         manifest = read_export(folder, "onnx")
         check_weight_files(folder, manifest)
         refuse_names(folder, _carried(folder, manifest), _OURS)
-        model = onnx.load(str(folder / manifest["file"]), load_external_data=False)
+        file = folder / manifest["file"]
+        model = parse_onnx(file, read_onnx_export(folder, manifest))
+        check_external_files(file, model)
         nodes = attach(model, plan.sms, plan.jobs, lambda done, total: on_progress("compiling kernels", done, total))
         yield _Work(plan, folder, manifest, model, nodes, build_plugin())
 

@@ -13,7 +13,7 @@ from ..exporters.engine.engine_plan import EnginePlan
 from ..exporters.engine.plugin_build import build_plugin
 from ..exporters.engine.profiles import engine_profiles
 from ..files.dtypes import MODEL_DTYPES
-from ..files.export_manifest import EXPORT_MANIFEST, is_export, read_export
+from ..files.manifests.export_manifest import EXPORT_MANIFEST, is_export, read_export
 from ..files.staging import check_target
 from ..kernels.gpu.binaries.compile import ARCHITECTURES, check_architecture
 from .model.cached_model import context_of

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import SeveralErrors, UsageError, UserError
 from ..exporters.dsa.names import MANIFEST
-from ..files.json_files import read_json
+from ..files.manifests.checkpoint_manifest import read_checkpoint_manifest
 from ..files.ownership import why_not_ours
 from ..files.staging import InTheWay, claim, hidden_sibling
 from ..files.temporary import remove_tree
@@ -74,7 +74,7 @@ def _is_converted(
     it may be made `again`."""
     if not (folder / MANIFEST).is_file() or why_not_ours(folder) is not None:
         return False  # `convert` says what is in the way
-    if read_json(folder / MANIFEST).get("fingerprint") == fingerprint(model, recipe, trust_remote_code, drop_stale):
+    if read_checkpoint_manifest(folder).get("fingerprint") == fingerprint(model, recipe, trust_remote_code, drop_stale):
         return True
     if again:
         return False

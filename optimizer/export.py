@@ -7,6 +7,7 @@ Beside the model lies `mla2dsa-export.json`, the manifest, which is all a runtim
 
     format          1, the version of this description
     kind, file      "onnx" and "model.onnx", or "pt2" and "model.pt2"
+    digest          {"size", "hashed", "sha256"} of `file` (`files/digests.py`)
     dtype           "float32", "float16" or "bfloat16": of caches, logits and all maths outside the DSA ops
     runs_on         names of the runtimes that have kernels for that dtype: "onnxruntime-cpu", "tensorrt", "torch"
     logits          "last": [batch, 1, vocab] of the token at index `last`; "all": [batch, seq, vocab], no input `last`
@@ -45,9 +46,10 @@ import torch
 
 from .. import __version__
 from ..compat import torch_private
-from ..errors import UsageError
+from ..errors import UsageError, short
+from ..files.digests import file_digest
 from ..files.dtypes import MODEL_DTYPES, torch_dtype
-from ..files.export_manifest import EXPORT_MANIFEST
+from ..files.manifests.export_manifest import EXPORT_MANIFEST, FORMAT
 from ..files.model.model_files import CONFIG, model_files
 from ..files.model.stop_tokens import stop_tokens
 from ..files.ownership import refuse_names, write_manifest
@@ -58,7 +60,6 @@ from ..passes.graph.editor import ProgramEditor
 from .model.cached_model import CachedModel, open_cached
 from .model.checkpoint import Checkpoint
 
-MANIFEST_FORMAT = 1
 FORMATS = ("onnx", "pt2")
 _RUNS_ON: dict[str, dict[str, tuple[str, ...]]] = {
     "onnx": {
@@ -110,7 +111,7 @@ def export(
             written = write(ready, folder, copy_weights)
             for name in (CONFIG, *(it for it in model_files(checkpoint.path) if it not in shards)):
                 place_file(checkpoint.path / name, folder / name, link=False)
-            manifest = write_manifest(folder, EXPORT_MANIFEST, _manifest(ready, format, dtype, limits, written))
+            manifest = write_manifest(folder, EXPORT_MANIFEST, _manifest(ready, format, dtype, limits, written, folder))
     return Exported(out, manifest)
 
 
@@ -158,14 +159,14 @@ def _write_pt2(ready: CachedModel, folder: Path, copy_weights: bool) -> Mapping[
 
 
 def _manifest(
-    ready: CachedModel, format: str, dtype: str, limits: Mapping[str, int], written: Mapping[str, Any]
+    ready: CachedModel, format: str, dtype: str, limits: Mapping[str, int], written: Mapping[str, Any], folder: Path
 ) -> dict[str, Any]:
     cached, checkpoint = ready.cached, ready.checkpoint
     config = checkpoint.config
     fields = ("model_type", "vocab_size", "num_hidden_layers", "bos_token_id")
     inputs, outputs = interface(cached, int(config["vocab_size"]), dtype)
     return {
-        "format": MANIFEST_FORMAT, "kind": format, "file": f"model.{format}", "dtype": dtype,
+        "format": FORMAT, "kind": format, "file": f"model.{format}", "digest": file_digest(folder / f"model.{format}"), "dtype": dtype,
         "runs_on": list(_RUNS_ON[format][dtype]), "logits": "last" if cached.last_only else "all",
         "inputs": inputs, "outputs": outputs,
         "caches": [
@@ -176,7 +177,7 @@ def _manifest(
         "model": {**{f: config.get(f) for f in fields}, "context": ready.captured.max_length,
                   "eos_token_id": stop_tokens(checkpoint.path)},
         "indexer": asdict(ready.indexer),
-        "source": {"name": checkpoint.path.name, "fingerprint": checkpoint.fingerprint(), "files": checkpoint.source_hashes()},
+        "source": {"name": short(checkpoint.path.name, 255), "fingerprint": checkpoint.fingerprint(), "files": checkpoint.source_hashes()},
         "weights": dict(written), "versions": _versions(),
     }  # fmt: skip
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, UserError
-from ..files.engine_manifest import ENGINE_MANIFEST, engine_folder
-from ..files.export_manifest import EXPORT_MANIFEST, is_export
-from ..files.json_files import read_json
+from ..files.manifests.engine_manifest import engine_folder, read_engine
+from ..files.manifests.export_manifest import is_export, read_export
 from ..files.model.stop_tokens import stop_tokens
 from ..runtime.generation import Sampling, Session, generate
 from ..runtime.ort_session import OrtSession
@@ -59,7 +58,7 @@ def _engine_session(folder: Path, runtime: str | None) -> Session:
 
 
 def _natural_runtime(folder: Path, exported: bool) -> str:
-    return "onnxruntime" if exported and read_json(folder / EXPORT_MANIFEST).get("kind") == "onnx" else "torch"
+    return "onnxruntime" if exported and read_export(folder)["kind"] == "onnx" else "torch"
 
 
 def _session(folder: Path, runtime: str, exported: bool, device: str) -> Session:
@@ -86,8 +85,9 @@ def _stop(folder: Path, tokenizer: Any) -> list[int]:
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
     """Of an export or an engine."""
-    names = (name for name in (ENGINE_MANIFEST, EXPORT_MANIFEST) if (folder / name).is_file())
-    return next((read_json(folder / name) for name in names), None)
+    if engine_folder(folder) is not None:
+        return read_engine(folder)
+    return read_export(folder) if is_export(folder) else None
 
 
 def _pieces(tokenizer: Any, steps: Iterator[list[int | None]]) -> Iterator[str]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..exporters.dsa.names import MANIFEST as DSA_MANIFEST
-from ..files.engine_manifest import engine_folder, read_engine
-from ..files.export_manifest import EXPORT_MANIFEST, is_export
-from ..files.json_files import read_json
+from ..files.manifests.checkpoint_manifest import is_converted, read_checkpoint_manifest
+from ..files.manifests.engine_manifest import engine_folder, read_engine
+from ..files.manifests.export_manifest import is_export, read_export
+from ..files.onnx_file import external_bytes, parse_onnx, read_onnx
 from .model.checkpoint import Checkpoint
 
 _CONFIG = (
@@ -55,8 +55,8 @@ def _checkpoint(target: str) -> dict[str, Any]:
         "mtp_tensors": len(checkpoint.has_mtp_layers()),
         "cache_bytes_per_token": _cache_bytes(checkpoint.config),
     }
-    if (checkpoint.path / DSA_MANIFEST).is_file():
-        manifest = read_json(checkpoint.path / DSA_MANIFEST)
+    if is_converted(checkpoint.path):
+        manifest = read_checkpoint_manifest(checkpoint.path)
         found["made_by_mla2dsa"] = {"versions": manifest.get("versions"), "verified": manifest.get("verified")}
     return found
 
@@ -70,7 +70,7 @@ def _cache_bytes(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _export(path: Path) -> dict[str, Any]:
-    manifest = read_json(path / EXPORT_MANIFEST)
+    manifest = read_export(path)
     keys = ("kind", "file", "dtype", "runs_on", "logits", "limits", "model", "indexer", "source", "weights", "versions")
     found: dict[str, Any] = {name: manifest[name] for name in keys if name in manifest}
     found["export"] = found.pop("kind", None)
@@ -84,21 +84,10 @@ def _export(path: Path) -> dict[str, Any]:
 
 def _onnx(file: Path) -> dict[str, Any]:
     """Ops and weights of an ONNX file; external data is counted from its offsets, not read."""
-    import onnx
-
-    try:
-        model = onnx.load(file, load_external_data=False)
-    except Exception as error:  # protobuf's own error types
-        raise UserError(f"{file}: not an ONNX model ({(str(error).splitlines() or ['unreadable'])[0]})") from error
+    model = parse_onnx(file, read_onnx(file))
     nodes = Counter(f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in model.graph.node)
-    external: Counter[str] = Counter()
-    inside = 0
-    for tensor in model.graph.initializer:
-        places = {entry.key: entry.value for entry in tensor.external_data}
-        if places:
-            external[places["location"]] += int(places.get("length", 0))
-        else:
-            inside += len(tensor.raw_data)
+    external = external_bytes(file, model)
+    inside = sum(len(tensor.raw_data) for tensor in model.graph.initializer if not tensor.external_data)
     missing = sorted(name for name in external if not (file.parent / name).is_file())
     return {
         "nodes": len(model.graph.node),
@@ -107,6 +96,6 @@ def _onnx(file: Path) -> dict[str, Any]:
         "opsets": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
         "inputs": [value.name for value in model.graph.input],
         "outputs": [value.name for value in model.graph.output],
-        "weight_bytes": {"inside": inside, **dict(external)},
+        "weight_bytes": {"inside": inside, **external},
         "missing_files": missing,
     }

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ..errors import UsageError
+from ..errors import UsageError, UserError, short
+from ..files.regular import read_within
 
+_MOST_BYTES = 100_000  # of the file
 CLOSED_FORM_SEQUENCES = 16  # swept by benchmarks/constants.py
 DISTIL_SEQUENCES = 64  # swept by benchmarks/constants.py
 
@@ -21,6 +24,16 @@ def _number(value: Any) -> Any:
 Number = Annotated[float, BeforeValidator(_number)]  # YAML 1.1 reads 3e-3 as text
 
 
+def _path(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("a path has no NUL character")
+    return value
+
+
+FilePath = Annotated[str, AfterValidator(_path)]  # or a hub id
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -28,7 +41,7 @@ class _Strict(BaseModel):
 class Distil(_Strict):
     """Schedule of the distillation: steps of one sequence each, peak learning rate."""
 
-    steps: int = Field(default=256, ge=1)  # swept by benchmarks/constants.py
+    steps: Count = 256  # swept by benchmarks/constants.py
     lr: Number = Field(default=3e-3, gt=0, allow_inf_nan=False)  # swept by benchmarks/constants.py
 
 
@@ -37,21 +50,21 @@ class Verify(_Strict):
 
     # benchmarks/constants.py holds it against good conversions and faulty indexers; benchmarks/quality.py: good ones cost 0.01 to 0.02.
     max_loss_delta: Number = Field(default=0.05, gt=0)
-    sequences: int = Field(default=8, ge=1)  # swept by benchmarks/constants.py
+    sequences: Count = 8  # swept by benchmarks/constants.py
 
 
 class Recipe(_Strict):
     """What the user asks for. None means: chosen from the model (see `docs/recipe.md`)."""
 
     indexer: Literal["closed-form", "distil", "donor"] = "closed-form"
-    donor: str | None = None
-    index_topk: int | None = Field(default=None, ge=1)
-    index_n_heads: int | None = Field(default=None, ge=1)
-    index_head_dim: int | None = Field(default=None, ge=1)
-    calibration: str | None = None
-    tokens: int | None = Field(default=None, ge=1)
-    sequence_length: int | None = Field(default=None, ge=2)
-    rows: int = Field(default=128, ge=1)  # swept by benchmarks/constants.py
+    donor: FilePath | None = None
+    index_topk: Count | None = None
+    index_n_heads: Count | None = None
+    index_head_dim: Count | None = None
+    calibration: FilePath | None = None
+    tokens: Count | None = None
+    sequence_length: int | None = Field(default=None, ge=2, lt=2**31)
+    rows: Count = 128  # swept by benchmarks/constants.py
     seed: int = Field(default=0, ge=0, lt=2**32)
     distil: Distil = Distil()
     verify: Verify = Verify()
@@ -81,30 +94,48 @@ def read_recipe(file: str | None, flags: Mapping[str, Any]) -> Recipe:
 
 def _explain(error: Any, file: str | None, flags: Mapping[str, Any]) -> str:
     """One line for pydantic's first finding: a flag is called by its flag, a field by its place in the file."""
-    where = ".".join(map(str, error["loc"])) or "indexer"
+    where = short(".".join(map(str, error["loc"]))) or "indexer"
     flag = error["loc"][:1] and flags.get(error["loc"][0]) is not None
     source = f"--{where.replace('_', '-')}" if flag or file is None else f"{file}: {where}"
     if error["type"] == "extra_forbidden":
         groups: dict[str, type[BaseModel]] = {"distil": Distil, "verify": Verify}
         known = groups.get(error["loc"][0], Recipe).model_fields
         return f"{source}: no such field; known are {', '.join(known)}"
-    given = f" {error['input']!r}" if error["loc"] else ""
+    given = f" {short(repr(error['input']))}" if error["loc"] else ""
     return f"{source}{given}: {error['msg'].removeprefix('Value error, ')}"
 
 
 def _read_yaml(file: str) -> dict[str, Any]:
-    import yaml
-
     try:
-        fields = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        fields = yaml.load(read_within(Path(file), _MOST_BYTES).decode(), _PlainLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{file}: recipe cannot be read ({error})") from None
-    except yaml.YAMLError as error:
+    except UserError as error:
+        raise UsageError(f"recipe cannot be read: {error}") from None
+    except RecursionError:
+        raise UsageError(f"{file}: not a recipe, nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that is none
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
-        raise UsageError(f"{file}: not YAML ({where}{getattr(error, 'problem', None) or error})") from None
+        raise UsageError(f"{file}: not YAML ({where}{short(str(getattr(error, 'problem', None) or error))})") from None
     if fields is None:
         return {}
     if not isinstance(fields, dict):
         raise UsageError(f"{file}: expected a mapping of recipe fields")
     return fields
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without what a recipe has no use for: aliases, whose expansion knows no bounds, and keys that are there twice."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            raise yaml.MarkedYAMLError(problem="anchors and aliases are not taken", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        if len(found) != len(node.value):
+            raise yaml.MarkedYAMLError(problem="a field is there twice", problem_mark=node.start_mark)
+        return found

@@ -8,11 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, short
 from ..files.dtypes import torch_dtype
-from ..files.export_manifest import check_limits, check_weight_files, read_export
+from ..files.manifests.export_manifest import (
+    EXPORT_MANIFEST,
+    check_limits,
+    check_weight_files,
+    read_export,
+    read_onnx_export,
+)
+from ..files.onnx_file import check_external_files, parse_onnx
 from .caches import Caches, outputs_of, widths_of
 
+_ORT_TYPES = {"tensor(int64)": "int64", "tensor(float)": "float32", "tensor(float16)": "float16"}
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # of a model that comes as bytes
 _DTYPES = ("float32", "float16")  # of which onnxruntime has kernels on a CPU
 
 
@@ -27,7 +36,9 @@ class OrtSession:
         self.batch, self.capacity = batch, check_limits(folder, self._manifest, batch, capacity)
         self._dtype = self._supported_dtype(folder)
         check_weight_files(folder, self._manifest)
-        self._session, self._device = _open(folder / self._manifest["file"], threads)
+        file = folder / self._manifest["file"]
+        self._session, self._device = _open(file, read_onnx_export(folder, self._manifest), threads)
+        _check_interface(file, self._session, self._manifest)
         self._present = outputs_of(self._manifest)
         self._caches = Caches(widths_of(self._manifest), batch, self.capacity, self._dtype, self._device)
 
@@ -75,12 +86,15 @@ def _element(dtype: torch.dtype) -> Any:
     return {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}[dtype]
 
 
-def _open(file: Path, threads: int | None) -> tuple[Any, str]:
-    """The session, and where its tensors live: "cuda" or "cpu"."""
+def _open(file: Path, data: bytes, threads: int | None) -> tuple[Any, str]:
+    """The session on the model `data`, read from `file`, and where its tensors live: "cuda" or "cpu"."""
     import onnxruntime as ort
+
+    check_external_files(file, parse_onnx(file, data))
 
     ort.set_default_logger_severity(3)
     options = ort.SessionOptions()
+    options.add_session_config_entry(_WEIGHTS_FOLDER, str(file.parent))
     if threads is not None:
         options.intra_op_num_threads = threads
     # onnxruntime-gpu lists CUDA wherever it is installed, and complains on stderr where there is no device.
@@ -89,10 +103,24 @@ def _open(file: Path, threads: int | None) -> tuple[Any, str]:
     )
     wanted = [name for name in usable if name in ort.get_available_providers()]
     try:
-        session = ort.InferenceSession(str(file), options, providers=wanted)
+        session = ort.InferenceSession(data, options, providers=wanted)
     except Exception as error:  # onnxruntime raises its own, unrelated kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:240]
+        reason = short((str(error).strip().splitlines() or [type(error).__name__])[0], 200)
         raise UserError(
             f"{file}: onnxruntime cannot load it ({reason}); are all files of the export beside it?"
         ) from error
     return session, "cuda" if session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
+
+
+def _check_interface(file: Path, session: Any, manifest: dict[str, Any]) -> None:
+    """The manifest has to be of this very model: buffers are made as it says. Raises UserError."""
+    for field, values in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
+        found = [(value.name, _ORT_TYPES.get(value.type), list(map(_dim, value.shape))) for value in values]
+        told = [(value["name"], value["dtype"], list(map(_dim, value["shape"]))) for value in manifest[field]]
+        if found != told:
+            raise UserError(f"{file}: its {field} are not those that {EXPORT_MANIFEST} lists; export again")
+
+
+def _dim(size: int | str) -> int | None:
+    """A number; None for an open dim, which has no one name."""
+    return size if isinstance(size, int) else None

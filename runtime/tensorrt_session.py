@@ -19,8 +19,10 @@ from torch import Tensor
 from ..compat.tensorrt_backend import Backend, gpu_sm, load_plugins, open_backend, plugin_error
 from ..errors import UserError
 from ..files.dtypes import torch_dtype
-from ..files.engine_manifest import check_engine, read_engine
+from ..files.manifests.engine_manifest import check_engine, read_engine, read_plan, read_plugin
 from ..files.sizes import FIRST_CAPACITY
+from ..files.temporary import scratch_folder
+from ..files.writing import write_new
 from ..kernels.op_spec import NODES
 from .caches import Caches, outputs_of, widths_of
 
@@ -166,17 +168,23 @@ def open_engine_session(folder: Path, batch: int, capacity: int | None = None) -
 
 
 def deserialised(backend: Backend, folder: Path, manifest: Mapping[str, Any]) -> Any:
-    """The ICudaEngine of a folder that `check_engine` has looked at. Raises UserError with TensorRT's or the plugin's reason."""
-    log, plugin = backend.logger(), folder / manifest["plugin"]["file"]
+    """The ICudaEngine of a folder that `check_engine` has looked at. Raises UserError with TensorRT's or the plugin's reason,
+    or where a file is not the one of the manifest: what is loaded is a copy of the bytes that were checked."""
+    log = backend.logger()
     runtime = backend.trt.Runtime(log)
-    if manifest["plugin"]["embedded"]:
-        runtime.engine_host_code_allowed = True
-    else:
-        load_plugins(backend, plugin, NODES)
-    engine = runtime.deserialize_cuda_engine((folder / manifest["engine"]["file"]).read_bytes())
-    if engine is None:
-        reason = plugin_error(plugin) or " ".join((log.errors or ["it gives no reason"])[0].split())
-        raise UserError(f"{folder}: {backend.name} {backend.version} cannot load the engine: {reason}")
+    with scratch_folder(
+        "plugin"
+    ) as place:  # a library is loaded by its path: one that nobody else can put another file at
+        plugin = place / manifest["plugin"]["file"]
+        write_new(plugin, read_plugin(folder, manifest))
+        if manifest["plugin"]["embedded"]:
+            runtime.engine_host_code_allowed = True
+        else:
+            load_plugins(backend, plugin, NODES)
+        engine = runtime.deserialize_cuda_engine(read_plan(folder, manifest))
+        if engine is None:
+            reason = plugin_error(plugin) or " ".join((log.errors or ["it gives no reason"])[0].split())
+            raise UserError(f"{folder}: {backend.name} {backend.version} cannot load the engine: {reason}")
     return engine
 
 

@@ -12,9 +12,11 @@ from torch.export import ExportedProgram
 
 from ..errors import UserError
 from ..files.dtypes import torch_dtype
-from ..files.export_manifest import check_limits, check_weight_files, read_export
+from ..files.manifests.export_manifest import EXPORT_MANIFEST, check_limits, check_weight_files, read_export
+from ..kernels import ops  # noqa: F401  registers what is named below
 from .caches import Caches, widths_of
 from .execute import PieceRunner
+from .pt2_archive import load_pt2
 
 CACHE_WRITE = torch.ops.mla2dsa.cache_write.default
 
@@ -57,17 +59,12 @@ def _write_in_place(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
 
 def open_pt2_session(folder: Path, batch: int, capacity: int | None = None, device: str = "cpu") -> TorchSession:
     """A session on a `.pt2` export: nothing but the file and its manifest is read. Raises UserError."""
-    from ..kernels import ops  # noqa: F401  the file names our ops
-
     manifest = read_export(folder, "pt2")
     capacity = check_limits(folder, manifest, batch, capacity)
     check_weight_files(folder, manifest)
     file = folder / manifest["file"]
-    try:
-        program = torch.export.load(file)
-    except Exception as error:  # zip, pickle, version and schema errors, each of its own kind
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:240]
-        raise UserError(f"{file}: torch {torch.__version__} cannot load it ({reason}); export again") from error
+    program = load_pt2(file, manifest)
+    _check_interface(file, program, manifest)
     values = {**program.state_dict, **program.constants}
     return TorchSession(
         program,
@@ -78,3 +75,23 @@ def open_pt2_session(folder: Path, batch: int, capacity: int | None = None, devi
         torch_dtype(manifest["dtype"]),
         device,
     )
+
+
+def _check_interface(file: Path, program: ExportedProgram, manifest: Mapping[str, Any]) -> None:
+    """The manifest has to be of this very program: inputs are made as it says. Raises UserError."""
+    kinds = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    values = {name: kinds.get(name) for name in program.graph_signature.user_inputs if isinstance(name, str)}
+    found = {name: _described(value) for name, value in values.items() if isinstance(value, Tensor)}
+    told = {
+        entry["name"]: (
+            torch_dtype(entry["dtype"]),
+            [size if isinstance(size, int) else None for size in entry["shape"]],
+        )
+        for entry in manifest["inputs"]
+    }
+    if found != told or len(program.graph_signature.user_outputs) != len(manifest["outputs"]):
+        raise UserError(f"{file}: its inputs and outputs are not those that {EXPORT_MANIFEST} lists; export again")
+
+
+def _described(value: Tensor) -> tuple[torch.dtype, list[int | None]]:
+    return value.dtype, [size if isinstance(size, int) else None for size in value.shape]

@@ -14,7 +14,7 @@ from places import ROOT, package_files
 # Whom each room may import, beside itself: rooms by their path, a file of the root by its name, the root itself (which holds
 # nothing but the version) as "". Where a line is longer than its neighbours', its comment says why.
 LOWEST = {"", "errors"}
-FILES = {*LOWEST, "files", "files/model"}
+FILES = {*LOWEST, "files", "files/manifests", "files/model"}
 KERNELS = {*FILES, "compat", "kernels"}
 GRAPHS = {"passes", "passes/graph", "passes/matching"}
 SHARED = {*KERNELS, "runtime", *GRAPHS, "exporters/dsa"}
@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "": set(),
     "errors": set(),
     "files": LOWEST,
+    "files/manifests": {*LOWEST, "files"},
     "files/model": {*LOWEST, "files"},
     "compat": FILES,
     "kernels": {*FILES, "compat", "kernels/gpu"},  # ops are registered here, and dispatched to a GPU when one is asked

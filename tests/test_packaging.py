@@ -125,8 +125,13 @@ def test_wheel_has_the_plugin_compiled_and_its_sources(wheel: zipfile.ZipFile, t
 def test_a_library_of_other_sources_is_not_used(tmp_path: Path) -> None:
     folder = tmp_path / "plugin"
     shutil.copytree(plugin_sources.FOLDER, folder)
-    (folder / plugin_sources.LIBRARY).write_bytes(b"library")
-    (folder / plugin_sources.DIGEST).write_text(plugin_sources.digest(folder))
+    assert plugin_sources.compile_into(folder) is None
+    assert plugin_sources.shipped(folder) == folder / plugin_sources.LIBRARY
+    whole = (folder / plugin_sources.LIBRARY).read_bytes()
+    for damaged in (b"", whole[:-1], whole + b"x"):
+        (folder / plugin_sources.LIBRARY).write_bytes(damaged)
+        assert plugin_sources.shipped(folder) is None
+    (folder / plugin_sources.LIBRARY).write_bytes(whole)
     assert plugin_sources.shipped(folder) == folder / plugin_sources.LIBRARY
     (folder / "plugin.cpp").write_text("// changed")
     assert plugin_sources.shipped(folder) is None

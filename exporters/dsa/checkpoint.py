@@ -20,9 +20,10 @@ the first name alone and never look at the index.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from ...errors import UserError
 from ...files.digests import file_digest
 from ...files.dtypes import MODEL_DTYPES, element_type, torch_dtype
 from ...files.json_files import read_json
+from ...files.manifests.checkpoint_manifest import FORMAT, read_checkpoint_manifest
 from ...files.model.model_files import CONFIG, left_out
 from ...files.ownership import write_manifest
 from ...files.safetensors_index import (
@@ -51,7 +53,6 @@ from ...kernels.spec import IndexerConfig, IndexerWeights
 from .config import dsa_config
 from .names import INDEXER_SHARD, MANIFEST, REPORT, UNPROVEN_CONFIG, file_names
 
-MANIFEST_FORMAT = 1
 _MANIFEST_ENTRIES = {"format", "versions", "source", "indexer", "report", "files"}
 _INDEXER_DTYPES = tuple(map(torch_dtype, MODEL_DTYPES))
 
@@ -94,13 +95,9 @@ def write_dsa_checkpoint(
         write_json(folder / UNPROVEN_CONFIG, settings)
         bare = _bare_mtp(tensors, dense, weights)
         entries = {
-            "format": MANIFEST_FORMAT,
+            "format": FORMAT,
             "versions": _versions(),
-            "source": {
-                "config": (source / CONFIG).read_bytes().decode(),
-                "files": placed,
-                "left_out": left_out(source, names),
-            },
+            "source": {**_kept_config(source), "files": placed, "left_out": left_out(source, names)},
             "indexer": {"shard": INDEXER_SHARD, "tensors": sorted(added), "mtp_layers_without": bare},
         }
         read_index(folder)  # what is published reads back: every header, every file size
@@ -119,19 +116,25 @@ def strip(dsa: Path, out: Path, overwrite: bool = False) -> Path:
     Raises UserError when `dsa` was not written by mla2dsa, or a file to restore is missing or was changed since (sizes
     and hashes as in `file_digest`), UsageError when `out` is in the way.
     """
-    config, files, _ = _read_manifest(dsa)
+    source = read_checkpoint_manifest(dsa)["source"]
+    files = source["files"]
     for entry in files:
         _check_unchanged(dsa, entry)
     with staged_folder(out, [dsa], overwrite=overwrite) as folder:
         for entry in files:
             place_file(dsa / entry["name"], folder / entry["source_name"], link=True)
-        write_new(folder / CONFIG, config)
+        write_new(folder / CONFIG, source["config"])
     return out
 
 
 def not_restored(dsa: Path) -> list[str]:
     """Files and folders of the source that `strip` cannot give back, since they were no part of the model."""
-    return _read_manifest(dsa)[2]
+    return list(read_checkpoint_manifest(dsa)["source"].get("left_out") or [])
+
+
+def _kept_config(source: Path) -> dict[str, str]:
+    text = (source / CONFIG).read_bytes()
+    return {"config": text.decode(), "config_sha256": hashlib.sha256(text).hexdigest()}
 
 
 def _check_layers(
@@ -226,39 +229,9 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _read_manifest(dsa: Path) -> tuple[str, list[dict[str, Any]], list[str]]:
-    """The dense config.json text, the files to restore, and what the source had beside the model."""
-    if not (dsa / MANIFEST).is_file():
-        raise UserError(
-            f"{dsa}: no {MANIFEST}, so mla2dsa did not write it (a native DSA model has no dense original to restore)"
-        )
-    manifest = read_json(dsa / MANIFEST)
-    if manifest.get("format") != MANIFEST_FORMAT:
-        raise UserError(
-            f"{dsa / MANIFEST}: format {manifest.get('format')!r}, this version reads {MANIFEST_FORMAT}; update mla2dsa"
-        )
-    match manifest.get("source"):
-        case {"config": str(config), "files": [*files]} if all(_is_file_entry(entry) for entry in files):
-            return config, files, list(manifest["source"].get("left_out", []))
-    raise UserError(f"{dsa / MANIFEST}: damaged (source config or file list); fetch it again")
-
-
-def _is_file_entry(entry: Any) -> bool:
-    match entry:
-        case {"name": str(name), "source_name": str(original), "size": int(), "hashed": int(), "sha256": str()}:
-            return _inside(name) and _inside(original)
-    return False
-
-
-def _inside(name: str) -> bool:
-    """A manifest may come from anywhere: its names must not lead out of the folder."""
-    path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
-
-
 def _check_unchanged(dsa: Path, entry: Mapping[str, Any]) -> None:
     file = dsa / entry["name"]
-    if not file.is_file():
+    if not file.exists():
         raise UserError(f"{file}: missing, but needed to restore {entry['source_name']}; fetch it again")
     found = file_digest(file)
     for field in ("size", "hashed", "sha256"):

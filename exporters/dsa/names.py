@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from ...files.manifests.checkpoint_manifest import CHECKPOINT_MANIFEST
 from ...files.model.model_files import checkpoint_files
 from ...files.ownership import refuse_names
 from ...files.safetensors_index import INDEX_FILE, SINGLE_FILE, TensorLocation
 
-MANIFEST = "mla2dsa.json"
+MANIFEST = CHECKPOINT_MANIFEST
 REPORT = "report.json"
 INDEXER_SHARD = "model-indexer.safetensors"
 UNPROVEN_CONFIG = "config.unproven.json"  # what config.json is called until the folder is proven

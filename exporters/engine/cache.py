@@ -13,10 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ...errors import UserError
 from ...files.digests import file_sha256
+from ...files.json_files import read_json
 from ...files.system_calls import move_folder
 from ...files.temporary import cache_entry
-from ...files.user_cache import cache_folder
+from ...files.user_cache import code_folder
 from ...files.writing import place_file, write_json
 
 ENGINE, LAYERS, DIGEST = "model.engine", "layers.json", "digest.json"
@@ -52,11 +54,11 @@ def find_engine(key: str, folder: Path) -> str:
 def _is_whole(kept: Path, place: Path) -> bool:
     """Take what is kept to `place`, and see whether it is what it was."""
     try:
-        known = json.loads((kept / DIGEST).read_text())
+        known = read_json(kept / DIGEST)
         for name in (ENGINE, LAYERS):
             place_file(kept / name, place / name, link=True)
         return all(file_sha256(place / name) == known[name] for name in (ENGINE, LAYERS))
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, KeyError, UserError):
         return False
 
 
@@ -73,4 +75,4 @@ def keep_engine(key: str, folder: Path) -> None:
 
 
 def _place(key: str) -> Path:
-    return cache_folder() / "engines" / key
+    return code_folder("engines") / key

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[1] / "tensorrt_plugin"
-LIBRARY, DIGEST = "libmla2dsa_trt.so", "libmla2dsa_trt.so.sources"
+LIBRARY, DIGEST = "libmla2dsa_trt.so", "libmla2dsa_trt.so.sources"  # of its sources, and of itself
 FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden")
 LIBRARIES = ("-ldl",)
 _COMPILERS = ("g++", "c++", "clang++")
@@ -33,11 +33,15 @@ def digest(folder: Path = FOLDER) -> str:
 
 
 def shipped(folder: Path = FOLDER) -> Path | None:
-    """The library that came with the package, if it is of these very sources."""
+    """The library that came with the package, if it is of these very sources, and whole."""
     library, known = folder / LIBRARY, folder / DIGEST
-    if library.is_file() and known.is_file() and known.read_text().strip() == digest(folder):
+    if library.is_file() and known.is_file() and known.read_text() == _digests(folder):
         return library
     return None
+
+
+def _digests(folder: Path) -> str:
+    return f"{digest(folder)}\n{hashlib.sha256((folder / LIBRARY).read_bytes()).hexdigest()}\n"
 
 
 def usable_compiler() -> str | None:
@@ -56,5 +60,5 @@ def compile_into(folder: Path) -> str | None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         return f"{compiler} does not compile it: {(done.stderr.splitlines() or ['no reason'])[0][:200]}"
-    (folder / DIGEST).write_text(digest(folder) + "\n")
+    (folder / DIGEST).write_text(_digests(folder))
     return None

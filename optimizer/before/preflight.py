@@ -16,14 +16,15 @@ from typing import Any
 from ...errors import UsageError, UserError
 from ...exporters.dsa.config import can_write
 from ...exporters.dsa.names import MANIFEST, file_names
-from ...files.engine_manifest import ENGINE_FILES, ENGINE_MANIFEST
-from ...files.export_manifest import EXPORT_FILES, EXPORT_MANIFEST, is_export
 from ...files.json_files import read_json
+from ...files.manifests.engine_manifest import ENGINE_FILES, ENGINE_MANIFEST
+from ...files.manifests.export_manifest import EXPORT_FILES, EXPORT_MANIFEST, is_export, read_export
 from ...files.model.model_files import CONFIG, is_folder
 from ...files.ownership import refuse_names
 from ...files.safetensors_index import TensorLocation, read_index
 from ...files.staging import hidden_sibling
 from ..indexer.sizes import Sizes, indexer_sizes, parameters, size_faults
+from ..model.config_limits import check_config
 from ..model.stored_formats import check_formats, mtp_tensors, stale_fields
 from ..recipe import Recipe
 from .findings import Findings, check_out, check_text
@@ -114,8 +115,8 @@ def check_build(
     folder = path.parent if path.suffix == ".onnx" else path
     if is_export(folder):
         check_out(found, [folder], out, overwrite)
-        manifest = found.collect(read_json, folder / EXPORT_MANIFEST) or {}
-        size = _exported_bytes(manifest)
+        manifest = found.collect(read_export, folder)
+        size = 0 if manifest is None else _exported_bytes(manifest)
     else:
         check_export(found, target, out, "onnx", dtype, overwrite=overwrite, needs=wanted)
         opened = _model(found, target)
@@ -172,7 +173,15 @@ def _model(found: Findings, model: str | Path) -> _Model | None:
         return None
     config = found.collect(read_json, folder / CONFIG)
     tensors = found.collect(read_index, folder)
-    return None if config is None or tensors is None else _Model(folder, config, tensors)
+    if config is None or tensors is None:
+        return None
+    fits = found.collect(_fits, folder / CONFIG, config, tensors)
+    return _Model(folder, config, tensors) if fits else None
+
+
+def _fits(file: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorLocation]) -> bool:
+    check_config(file, config, len(tensors))
+    return True
 
 
 def _inputs(model: str, recipe: Recipe | None) -> list[Path]:
@@ -242,9 +251,7 @@ def _add_engine(needs: Needs, out: Path, size: int, cache: Path | None) -> None:
 
 
 def _exported_bytes(manifest: Mapping[str, Any]) -> int:
-    weights = manifest.get("weights")
-    parts = [weights.get(name) for name in ("zero_copy_bytes", "written_bytes")] if isinstance(weights, dict) else []
-    return sum(part for part in parts if isinstance(part, int))
+    return int(manifest["weights"]["zero_copy_bytes"]) + int(manifest["weights"]["written_bytes"])
 
 
 def _check_space(found: Findings, needs: Needs) -> None:

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from ...errors import UserError
-from ...exporters.dsa.names import MANIFEST as DSA_MANIFEST
-from ...files.json_files import read_json
+from ...files.manifests.checkpoint_manifest import CHECKPOINT_MANIFEST, is_converted, read_checkpoint_manifest
 from ...kernels.spec import IndexerConfig
 from ...passes.add_cache import Cached, cached_of
 from ...passes.manager import run_passes
@@ -81,12 +80,9 @@ def dense_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _check_manifest(checkpoint: Checkpoint) -> bool:
     """Whether mla2dsa wrote the checkpoint. Raises UserError when its manifest is damaged."""
-    file = checkpoint.path / DSA_MANIFEST
-    if not file.is_file():
+    if not is_converted(checkpoint.path):
         return False
-    kept = read_json(file).get("source")
-    if not isinstance(kept, dict) or not isinstance(kept.get("config"), str):
-        raise UserError(f"{file}: damaged (no source config); fetch it again")
+    read_checkpoint_manifest(checkpoint.path)
     return True
 
 
@@ -94,9 +90,9 @@ def _contradiction(config: Mapping[str, Any], ours: bool) -> str | None:
     """What a deepseek_v32 config.json says that the graph of its dense base cannot mean."""
     if config.get("model_type") != "deepseek_v32":
         which = (
-            f"{DSA_MANIFEST} says deepseek_v32"
+            f"{CHECKPOINT_MANIFEST} says deepseek_v32"
             if ours
-            else f"no {DSA_MANIFEST}; only deepseek_v32 is known without one"
+            else f"no {CHECKPOINT_MANIFEST}; only deepseek_v32 is known without one"
         )
         return f"model_type {config.get('model_type')!r} with an indexer, but {which}"
     if config.get("rope_interleave", True) is not True:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from ...compat import torch_private, transformers_private
-from ...errors import UserError
+from ...errors import UserError, short
 from . import hf_interfaces
 
 ATTENTION = ("anchor", "sdpa", "eager")
@@ -72,9 +72,12 @@ def read_config(config: Mapping[str, Any]) -> Any:
     model_type = known.pop("model_type", None)
     known.pop("quantization_config", None)  # the graph is that of the dequantised model
     if model_type not in CONFIG_MAPPING:
-        raise UserError(f"config.json: model_type {model_type!r} is not one transformers knows; update transformers")
+        raise UserError(
+            f"config.json: model_type {short(repr(model_type))} is not one transformers knows; update transformers"
+        )
     try:
-        return CONFIG_MAPPING[model_type].from_dict(known)
+        with _quiet():
+            return CONFIG_MAPPING[model_type].from_dict(known)
     except Exception as error:  # transformers raises whatever its validators raise
         raise UserError(f"config.json: transformers does not accept it ({_first_line(error)})") from error
 
@@ -201,4 +204,4 @@ def _quiet() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return short((str(error).strip().splitlines() or [type(error).__name__])[0], 200)

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import UserError
+from ...errors import UserError, short
 from ...files.digests import file_digest
 from ...files.json_files import read_json
 from ...files.model.model_files import is_folder
 from ...files.safetensors_index import INDEX_FILE, SINGLE_FILE, TensorLocation, read_index, some
+from .config_limits import check_config
 from .stored_formats import FP8, PLAIN, SCALES, block_of, format_fault
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -52,7 +53,9 @@ class Checkpoint:
         path = Path(model)
         if not is_folder(model):
             path = _download(str(model), revision, local_files_only)
-        return cls(path, read_json(path / config_file), read_index(path), config_file)
+        config, tensors = read_json(path / config_file), read_index(path)
+        check_config(path / config_file, config, len(tensors))
+        return cls(path, config, tensors, config_file)
 
     def load(
         self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", finite: bool = True
@@ -92,7 +95,7 @@ class Checkpoint:
         """Names of the tensors of multi-token-prediction layers, those at or after num_hidden_layers (none: empty)."""
         layers = self.config.get("num_hidden_layers")
         if not isinstance(layers, int):
-            raise UserError(f"{self.path / self.config_file}: num_hidden_layers is {layers!r}, expected a number")
+            raise UserError(f"{self.path / self.config_file}: num_hidden_layers is {short(layers)}, expected a number")
         found = ((name, _LAYER.search(name)) for name in self.tensors)
         return tuple(name for name, layer in found if layer and int(layer[1]) >= layers)
 
@@ -123,10 +126,14 @@ class Checkpoint:
         raise UserError(f"{self.path}: no tensor {name}; check that config.json belongs to these weights")
 
     def _read(self, name: str) -> Tensor:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(self.tensors[name].file, framework="pt", device="cpu") as file:
-            tensor: Tensor = file.get_tensor(name)
+        place = self.tensors[name]
+        try:
+            with safe_open(place.file, framework="pt", device="cpu") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except SafetensorError as error:  # a path that is no text, a name or a size that only the library refuses
+            raise UserError(f"{place.file}: safetensors does not read {short(name)} ({short(str(error))})") from error
         return tensor
 
     def _check_format(self, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import UserError
+from ...errors import UserError, short
 from ...files.model.model_files import remote_tokenizer
+from ...files.regular import open_regular
 from .capture import read_config
 from .checkpoint import Checkpoint
 
 RANDOM = "random tokens"
+_WEIGHTS = (".safetensors", ".engine", ".onnx", ".pt2", ".so")
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,8 @@ def _text_files(folder: Path) -> list[Path]:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        with open_regular(file) as stream:
+            return io.TextIOWrapper(stream, encoding="utf-8").read()
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text (byte {error.start}); give plain text or .jsonl") from None
     except OSError as error:
@@ -141,6 +145,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
+    for file in folder.iterdir():
+        if not file.is_dir() and file.suffix not in _WEIGHTS:
+            open_regular(file).close()  # a tokenizer's library would wait for what comes out of a FIFO
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds for a missing or foreign tokenizer
@@ -150,5 +157,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
                 f"{folder}: the tokenizer is code of its own ({code[0]}), which is not run unasked; read it, then pass "
                 "--trust-remote-code"
             ) from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(f"{folder}: no tokenizer that transformers can load, needed to read text ({reason})") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{folder}: no tokenizer that transformers can load, needed to read text ({short(reason, 160)})"
+        ) from error

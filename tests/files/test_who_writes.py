@@ -15,6 +15,7 @@ OPENING, LINKING, RENAMING, REMOVING, TEMPORARY, SAVING = (
 EVERYWHERE = "anywhere"
 MAY = {
     Path("files/writing.py"): {OPENING, LINKING},
+    Path("files/regular.py"): {OPENING},  # for reading alone, in a way that `open` cannot
     Path("files/locks.py"): {OPENING, REMOVING},  # lock files
     Path("files/system_calls.py"): {RENAMING},
     Path("files/temporary.py"): {RENAMING, REMOVING},

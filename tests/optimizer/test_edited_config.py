@@ -14,7 +14,7 @@ from command_line import assert_refused, mla2dsa
 from torch import Tensor
 
 from mla2dsa.exporters.dsa.checkpoint import write_dsa_checkpoint
-from mla2dsa.files.export_manifest import EXPORT_MANIFEST
+from mla2dsa.files.manifests.export_manifest import EXPORT_MANIFEST
 from mla2dsa.kernels.spec import IndexerConfig
 from mla2dsa.optimizer.export import export
 from mla2dsa.optimizer.model.cached_model import dense_config, open_torch_session

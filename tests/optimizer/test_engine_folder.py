@@ -12,6 +12,7 @@ import pytest
 import torch
 from command_line import assert_refused, mla2dsa, small_conversion
 from fake_tensorrt import FakeEngine
+from manifests import engine_manifest
 from places import TINY
 from rtx import tensorrt_rtx
 
@@ -21,9 +22,15 @@ from mla2dsa.errors import UsageError, UserError
 from mla2dsa.exporters.engine import to_tensorrt
 from mla2dsa.exporters.engine.layers import Layer, layers_from_inspector, layers_from_log
 from mla2dsa.exporters.engine.profiles import engine_profiles, read_sizes, shape_of
-from mla2dsa.files.digests import file_sha256
-from mla2dsa.files.engine_manifest import ENGINE_MANIFEST, check_engine, engine_folder, read_engine
-from mla2dsa.files.export_manifest import EXPORT_MANIFEST
+from mla2dsa.files.manifests.engine_manifest import (
+    ENGINE_MANIFEST,
+    check_engine,
+    engine_folder,
+    read_engine,
+    read_plan,
+    read_plugin,
+)
+from mla2dsa.files.manifests.export_manifest import EXPORT_MANIFEST
 from mla2dsa.optimizer import bench, deploy
 from mla2dsa.optimizer.export import export
 from mla2dsa.runtime.tensorrt_session import TensorRtSession, deserialised, open_engine_session
@@ -113,17 +120,7 @@ def engine(tmp_path: Path) -> Path:
     """A folder with files of the right names, and a manifest that is true of them."""
     (tmp_path / "model.engine").write_bytes(b"plan")
     (tmp_path / "libmla2dsa_trt.so").write_bytes(b"library")
-    manifest = {
-        "format": 1,
-        "backend": {"name": "tensorrt", "version": "10.16.1"},
-        "sms": [90, 100],
-        "plugin": {
-            "file": "libmla2dsa_trt.so",
-            "sha256": file_sha256(tmp_path / "libmla2dsa_trt.so"),
-            "embedded": False,
-        },
-        "engine": {"file": "model.engine", "bytes": 4, "sha256": file_sha256(tmp_path / "model.engine")},
-    }
+    manifest = engine_manifest(tmp_path, "tensorrt", "10.16.1", [90, 100])
     (tmp_path / ENGINE_MANIFEST).write_text(json.dumps(manifest))
     return tmp_path
 
@@ -161,7 +158,7 @@ def test_a_folder_with_other_files(engine: Path, file: str, content: bytes | Non
     if content is not None:
         (engine / file).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        check_engine(engine, read_engine(engine), "10.16.1", 90)
+        {"model.engine": read_plan, "libmla2dsa_trt.so": read_plugin}[file](engine, read_engine(engine))
 
 
 def test_a_manifest_of_another_format(engine: Path) -> None:
@@ -210,10 +207,12 @@ class _Runtime:
 @pytest.mark.parametrize("embedded", [False, True])
 def test_opening_an_engine(engine: Path, embedded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the plugin inside, host code is allowed; else our library is loaded."""
-    loaded: list[Path] = []
-    monkeypatch.setattr(
-        "mla2dsa.runtime.tensorrt_session.load_plugins", lambda backend, file, plugins: loaded.append(file)
-    )
+    loaded: list[tuple[Path, bytes, int]] = []
+
+    def load(backend: Backend, file: Path, plugins: object) -> None:
+        loaded.append((file, file.read_bytes(), file.parent.parent.stat().st_mode & 0o077))
+
+    monkeypatch.setattr("mla2dsa.runtime.tensorrt_session.load_plugins", load)
     monkeypatch.setattr(Backend, "logger", lambda self: SimpleNamespace(errors=[]))
     backend = Backend("tensorrt", SimpleNamespace(Runtime=_Runtime), "10.16.1")
     manifest = read_engine(engine)
@@ -221,7 +220,10 @@ def test_opening_an_engine(engine: Path, embedded: bool, monkeypatch: pytest.Mon
     monkeypatch.setattr(_Runtime, "engine", "an engine")
     assert deserialised(backend, engine, manifest) == "an engine"
     assert _Runtime.made[-1].engine_host_code_allowed is embedded
-    assert loaded == ([] if embedded else [engine / "libmla2dsa_trt.so"])
+    assert [(file.name, *rest) for file, *rest in loaded] == (
+        [] if embedded else [("libmla2dsa_trt.so", b"library", 0)]
+    )
+    assert not any(file.is_relative_to(engine) for file, *_ in loaded)  # a private copy of the bytes that were checked
     monkeypatch.setattr(_Runtime, "engine", None)
     with pytest.raises(
         UserError, match=r"tensorrt 10.16.1 cannot load the engine: the version of the plan does not match"

@@ -12,8 +12,8 @@ import torch
 from command_line import small_conversion
 from fake_tensorrt import FakeEngine
 
-from mla2dsa.files.engine_manifest import ENGINE_MANIFEST
-from mla2dsa.files.export_manifest import EXPORT_MANIFEST
+from mla2dsa.files.manifests.engine_manifest import ENGINE_MANIFEST
+from mla2dsa.files.manifests.export_manifest import EXPORT_MANIFEST
 from mla2dsa.optimizer.export import export
 from mla2dsa.optimizer.generate import generate_text
 from mla2dsa.runtime.generation import Sampling

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +185,48 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, content: bytes, message: str) 
 def test_a_file_that_cannot_be_opened(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match="recipe cannot be read"):
         read_recipe(str(tmp_path / name), {})
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 9)}]\n" for n in range(10)
+)
+HOSTILE = {
+    "bomb": (BOMB, "anchors and aliases are not taken"),
+    "bomb-in-a-field": (BOMB + "calibration: *k\n", "anchors and aliases are not taken"),
+    "endless": ("index_topk: &a [*a]", "anchors and aliases are not taken"),
+    "merge": ("<<: &a {index_topk: 3}\nseed: 1", "anchors and aliases are not taken"),
+    "python": ("!!python/object/apply:os.system ['true']", "not YAML"),
+    "deep": ("[" * 20_000, "nested too deeply"),
+    "deep-mapping": ("{a: " * 9_000, "nested too deeply"),
+    "twice": ("index_topk: 3\nindex_topk: 64", "a field is there twice"),
+    "twice-below": ("verify: {sequences: 1, sequences: 2}", "a field is there twice"),
+    "long": ("calibration: " + "x" * 200_000, "longer than 100000 bytes"),
+    "no-date": ("tokens: 2001-99-99", "not YAML"),
+    "digits": ("tokens: " + "9" * 9_999, "recipe.yaml"),
+    "large": ("index_n_heads: 10000000000", "index_n_heads 10000000000"),
+    "nul": ('calibration: "a\\0b"', "a path has no NUL character"),
+    "nul-in-donor": ('indexer: "donor:a\\0b"', "a path has no NUL character"),
+    "long-value": ("indexer: " + "x" * 90_000, "indexer 'xxx"),
+    "long-field": ("? " + "x" * 90_000 + "\n: 1", "no such field"),
+    "terminal-codes": ('index_topk: "\\e[2J"', r"index_topk '\x1b[2J'"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_file_is_refused_in_a_short_line(tmp_path: Path, kind: str) -> None:
+    text, part = HOSTILE[kind]
+    file, started = recipe_file(tmp_path, text), time.process_time()
+    with pytest.raises(UsageError) as error:
+        read_recipe(file, {})
+    assert time.process_time() - started < 2
+    assert part in str(error.value)
+    assert file in str(error.value)
+    assert len(str(error.value)) < 400
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)], ids=["fifo", "device"])
+def test_a_recipe_is_a_regular_file(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path / "recipe.yaml")
+    with pytest.raises(UsageError, match=r"recipe cannot be read: .*expected a regular file"):
+        read_recipe(str(tmp_path / "recipe.yaml"), {})

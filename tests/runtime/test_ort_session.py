@@ -11,7 +11,7 @@ from command_line import mla2dsa, small_conversion
 from dsa_checkpoints import NAMES, dsa_checkpoint
 
 from mla2dsa.errors import UserError
-from mla2dsa.files.export_manifest import EXPORT_MANIFEST
+from mla2dsa.files.manifests.export_manifest import EXPORT_MANIFEST
 from mla2dsa.optimizer.export import export
 from mla2dsa.optimizer.model.cached_model import open_torch_session
 from mla2dsa.runtime import caches, generation

@@ -12,7 +12,7 @@ from command_line import small_conversion
 from fake_tensorrt import FakeEngine
 
 from mla2dsa.errors import UserError
-from mla2dsa.files.export_manifest import EXPORT_MANIFEST
+from mla2dsa.files.manifests.export_manifest import EXPORT_MANIFEST
 from mla2dsa.optimizer.export import export
 from mla2dsa.runtime import generation
 from mla2dsa.runtime.generation import Sampling, Session, generate

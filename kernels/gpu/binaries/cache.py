@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ....files.temporary import replace_file
-from ....files.user_cache import cache_folder
+from ....files.user_cache import code_folder
 from ..programs.program import Variant
 from .compile import PTX_VERSION, Compiled, compile_variant, find_kernel
 from .manifest import variant_fields
@@ -23,7 +23,10 @@ _REVISION = 1  # of what `compile` does beyond its inputs
 
 def compile_cached(variant: Variant, sm: int, functions: Mapping[str, Any] | None = None) -> Compiled:
     """As `compile_variant`, from the cache if it has been compiled before. A damaged entry is compiled again."""
-    file = cache_folder() / "kernels" / f"{cache_key(variant, sm, functions)}.bin"
+    try:
+        file = code_folder("kernels") / f"{cache_key(variant, sm, functions)}.bin"
+    except OSError:  # a cache that cannot be written is no reason to fail
+        return compile_variant(variant, sm, functions)
     found = _read(file)
     if found is None:
         found = compile_variant(variant, sm, functions)
@@ -66,5 +69,4 @@ def _write(file: Path, compiled: Compiled) -> None:
     cubin = fields.pop("cubin")
     head = json.dumps(fields | {"sha256": hashlib.sha256(cubin).hexdigest()}).encode()
     with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
         replace_file(file, head + b"\n" + cubin)

@@ -10,9 +10,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from ....errors import UserError
+from ....files.digests import file_sha256
+from ....files.manifests.schema import Bytes, Entries, FileName, Manifest, Sha256, Size, Strict, Text, read_manifest
 from ....files.ownership import write_manifest as write_owned
 from ..programs.program import LaunchProgram, Variant
 from ..programs.program_text import read_program, write_program
@@ -37,6 +41,48 @@ class Binary:
     spilled: int
     tmem: int
     ptxas: str
+
+
+class _Binary(Strict):
+    """`Binary`, as the manifest has it."""
+
+    file: FileName
+    sha256: Sha256
+    bytes: Bytes
+    entry: Text
+    target: Text
+    threads: Size
+    shared: Bytes
+    registers: Bytes
+    spilled: Bytes
+    tmem: Bytes
+    ptxas: Text
+
+
+class _Kernel(Strict):
+    """`PackedKernel`, as the manifest has it."""
+
+    kernel: Text
+    constants: Annotated[dict[Text, int | float | str | bool], Entries]
+    arguments: Annotated[list[Annotated[list[Text], Field(min_length=2, max_length=2)]], Entries]
+    aligned: Annotated[list[Text], Entries]
+    num_warps: Size
+    num_stages: Size
+    source: Text
+    binaries: Annotated[dict[Annotated[str, Field(pattern="^[0-9]{1,4}$")], _Binary], Entries]
+
+
+class _Program(Strict):
+    """A program, and the architectures that it is for."""
+
+    sms: Annotated[list[Size], Entries]
+    program: Annotated[list[Text], Entries]
+
+
+class _PackManifest(Manifest):
+    sms: Annotated[list[Size], Entries]
+    kernels: Annotated[dict[Text, _Kernel], Entries]
+    programs: Annotated[dict[Text, Annotated[list[_Program], Entries]], Entries]
 
 
 @dataclass(frozen=True)
@@ -115,29 +161,12 @@ def read_pack(folder: Path) -> Pack:
 
     Raises UserError, one line with the folder and what is wrong with it.
     """
-    content = _read_json(folder)
-    try:
-        pack = _from_json(folder, content)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        problem = f"{type(error).__name__}: {error}"
-        raise UserError(f"{folder}: {MANIFEST} is damaged ({problem}); build the pack again") from error
+    if not (folder / MANIFEST).exists():
+        raise UserError(f"{folder}: no {MANIFEST} there, so it is no kernel pack; mla2dsa kernels build writes one")
+    pack = _from_json(folder, read_manifest(folder / MANIFEST, _PackManifest, FORMAT, "build the pack again"))
     _check_files(pack)
     _check_launches(pack)
     return pack
-
-
-def _read_json(folder: Path) -> Any:
-    file = folder / MANIFEST
-    if not file.is_file():
-        raise UserError(f"{folder}: no {MANIFEST} there, so it is no kernel pack; mla2dsa kernels build writes one")
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{folder}: {MANIFEST} is not valid JSON ({error}); build the pack again") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else None
-        raise UserError(f"{folder}: the pack has format {found}, this mla2dsa reads {FORMAT}; build it again")
-    return content
 
 
 def _from_json(folder: Path, content: Mapping[str, Any]) -> Pack:
@@ -171,11 +200,9 @@ def _check_files(pack: Pack) -> None:
     for kernel in pack.kernels.values():
         for binary in kernel.binaries.values():
             file = pack.folder / binary.file
-            if Path(binary.file).name != binary.file:
-                raise UserError(f"{pack.folder}: {binary.file} is not a file name; build the pack again")
-            if not file.is_file():
+            if not file.exists():
                 raise UserError(f"{pack.folder}: {binary.file} is missing; build the pack again")
-            if hashlib.sha256(file.read_bytes()).hexdigest() != binary.sha256:
+            if file_sha256(file) != binary.sha256:
                 raise UserError(f"{pack.folder}: {binary.file} is not what {MANIFEST} says; build the pack again")
 
 

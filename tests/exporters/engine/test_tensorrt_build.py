@@ -30,7 +30,7 @@ from mla2dsa.exporters.engine.layers import Layer, check_plugin_layers
 from mla2dsa.exporters.engine.plugin_build import build_plugin
 from mla2dsa.exporters.engine.plugin_fields import attach
 from mla2dsa.exporters.engine.to_tensorrt import build_engine
-from mla2dsa.files.engine_manifest import ENGINE_MANIFEST
+from mla2dsa.files.manifests.engine_manifest import ENGINE_MANIFEST
 from mla2dsa.kernels.op_spec import NODES
 from mla2dsa.optimizer.export import export
 

@@ -20,7 +20,7 @@ from rtx import tensorrt_rtx, unload_plugins
 from safetensors import safe_open
 
 from mla2dsa.exporters.onnx_model.nodes import DOMAIN
-from mla2dsa.files.export_manifest import EXPORT_MANIFEST
+from mla2dsa.files.manifests.export_manifest import EXPORT_MANIFEST
 from mla2dsa.optimizer.export import export
 
 trt: Any = tensorrt_rtx()

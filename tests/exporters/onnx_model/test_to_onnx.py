@@ -21,7 +21,7 @@ from torch import Tensor
 from mla2dsa.exporters.dsa.checkpoint import write_dsa_checkpoint
 from mla2dsa.exporters.onnx_model.external_data import DATA_FILE, Placement, Stored
 from mla2dsa.exporters.onnx_model.to_onnx import LAYER
-from mla2dsa.files.export_manifest import EXPORT_MANIFEST
+from mla2dsa.files.manifests.export_manifest import EXPORT_MANIFEST
 from mla2dsa.files.safetensors_index import TensorLocation
 from mla2dsa.kernels.spec import IndexerConfig
 from mla2dsa.optimizer.export import Exported, export

@@ -21,8 +21,8 @@ from places import HELPERS, TINY
 from mla2dsa.errors import SeveralErrors, UsageError, UserError
 from mla2dsa.exporters.engine.cache import ENGINE, LAYERS
 from mla2dsa.exporters.onnx_model.external_data import DATA_FILE
-from mla2dsa.files.engine_manifest import ENGINE_FILES
-from mla2dsa.files.export_manifest import EXPORT_FILES
+from mla2dsa.files.manifests.engine_manifest import ENGINE_FILES
+from mla2dsa.files.manifests.export_manifest import EXPORT_FILES
 from mla2dsa.files.safetensors_index import read_index
 from mla2dsa.optimizer.before.findings import Findings
 from mla2dsa.optimizer.before.space import Needs

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from packed_kernels import FUNCTIONS, dot, nested, two_programs
 
 from mla2dsa.errors import UsageError, UserError
+from mla2dsa.files.user_cache import cache_folder
 from mla2dsa.kernels.gpu.binaries import cache
 from mla2dsa.kernels.gpu.binaries.compile import Compiled, compile_variant, describe
 from mla2dsa.kernels.gpu.binaries.manifest import MANIFEST, Pack, kernel_name, read_pack, variant_fields
@@ -167,12 +168,12 @@ def test_the_cache_key_follows_all_that_matters(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cache.cache_folder() == Path(os.environ["MLA2DSA_CACHE"])
+    assert cache_folder() == Path(os.environ["MLA2DSA_CACHE"])
     monkeypatch.delenv("MLA2DSA_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/some/where")
-    assert cache.cache_folder() == Path("/some/where/mla2dsa")
+    assert cache_folder() == Path("/some/where/mla2dsa")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache.cache_folder() == Path.home() / ".cache" / "mla2dsa"
+    assert cache_folder() == Path.home() / ".cache" / "mla2dsa"
 
 
 def test_only_a_pack_is_overwritten_and_only_when_asked(tmp_path: Path) -> None:
@@ -237,15 +238,20 @@ def a_cubin(folder: Path) -> Path:
     ("damage", "message"),
     [
         (lambda folder: (folder / MANIFEST).unlink(), "no manifest.json there, so it is no kernel pack"),
-        (lambda folder: (folder / MANIFEST).write_text("{"), "manifest.json is not valid JSON"),
-        (lambda folder: (folder / MANIFEST).write_text("[]"), "the pack has format None, this mla2dsa reads 1"),
-        (edit(lambda content: content.update(format=2)), "the pack has format 2, this mla2dsa reads 1"),
-        (edit(lambda content: content.pop("programs")), "manifest.json is damaged .KeyError: 'programs'"),
-        (edit(lambda content: first(content)["80"].pop("entry")), "manifest.json is damaged .TypeError"),
-        (edit(lambda content: content.update(kernels=[])), "manifest.json is damaged .AttributeError"),
+        (lambda folder: (folder / MANIFEST).write_text("{"), "manifest.json: not valid JSON"),
+        (lambda folder: (folder / MANIFEST).write_text("[]"), "manifest.json: expected a JSON object, found list"),
+        (edit(lambda content: content.update(format=2)), "manifest.json: format 2, this mla2dsa reads 1"),
+        (edit(lambda content: content.pop("programs")), "manifest.json: damaged, programs: Field required"),
+        (edit(lambda content: first(content)["80"].pop("entry")), r"binaries\.80\.entry: Field required"),
+        (edit(lambda content: first(content)["80"].update(shared=-1)), r"binaries\.80\.shared: .* \(found -1\)"),
+        (edit(lambda content: first(content)["80"].update(file=5)), r"binaries\.80\.file: .* valid string \(found 5\)"),
+        (edit(lambda content: content.update(kernels=[])), "manifest.json: damaged, kernels: .* dictionary"),
         (lambda folder: a_cubin(folder).unlink(), "dot-[0-9a-f]+.sm80.cubin is missing"),
         (lambda folder: a_cubin(folder).write_bytes(b""), "dot-[0-9a-f]+.sm80.cubin is not what manifest.json says"),
-        (edit(lambda content: first(content)["80"].update(file="../x")), "../x is not a file name"),
+        (
+            edit(lambda content: first(content)["80"].update(file="../x")),
+            "expected the name of a file in the same folder .found '../x'",
+        ),
         (edit(lambda content: first(content).pop("80")), "program product needs dot-[0-9a-f]+ for sm_80"),
         (
             edit(lambda content: content["programs"]["rows"][0]["program"].append("jump")),

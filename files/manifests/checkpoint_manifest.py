@@ -1,0 +1,78 @@
+"""`mla2dsa.json`, which says what a DSA checkpoint was made from: what `strip` restores, and the dense config.json."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import model_validator
+
+from ...errors import UserError
+from .schema import Digest, Entries, FileName, Manifest, RelativePath, Sha256, Strict, Text, read_manifest
+
+CHECKPOINT_MANIFEST = "mla2dsa.json"
+FORMAT = 1
+_REMEDY = "fetch it again, or convert again"
+_CONFIG = "config.json"
+
+
+class PlacedFile(Digest):
+    """A file of the dense checkpoint. name: here; source_name: there; placed: "hardlink", "reflink" or "copy"."""
+
+    name: RelativePath
+    source_name: RelativePath
+    placed: Text
+
+
+class Source(Strict):
+    """The dense checkpoint. config: the text of its config.json; files: all others of the model;
+    left_out: what was no part of it."""
+
+    config: str
+    config_sha256: Sha256 | None = None
+    files: Annotated[list[PlacedFile], Entries]
+    left_out: Annotated[list[Text], Entries] | None = None
+
+    @model_validator(mode="after")
+    def _restorable(self) -> Source:
+        if self.config_sha256 not in (None, hashlib.sha256(self.config.encode(errors="replace")).hexdigest()):
+            raise ValueError("source.config is not the text that was converted (its hash differs)")
+        names = [file.source_name for file in self.files]
+        if len({*names, _CONFIG}) != len(names) + 1:
+            raise ValueError("source.files has a name twice, or config.json")
+        return self
+
+
+class Indexer(Strict):
+    """What was added."""
+
+    shard: FileName
+    tensors: Annotated[list[Text], Entries]
+    mtp_layers_without: Annotated[list[Text], Entries]
+
+
+class CheckpointManifest(Manifest):
+    """See `exporters/dsa/checkpoint.py`."""
+
+    source: Source
+    indexer: Indexer
+    report: dict[str, Any] | None = None
+    verified: bool | None = None
+    model: Text | None = None
+    fingerprint: Sha256 | None = None
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether `folder` has the manifest of a conversion."""
+    return (folder / CHECKPOINT_MANIFEST).exists()
+
+
+def read_checkpoint_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder that `convert` wrote. Raises UserError when there is none, or it is damaged."""
+    if not is_converted(folder):
+        raise UserError(
+            f"{folder}: no {CHECKPOINT_MANIFEST}, so mla2dsa did not write it (a native DSA model has no dense original to "
+            "restore)"
+        )
+    return read_manifest(folder / CHECKPOINT_MANIFEST, CheckpointManifest, FORMAT, _REMEDY)
