@@ -8,6 +8,7 @@ define ourselves, a module of PRIVATE_MODULES, and whatever compat lists.
 from __future__ import annotations
 
 import ast
+import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
@@ -92,6 +93,13 @@ def imported(tree: ast.AST) -> Iterator[tuple[int, str, str]]:
                 yield node.lineno, alias.asname or alias.name, f"{node.module}.{alias.name}"
 
 
+def standard(tree: ast.AST) -> set[str]:
+    """Modules of the standard library, by their names in this source: os._exit is documented, and none of the libraries'."""
+    imports = (node for node in ast.walk(tree) if isinstance(node, ast.Import))
+    names = {alias.asname or alias.name for node in imports for alias in node.names}
+    return {name for name in names if name.split(".")[0] in sys.stdlib_module_names}
+
+
 def dotted(node: ast.expr) -> str:
     """a.b.c as text; "" where it does not start with a name."""
     if isinstance(node, ast.Name):
@@ -117,9 +125,9 @@ def private_names(source: str, own: frozenset[str] = frozenset()) -> list[tuple[
             head, _, rest = dotted(node.value).partition(".")
             if head in aliases:  # aten = torch.ops.aten
                 aliases[node.targets[0].id] = f"{aliases[head]}.{rest}".rstrip(".")
-    mine = own | defined(tree)
+    mine, plain = own | defined(tree), standard(tree)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute):
+        if isinstance(node, ast.Attribute) and dotted(node.value) not in plain:
             head, _, rest = dotted(node).partition(".")
             full = f"{aliases[head]}.{rest}" if head in aliases else ""
             chain = node.attr == "expr" and isinstance(node.value, ast.Attribute) and node.value.attr == "node"
