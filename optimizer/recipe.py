@@ -12,7 +12,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ..errors import UsageError, UserError, short
 from ..files.regular import read_within
 
-_MOST_BYTES = 100_000  # of the file
+_MOST_BYTES = (
+    100_000  # of the file: fixed by what a person writes, of which a recipe with every setting has a hundredth
+)
 CLOSED_FORM_SEQUENCES = 16  # swept by benchmarks/constants.py
 DISTIL_SEQUENCES = 64  # swept by benchmarks/constants.py
 

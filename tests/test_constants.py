@@ -38,7 +38,7 @@ class Constant:
 
 
 def is_number(node: ast.expr | None) -> bool:
-    """A number, a tuple of numbers, arithmetic on numbers; or pydantic's Field with a number as its default."""
+    """A number, a tuple of numbers (not of zeros: a count's start), arithmetic on numbers; or pydantic's Field with a number as its default."""
     match node:
         case ast.Constant(value=value):
             return isinstance(value, int | float) and not isinstance(value, bool)
@@ -47,7 +47,7 @@ def is_number(node: ast.expr | None) -> bool:
         case ast.BinOp(left=left, right=right):
             return is_number(left) and is_number(right)
         case ast.Tuple(elts=elements):
-            return bool(elements) and all(map(is_number, elements))
+            return all(map(is_number, elements)) and any(ast.unparse(element) != "0" for element in elements)
         case ast.Call(func=ast.Name(id="Field"), keywords=keywords):
             return any(keyword.arg == "default" and is_number(keyword.value) for keyword in keywords)
     return False
@@ -90,7 +90,7 @@ def fault(constant: Constant) -> str | None:
     ("source", "names"),
     [
         ("A = 1\nb = 2\n_C = 1e-3\nD = 'text'\nE = True", ["A", "_C"]),
-        ("A = (1, 0.5)\nB = ()\nC = (1, 'x')\nD = 1 << 25\nE = -1", ["A", "D", "E"]),
+        ("A = (1, 0.5)\nB = ()\nZ = (0, 0)\nC = (1, 'x')\nD = 1 << 25\nE = -1", ["A", "D", "E"]),
         ("class A:\n    rows: int = 128\n    seed: int = 0\n    lr: float = Field(default=1e-3, gt=0)", ["rows", "lr"]),
         ("def f():\n    A = 1", []),
     ],
