@@ -38,7 +38,8 @@ class Constant:
 
 
 def is_number(node: ast.expr | None) -> bool:
-    """A number, a tuple of numbers (not of zeros: a count's start), arithmetic on numbers; or pydantic's Field with a number as its default."""
+    """A number, a tuple of numbers (not of zeros, where a count starts), arithmetic on numbers; or pydantic's Field with a
+    number as its default."""
     match node:
         case ast.Constant(value=value):
             return isinstance(value, int | float) and not isinstance(value, bool)
