@@ -124,14 +124,9 @@ def _convert(args: argparse.Namespace) -> int:
 
     if args.dry_run:
         plan = dry_run(
-            args.model,
-            args.out,
-            recipe,
-            resume=args.resume,
-            overwrite=args.overwrite,
-            trust_remote_code=args.trust_remote_code,
-            drop_stale=args.drop_stale_quantization,
-        )
+            args.model, args.out, recipe, resume=args.resume, overwrite=args.overwrite,
+            trust_remote_code=args.trust_remote_code, drop_stale=args.drop_stale_quantization,
+        )  # fmt: skip
         print_json(plan.to_json()) if args.json else show_plan(plan)
         return 0
     with Progress() as progress:
@@ -147,9 +142,8 @@ def _convert(args: argparse.Namespace) -> int:
     show_layers(outcome.layers, outcome.report)
     if outcome.verification is not None:
         show_verification(outcome.verification, layers=False)
-    print(
-        f"{args.out}: written in {outcome.report['seconds']:.0f} s" + ("" if outcome.verification else ", NOT verified")
-    )
+    proof = "" if outcome.verification else ", NOT verified"
+    print(f"{args.out}: written in {outcome.report['seconds']:.0f} s{proof}")
     return 0
 
 

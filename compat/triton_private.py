@@ -160,6 +160,13 @@ def language_parts() -> list[Any]:
     return [*own, *([tl.condition] if hasattr(tl, "condition") else [])]  # from Triton 3.7 on
 
 
+def _context() -> Any:
+    """What holds the compiler's intermediate code, with Triton's own dialects."""
+    context = TRITON.find("triton._C.libtriton:ir.context")()
+    TRITON.find("triton._C.libtriton:ir.load_dialects")(context)
+    return context
+
+
 def to_ptx(
     kernel: Any,
     sm: int,
@@ -187,8 +194,7 @@ def to_ptx(
         constexprs=dict(constants),
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in sorted(aligned)},
     )
-    context = TRITON.find("triton._C.libtriton:ir.context")()
-    TRITON.find("triton._C.libtriton:ir.load_dialects")(context)
+    context = _context()
     of_backend("load_dialects")(context)
     metadata: dict[str, Any] = dict(parsed.__dict__)
     stages: dict[str, Any] = {}

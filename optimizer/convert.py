@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def convert(
     Finished layers outlive a failure, Ctrl-C or kill in a hidden folder beside `out`, for `resume`; KeyboardInterrupt
     then carries a line that says so.
     """
-    tell, started = listener or Listener(), time.monotonic()
+    started = time.monotonic()
     with Findings() as found:
         check_conversion(found, model, out, recipe, overwrite=overwrite, drop_stale=drop_stale)
     usable_device(device)
@@ -120,25 +121,38 @@ def convert(
                 refuse_if_too_large(checkpoint)
 
         prepared = prepare(model, recipe, check=check, drop_stale=drop_stale)
+        tell = listener or Listener()
         tell.on_plan(prepared.plan)
         job = _job(prepared, recipe, device, tell, trust_remote_code)
-        proof: list[Verification] = []
-        reports: list[Mapping[str, Any]] = []
         with _indexers(job, out, resume, overwrite) as (weights, layers):
+            prove = None if skip_verification else partial(_proved, job, skip_transformers=skip_transformers)
+            return _written(job, out, weights, layers, prove, started)
 
-            def prove(folder: Path) -> Mapping[str, Any]:
-                if not skip_verification:
-                    proof.append(_proved(job, folder, skip_transformers))
-                reports.append(_report(job, layers, proof, time.monotonic() - started))
-                return reports[0]
 
-            write_dsa_checkpoint(
-                prepared.checkpoint.path, out, weights, prepared.plan.indexer,
-                manifest={"model": str(model), "recipe": recipe.model_dump(), "verified": not skip_verification,
-                          "remote_code": list(job.remote_code), "fingerprint": _fingerprint(job)},
-                dropped=_dropped(prepared.checkpoint), prove=prove,
-            )  # fmt: skip
-        return Outcome(prepared.plan, layers, proof[0] if proof else None, reports[0])
+def _written(
+    job: _Job,
+    out: Path,
+    weights: Mapping[str, IndexerWeights],
+    layers: tuple[LayerResult, ...],
+    proved: Callable[[Path], Verification] | None,
+    started: float,
+) -> Outcome:
+    """The checkpoint at `out`, which gets that name once it is proved. started: as time.monotonic() tells it."""
+    prepared, proof, reports = job.prepared, list[Verification](), list[Mapping[str, Any]]()
+
+    def prove(folder: Path) -> Mapping[str, Any]:
+        if proved is not None:
+            proof.append(proved(folder))
+        reports.append(_report(job, layers, proof, time.monotonic() - started))
+        return reports[0]
+
+    write_dsa_checkpoint(
+        prepared.checkpoint.path, out, weights, prepared.plan.indexer,
+        manifest={"model": prepared.plan.model, "recipe": job.recipe.model_dump(), "verified": proved is not None,
+                  "remote_code": list(job.remote_code), "fingerprint": _fingerprint(job)},
+        dropped=_dropped(prepared.checkpoint), prove=prove,
+    )  # fmt: skip
+    return Outcome(prepared.plan, layers, proof[0] if proof else None, reports[0])
 
 
 def _job(prepared: Prepared, recipe: Recipe, device: str, tell: Listener, trust_remote_code: bool) -> _Job:

@@ -54,6 +54,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
 }
 MOST_FILES = 15  # directly in a room
+MAX_FUNCTION = 40  # lines; kernels may be longer, since each is readable alone
 HEAVY = {"huggingface_hub", "onnxruntime", "rich", "tensorrt", "tensorrt_rtx", "transformers"}
 MAX_LINES = 400
 
@@ -183,6 +184,17 @@ def test_command_line_starts_on_the_standard_library_alone(file: str | Path) -> 
 def test_file_is_short(file: Path) -> None:
     lines = len((ROOT / file).read_text().splitlines())
     assert lines <= MAX_LINES, f"{file} has {lines} lines: split it by what its parts do"
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in python_files() if file.parts[0] not in ("kernels", "tests")], ids=str
+)
+def test_functions_are_short(file: Path) -> None:
+    nodes = ast.walk(ast.parse((ROOT / file).read_text()))
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lengths = {node.name: (node.end_lineno or node.lineno) - node.lineno + 1 for node in functions}
+    long = {name: lines for name, lines in lengths.items() if lines > MAX_FUNCTION}
+    assert not long, f"{file}: {long} lines, at most {MAX_FUNCTION}"
 
 
 @pytest.mark.parametrize("file", [file for file in package_files() if (ROOT / file).stat().st_size], ids=str)

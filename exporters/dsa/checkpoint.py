@@ -81,25 +81,15 @@ def write_dsa_checkpoint(
     what it raises leaves nothing behind.
     Raises UserError (source unfit, weights unfit, disk full) and UsageError (`out` in the way). `source` is only read.
     """
-    if taken := sorted(_MANIFEST_ENTRIES & manifest.keys()):
-        raise ValueError(f"manifest entries {taken} are written by write_dsa_checkpoint itself")
+    _check_entries(manifest)
     dense = {name: value for name, value in read_json(source / CONFIG).items() if name not in dropped}
     tensors = read_index(source)
     settings = dsa_config(dense, config, weights)
     _check_layers(source, dense, tensors, weights)
     names = file_names(source, tensors)
     with staged_folder(out, [source], overwrite=overwrite) as folder:
-        placed = [_place(source, folder, name, target) for name, target in names.items()]
-        added = _write_indexers(folder / INDEXER_SHARD, weights, _shapes(dense, config), dtype)
-        write_json(folder / INDEX_FILE, _index(source, tensors, names, added))
+        entries = _fill(folder, source, dense, tensors, names, weights, _shapes(dense, config), dtype)
         write_json(folder / UNPROVEN_CONFIG, settings)
-        bare = _bare_mtp(tensors, dense, weights)
-        entries = {
-            "format": FORMAT,
-            "versions": _versions(),
-            "source": {**_kept_config(source), "files": placed, "left_out": left_out(source, names)},
-            "indexer": {"shard": INDEXER_SHARD, "tensors": sorted(added), "mtp_layers_without": bare},
-        }
         read_index(folder)  # what is published reads back: every header, every file size
         report = prove(folder) if prove is not None else None
         if report is not None:
@@ -107,6 +97,32 @@ def write_dsa_checkpoint(
         move_file(folder / UNPROVEN_CONFIG, folder / CONFIG)
         write_manifest(folder, MANIFEST, {**entries, "report": report, **manifest})
     return out
+
+
+def _fill(
+    folder: Path,
+    source: Path,
+    dense: Mapping[str, Any],
+    tensors: Mapping[str, TensorLocation],
+    names: Mapping[str, str],
+    weights: Mapping[str, IndexerWeights],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+) -> dict[str, object]:
+    """Everything but config.json and the manifest, of which what is ours to say is returned."""
+    placed = [_place(source, folder, name, target) for name, target in names.items()]
+    added = _write_indexers(folder / INDEXER_SHARD, weights, shapes, dtype)
+    write_json(folder / INDEX_FILE, _index(source, tensors, names, added))
+    about = {**_kept_config(source), "files": placed, "left_out": left_out(source, names)}
+    indexer = {
+        "shard": INDEXER_SHARD, "tensors": sorted(added), "mtp_layers_without": _bare_mtp(tensors, dense, weights),
+    }  # fmt: skip
+    return {"format": FORMAT, "versions": _versions(), "source": about, "indexer": indexer}
+
+
+def _check_entries(manifest: Mapping[str, object]) -> None:
+    if taken := sorted(_MANIFEST_ENTRIES & manifest.keys()):
+        raise ValueError(f"manifest entries {taken} are written by write_dsa_checkpoint itself")
 
 
 def strip(dsa: Path, out: Path, overwrite: bool = False) -> Path:

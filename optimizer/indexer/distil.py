@@ -96,11 +96,9 @@ def distil(
     if not samples:
         raise UserError("distillation needs at least one calibration sequence; none was given")
     oracle = mean_recall(oracle_scores, held_out, config.index_topk)
-    seen = _Course(start, _held_out_recall(start, config, held_out))
-    plateau, end = None, schedule.steps
+    seen, plateau, end = _Course(start, _held_out_recall(start, config, held_out)), None, schedule.steps
     student, row_scale = _student(start)
-    optimizer = torch.optim.Adam(vars(student).values(), betas=BETAS)
-    losses: list[float] = []
+    optimizer, losses = torch.optim.Adam(vars(student).values(), betas=BETAS), list[float]()
     for step, index in enumerate(_order(len(samples), schedule), start=1):
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step - 1, plateau)
