@@ -13,7 +13,7 @@ from ..exporters.engine.engine_plan import EnginePlan
 from ..exporters.engine.plugin_build import build_plugin
 from ..exporters.engine.profiles import engine_profiles
 from ..files.dtypes import MODEL_DTYPES
-from ..files.manifests.export_manifest import EXPORT_MANIFEST, is_export, read_export
+from ..files.manifests.export_manifest import export_folder, read_export
 from ..files.staging import check_target
 from ..kernels.gpu.binaries.compile import ARCHITECTURES, check_architecture
 from .model.cached_model import context_of
@@ -45,7 +45,7 @@ def plan_build(target: str | Path, out: Path, options: BuildOptions, convert_fir
     Raises UsageError for values this does not take or an `out` in the way, UserError for what cannot be built.
     """
     sms = _architectures(options)
-    folder = _onnx_folder(target)
+    folder = export_folder(target)
     if folder is not None:
         manifest = read_export(folder, "onnx")
         source, dtype, limits = folder, str(manifest["dtype"]), manifest["limits"]
@@ -105,15 +105,3 @@ def _dsa_checkpoint(target: str | Path) -> Checkpoint:
 def _export_limits(options: BuildOptions, checkpoint: Checkpoint) -> dict[str, int]:
     most = options.most or {}
     return {"max_batch": most.get("batch", 1), "max_seq": most.get("cache_length", context_of(checkpoint))}
-
-
-def _onnx_folder(target: str | Path) -> Path | None:
-    """The export that `target` (its folder, or the .onnx file in it) names. Raises UserError for an .onnx file of another origin."""
-    path = Path(target)
-    if path.suffix == ".onnx":
-        if not is_export(path.parent):
-            raise UserError(
-                f"{path}: no {EXPORT_MANIFEST} beside it, so it is no export of mla2dsa; run `mla2dsa export`"
-            )
-        return path.parent
-    return path if is_export(path) else None

@@ -213,3 +213,15 @@ def read_onnx_export(folder: Path, manifest: Mapping[str, Any]) -> bytes:
     data = read_onnx(file)
     check_model_file(file, io.BytesIO(data), manifest)
     return data
+
+
+def export_folder(target: str | Path) -> Path | None:
+    """The export that `target` (its folder, or the .onnx file in it) names. Raises UserError for an .onnx file of another origin."""
+    path = Path(target)
+    if path.suffix == ".onnx":
+        if not is_export(path.parent):
+            raise UserError(
+                f"{path}: no {EXPORT_MANIFEST} beside it, so it is no export of mla2dsa; run `mla2dsa export`"
+            )
+        return path.parent
+    return path if is_export(path) else None

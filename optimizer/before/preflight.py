@@ -18,7 +18,7 @@ from ...exporters.dsa.config import can_write
 from ...exporters.dsa.names import MANIFEST, file_names
 from ...files.json_files import read_json
 from ...files.manifests.engine_manifest import ENGINE_FILES, ENGINE_MANIFEST
-from ...files.manifests.export_manifest import EXPORT_FILES, EXPORT_MANIFEST, is_export, read_export
+from ...files.manifests.export_manifest import EXPORT_FILES, EXPORT_MANIFEST, export_folder, is_export, read_export
 from ...files.model.model_files import CONFIG, is_folder
 from ...files.ownership import refuse_names
 from ...files.safetensors_index import TensorLocation, read_index
@@ -113,6 +113,9 @@ def check_build(
     """build. cache: where the engine is kept too."""
     wanted, path = Needs(), Path(target)
     folder = path.parent if path.suffix == ".onnx" else path
+    if path.suffix == ".onnx" and not is_export(folder):
+        found.collect(export_folder, target)
+        return
     if is_export(folder):
         check_out(found, [folder], out, overwrite)
         manifest = found.collect(read_export, folder)

@@ -282,7 +282,7 @@ def raise_at(call: int, code: int) -> Callable[..., None]:
     ("call", "code", "layers", "parts"),
     [
         (1, errno.ENOSPC, 0, [".dsa.mla2dsa-layers: cannot be written"]),
-        (3, errno.EDQUOT, 1, [".dsa.mla2dsa-layers: cannot be written", "--resume"]),
+        (2, errno.EDQUOT, 1, [".dsa.mla2dsa-layers: cannot be written", "--resume"]),
         (5, errno.ENOSPC, 3, ["dsa: not written, no space left on the disk"]),
     ],
     ids=["at-once", "second-layer", "checkpoint"],
@@ -291,14 +291,14 @@ def test_full_disk(
     call: int, code: int, layers: int, parts: list[str], copy: Callable[[str], Path], room: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The state, three layers, then the checkpoint reach the disk: finished layers stay, to go on from."""
+    """Three layers, then the checkpoint reach the disk: finished layers stay, to go on from."""
     model = copy("single")
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", raise_at(call, code))
         assert_refused(convert_in(room, model, *FLAGS, "--skip-verification"), 1, *parts)
     left = {path.name for path in room.rglob("*")}
     files = {f"model.layers.{n}.self_attn.safetensors" for n in range(layers)}
-    assert left == ({".dsa.mla2dsa-layers", "state.json", *files} if layers else set())
+    assert left == ({".dsa.mla2dsa-layers", *files} if layers else set())
     done = convert_in(room, model, *FLAGS, "--skip-verification", "--resume")
     assert (done.code, done.err.count("kept from before")) == (0, layers)
     assert [path.name for path in room.iterdir()] == ["dsa"]
@@ -389,6 +389,5 @@ def test_layer_that_is_read_only_later(copy: Callable[[str], Path], room: Path) 
     assert_refused(convert_in(room, model, *FLAGS), 1, "layers.1.self_attn.kv_a_layernorm.weight has 1 NaN")
     assert {path.name for path in room.rglob("*")} == {
         ".dsa.mla2dsa-layers",
-        "state.json",
         "model.layers.0.self_attn.safetensors",
     }
