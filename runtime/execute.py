@@ -18,7 +18,9 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
+from ..compat.aliasing import Memory
 from ..compat.torch_private import expression, is_metadata_assert
+from ..errors import UserError
 from ..passes.graph.graph_eval import CannotEvaluate, concrete, linear_parts, value
 
 Loader = Callable[[str], Tensor]
@@ -53,6 +55,7 @@ class PieceRunner:
     load: gives a parameter or buffer by name, on the right device; default: the program's own state (in-memory programs).
     cores: names of the nodes that mark layers; one piece holds one of them. None runs the graph in one piece.
     overrides: op -> function(*args) used in its place (baselines, checks).
+    Inputs and weights stay as they are, also those that the program writes to.
     """
 
     def __init__(
@@ -67,6 +70,13 @@ class PieceRunner:
         self._inputs = [n for n, s in zip(placeholders, specs, strict=True) if s.kind == InputKind.USER_INPUT]
         self.outputs = [n.name for n in _flat_outputs(program)]
         self.pieces = _cut(program, set(cores or ()), set(self._names))
+        memory = Memory(program.graph)
+        self._written = {n for n in placeholders if memory.is_written(n)}
+        for node in self._written & set(self._names):
+            if sum(node in piece.weights for piece in self.pieces) > 1:
+                raise UserError(
+                    f"the program writes to {self._names[node]} in place and reads it in several layers: give a functional one"
+                )
 
     def run(self, sequences: Sequence[Mapping[str, Tensor]], watch: Sequence[str] | None = None) -> Iterator[Seen]:
         """Every piece on every sequence, pieces outermost. `watch`: node names, default the program's outputs."""
@@ -95,13 +105,17 @@ class PieceRunner:
         missing = [node.name for node in self._inputs if node.users and node.name not in sequence]
         if missing:
             raise ValueError(f"the program needs the input {missing[0]}")
-        return {node: sequence[node.name] for node in self._inputs if node.name in sequence}
+        return {node: self._own(node, sequence[node.name]) for node in self._inputs if node.name in sequence}
+
+    def _own(self, node: Node, tensor: Tensor) -> Tensor:
+        """An input or a weight as a run may have it: what the program writes to is the caller's, or the next sequence's."""
+        return tensor.clone() if node in self._written else tensor
 
     @torch.no_grad()
     def _run_piece(
         self, piece: Piece, weights: Mapping[Node, Tensor], carried: Mapping[Node, Any], watched: set[str]
     ) -> tuple[dict[str, Any], dict[Node, Any]]:
-        env: dict[Node, Any] = {**weights, **carried}
+        env: dict[Node, Any] = {**{node: self._own(node, weight) for node, weight in weights.items()}, **carried}
         device = next((carried[node].device for node in self._inputs if node in carried), None)
         seen: dict[str, Any] = {}
         for node in piece.nodes:

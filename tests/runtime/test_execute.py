@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections import Counter
@@ -12,10 +13,13 @@ import families
 import pytest
 import torch
 from comparing import close
+from handwritten import Mla, build, export, inputs
 from saved import captured, config_dict, opened, run, saved, tensors
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
+from writing_variants import CountsCalls, MaskInputWritten
 
+from mla2dsa.errors import UserError
 from mla2dsa.optimizer.proof import baselines
 from mla2dsa.passes.mla_to_dsa import mla_to_dsa, prepare
 from mla2dsa.passes.tap import SITE_TAPS, tap
@@ -297,3 +301,39 @@ def test_values_and_outputs_that_cross_pieces() -> None:
     for batch in (x, x[:1]):
         out = next(runner.outputs_of([{"x": batch}]))
         assert all(torch.equal(a, b) for a, b in zip(out, model(batch), strict=True))
+
+
+# Programs that write
+
+
+@pytest.mark.parametrize("attention", [CountsCalls, MaskInputWritten], ids=lambda a: a.__name__)
+def test_what_a_program_writes_to_is_its_own(attention: type[Mla]) -> None:
+    """Neither the caller's tensors change, nor the weights: a sequence does not see what the one before it wrote."""
+    model = build(attention)
+    written = export(model)
+    state = {name: tensor.clone() for name, tensor in written.state_dict.items()}
+    sequences = [dict(zip(("x", "mask", "pos"), inputs(model, 2, length), strict=True)) for length in (5, 7)]
+    before = copy.deepcopy(sequences)
+    streamed = list(PieceRunner(written).outputs_of(sequences))
+    for sequence, outputs in zip(before, streamed, strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(outputs[-1], copy.deepcopy(model)(**copy.deepcopy(sequence)))
+    torch.testing.assert_close(sequences, before, rtol=0, atol=0)
+    torch.testing.assert_close(dict(written.state_dict), state, rtol=0, atol=0)
+
+
+def test_a_written_weight_that_several_pieces_read_is_refused() -> None:
+    class Lines(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls[1:].add_(1.0)  # type: ignore[operator, index]
+            return (x + self.calls).cos().sin().exp() * self.calls
+
+    program = torch.export.export(Lines(), (torch.ones(2),), strict=False)
+    cores = [node.name for node in program.graph.nodes if node.name in ("cos", "sin")]
+    assert len(PieceRunner(program).pieces) == 1
+    with pytest.raises(UserError, match="the program writes to calls in place and reads it in several layers"):
+        PieceRunner(program, cores=cores)
