@@ -193,7 +193,8 @@ def _inputs(model: str, recipe: Recipe | None) -> list[Path]:
 
 
 def _is_dsa(model: _Model) -> bool:
-    return model.config.get("index_topk") is not None or (model.folder / MANIFEST).is_file()
+    """As `Checkpoint.is_dsa`: by config and tensors, since anybody may call a file mla2dsa.json."""
+    return model.config.get("index_topk") is not None or any(".indexer." in name for name in model.tensors)
 
 
 def _without_stale(model: _Model, drop_stale: bool) -> dict[str, Any]:
@@ -219,6 +220,8 @@ def _check_dense(found: Findings, model: _Model, recipe: Recipe, drop_stale: boo
     """The tensors' formats, and sizes of the indexer that the model does not take."""
     found.collect(check_formats, model.folder, model.tensors, _without_stale(model, drop_stale))
     donor = _donor_sizes(found, recipe)
+    if recipe.donor is not None and donor is None:
+        return  # what is wrong with the donor was said; the sizes are its
     context = model.config.get("max_position_embeddings")
     for fault in size_faults(recipe, model.config, context if isinstance(context, int) else None, donor):
         found.add(UsageError(fault))
@@ -231,9 +234,12 @@ def _donor_sizes(found: Findings, recipe: Recipe) -> Sizes | None:
     if not found.collect(is_folder, recipe.donor):
         return None
     config = found.collect(read_json, folder / CONFIG) or {}
-    sizes = [config.get(name) for name in ("index_topk", "index_n_heads", "index_head_dim")]
-    if all(isinstance(size, int) for size in sizes):
-        return sizes[0], sizes[1], sizes[2]  # type: ignore[return-value]
+    names = ("index_topk", "index_n_heads", "index_head_dim")
+    sizes = [config[name] for name in names if isinstance(config.get(name), int)]
+    if len(sizes) == len(names):
+        return sizes[0], sizes[1], sizes[2]
+    missing = next(name for name in names if not isinstance(config.get(name), int))
+    found.add(UserError(f"{folder}: no donor of indexers ({missing} in config.json missing)"))
     return None
 
 

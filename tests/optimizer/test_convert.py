@@ -113,7 +113,7 @@ def test_proof_is_never_calibrated_on(tmp_path_factory: pytest.TempPathFactory) 
 
     _, recipe_file, _, topk, _, text = small_flags(tmp_path_factory)
     recipe = read_recipe(str(recipe_file), {"index_topk": topk, "calibration": str(text)})
-    cut = _sequences(prepare(str(TINY), recipe), recipe)
+    cut = _sequences(prepare(str(TINY), recipe), recipe, False)
     parts = [{tuple(s.tolist()) for s in part} for part in (cut.calibration, cut.selection, cut.proof)]
     assert [len(part) for part in parts] == [12, 4, 2]
     assert len(set.union(*parts)) == 18
@@ -123,7 +123,7 @@ def test_folder_is_no_checkpoint_until_it_is_proven(tmp_path: Path, monkeypatch:
     """At the time of the proof all weights are there, but nothing that a runtime would load."""
     seen: list[set[str]] = []
 
-    def look(checkpoint: Path, folder: Path, *arguments: Any) -> Any:
+    def look(checkpoint: Path, folder: Path, *arguments: Any, **named: Any) -> Any:
         seen.append({path.name for path in folder.iterdir()})
         raise KeyboardInterrupt
 

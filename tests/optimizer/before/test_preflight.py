@@ -272,11 +272,11 @@ def test_room_is_summed_by_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_links_take_no_room(tmp_path: Path) -> None:
-    (tmp_path / "weights").write_bytes(b"w" * 50)
+    (tmp_path / "weights.safetensors").write_bytes(b"w" * 50)
     needs = Needs()
-    needs.links(tmp_path / "out", [tmp_path / "weights"], "weights")
+    needs.links(tmp_path / "out", [tmp_path / "weights.safetensors"], "weights")
     assert needs == Needs()
-    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.safetensors"]
 
 
 @pytest.mark.parametrize(
