@@ -97,7 +97,6 @@ def compile_all(
             on_progress(done, len(tasks))
         return
     # Fresh processes: a fork of one that has run torch may hang. They end when this one does, however that comes.
-    before = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(jobs, len(tasks)), context, die_with_parent, (os.getpid(),)) as pool:
         waiting = {pool.submit(compile_cached, *task): task for task in tasks}
@@ -106,9 +105,8 @@ def compile_all(
                 yield waiting[future], future.result()
                 on_progress(done, len(tasks))
         except BaseException:
+            # Not killed but waited for: a pool never ends when a process of it dies while it hands over a result.
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in set(multiprocessing.active_children()) - before:
-                process.kill()
             raise
 
 

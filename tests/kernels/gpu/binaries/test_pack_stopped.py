@@ -45,7 +45,7 @@ def started(tmp_path: Path) -> subprocess.Popen[str]:
 def test_workers_end_with_the_build(number: signal.Signals, tmp_path: Path) -> None:
     process = started(tmp_path)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=240)
     assert not survivors(process.pid, seconds=5)
     assert not (tmp_path / "room" / "pack").exists()
     if number == signal.SIGKILL:
