@@ -216,6 +216,8 @@ def main() -> None:
     if args.list:
         print("\n".join(names))
         return
+    if args.sequences < 2:
+        parser.error("--sequences: at least 2, for a standard error")
     torch.set_num_threads(args.threads)
     print(machine())
     for text in report(args):
