@@ -30,7 +30,7 @@ from ..exporters.engine.trtexec import build_command, time_command
 from ..exporters.onnx_model.external_data import DATA_FILE
 from ..files.digests import file_sha256
 from ..files.manifests.engine_manifest import ENGINE_MANIFEST, FORMAT
-from ..files.manifests.export_manifest import check_weight_files, read_export, read_onnx_export
+from ..files.manifests.export_manifest import EXPORT_MANIFEST, check_weight_files, read_export, read_onnx_export
 from ..files.model.model_files import CONFIG, model_files
 from ..files.onnx_file import check_external_files, parse_onnx
 from ..files.ownership import FILES_MANIFEST, refuse_names, write_manifest
@@ -97,7 +97,8 @@ def _prepared(plan: EnginePlan, on_progress: OnProgress) -> Iterator[_Work]:
     with claim(plan.out, [plan.source], overwrite=plan.overwrite) as mine, _exported(plan, mine) as folder:
         manifest = read_export(folder, "onnx")
         check_weight_files(folder, manifest)
-        refuse_names(folder, _carried(folder, manifest), _OURS)
+        beside_it = sorted(it.name for it in folder.iterdir() if it.name not in (EXPORT_MANIFEST, manifest["file"]))
+        refuse_names(folder, beside_it, _OURS)
         file = folder / manifest["file"]
         model = parse_onnx(file, read_onnx_export(folder, manifest))
         check_external_files(file, model)
