@@ -11,6 +11,7 @@ import pytest
 import torch
 from command_line import small_conversion
 from fake_tensorrt import FakeEngine
+from manifests import engine_manifest, runnable
 
 from mla2dsa.files.manifests.engine_manifest import ENGINE_MANIFEST
 from mla2dsa.files.manifests.export_manifest import EXPORT_MANIFEST
@@ -79,7 +80,11 @@ def test_tensorrt(
 ) -> None:
     folder = Path(shutil.copytree(exported, tmp_path / "engine"))
     (folder / "generation_config.json").unlink()
-    manifest = {**json.loads((folder / EXPORT_MANIFEST).read_text()), "profiles": PROFILES}
+    exports = json.loads((folder / EXPORT_MANIFEST).read_text())
+    shared = {name: exports[name] for name in runnable()}
+    for name in ("model.engine", "libmla2dsa_trt.so"):
+        (folder / name).write_bytes(b"of no matter here")
+    manifest = {**engine_manifest(folder, "tensorrt", "10.16.1", [90]), **shared, "profiles": PROFILES}
     (folder / EXPORT_MANIFEST).unlink()
     (folder / ENGINE_MANIFEST).write_text(json.dumps(manifest))
     session = TensorRtSession(FakeEngine(folder, manifest), manifest, batch=1, device="cpu")
