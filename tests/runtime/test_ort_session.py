@@ -96,8 +96,8 @@ def test_another_checkpoint_under_the_graph(copied: Path) -> None:
 
 
 def test_a_dtype_onnxruntime_lacks(copied: Path) -> None:
-    manifest = json.loads((copied / EXPORT_MANIFEST).read_text())
-    (copied / EXPORT_MANIFEST).write_text(json.dumps({**manifest, "dtype": "bfloat16"}))
+    text = (copied / EXPORT_MANIFEST).read_text()
+    (copied / EXPORT_MANIFEST).write_text(text.replace('"dtype": "float32"', '"dtype": "bfloat16"'))
     with pytest.raises(UserError, match=r"exported as bfloat16, which onnxruntime cannot run"):
         OrtSession(copied, batch=1)
 
@@ -117,7 +117,7 @@ def test_pt2_generates_the_same_text(pair: tuple[Path, Path], tmp_path: Path) ->
         OrtSession(folder, batch=1)
     file = folder / "model.pt2"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"model.pt2: torch .* cannot load it .*; export again"):
+    with pytest.raises(UserError, match=r"model.pt2: not the model that was exported .*; export again"):
         open_pt2_session(folder, batch=1)
     file.unlink()
     with pytest.raises(UserError, match=r"model.pt2: missing; export again"):
