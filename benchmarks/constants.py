@@ -1,6 +1,6 @@
 """Other values of the constants that steer calibration and verification, on examples/tiny-mla: what each costs or gains.
 
-    python benchmarks/constants.py                            # everything, about a quarter of an hour
+    python benchmarks/constants.py                            # everything, more than 20 minutes of CPU time
     python benchmarks/constants.py --only ROPE_SHARE lr       # some; --list: which there are
     python benchmarks/constants.py --sequences 16 --seeds 0 1 2
 
