@@ -288,5 +288,5 @@ def test_generate_refuses_a_foreign_archive(tmp_path: Path, tmp_path_factory: py
     manifest = json.loads((folder / "mla2dsa-export.json").read_text())
     del manifest["digest"]
     (folder / "mla2dsa-export.json").write_text(json.dumps(manifest))
-    assert_refused(mla2dsa(*command), 1, folder / "model.pt2", "it is a pickle", "export again")
+    assert_refused(mla2dsa(*command), 1, folder / "model.pt2", "unlike any .pt2 that mla2dsa exports", "export again")
     assert not mark.exists()
