@@ -89,12 +89,12 @@ def rotary_table(build: GraphBuilder, site: MlaSite, shared: dict[object, Node])
             parts = build(aten.view_as_real.default, cos)
             cos, sin = build(aten.select.int, parts, -1, 0), build(aten.select.int, parts, -1, 1)
         for name, node in (("cos", cos), ("sin", sin)):
-            shared[name, rope.cos, rope.table] = _columns(build, node, site)
+            shared[name, rope.cos, rope.table] = _columns(build, node, rope.table, site)
     return shared["cos", rope.cos, rope.table], shared["sin", rope.cos, rope.table]
 
 
-def _columns(build: GraphBuilder, table: Node, site: MlaSite) -> Node:
-    columns, dtype = site.rope.table, value(site.hidden).dtype  # type: ignore[union-attr]
+def _columns(build: GraphBuilder, table: Node, columns: tuple[int, ...], site: MlaSite) -> Node:
+    dtype = value(site.hidden).dtype
     start, width = columns[0], len(columns)
     step = columns[1] - columns[0] if width > 1 else 1
     if step < 1 or columns != tuple(range(start, start + step * width, step)):
