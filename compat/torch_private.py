@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule
 
 from .private_names import Library
@@ -27,6 +28,10 @@ TORCH = Library(
         "torch:ops.mkldnn._is_mkldnn_bf16_supported": "whether the CPU multiplies bfloat16",
         "torch._dynamo.source:ConstantSource": "where a new dynamic size comes from",
         "torch._ops:OpOverload": "an op of a graph",
+        "torch._export.serde.schema:ExportedProgram": "a program as a .pt2 describes it",
+        "torch._export.serde.serialize:ExportedProgramDeserializer": "makes a program of its description and its tensors",
+        "torch._export.serde.serialize:_dict_to_dataclass": "makes a description of the JSON in a .pt2",
+        "torch._export.serde.serialize:deserialize_scalar_type": "the element types of a .pt2, by number",
         "torch._subclasses:FakeTensor": "shapes without memory",
         "torch._subclasses:FakeTensorMode": "shapes without memory",
         "torch.fx.experimental.symbolic_shapes:DimDynamic": "the kind of a new dynamic size",
@@ -189,3 +194,22 @@ def topk_rule(rule: TopkRule) -> Iterator[None]:
     base = TORCH.find("torch.utils._python_dispatch:TorchDispatchMode")
     with type("TopkRule", (base,), {"__torch_dispatch__": dispatch})():
         yield
+
+
+def saved_element_type(number: int) -> torch.dtype:
+    """What a `.pt2` calls by this number. Raises KeyError."""
+    found: torch.dtype = TORCH.find("torch._export.serde.serialize:deserialize_scalar_type")(number)
+    return found
+
+
+def saved_program(
+    document: Mapping[str, Any], weights: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+) -> ExportedProgram:
+    """The program that `document`, the JSON of a `.pt2`, describes, as torch.export.load makes it; but that unpickles whatever
+    an archive asks for, and here tensors come as tensors. Strings in `document` are evaluated: see `runtime/pt2_graph.py`.
+    Raises anything."""
+    schema = TORCH.find("torch._export.serde.schema:ExportedProgram")
+    program = TORCH.find("torch._export.serde.serialize:_dict_to_dataclass")(schema, document)
+    deserializer = TORCH.find("torch._export.serde.serialize:ExportedProgramDeserializer")()
+    loaded: ExportedProgram = deserializer.deserialize(program, dict(weights), dict(constants), b"")
+    return loaded

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from ..compat.torch_export import SCHEMA_MAJOR, element_type, program_of
+from ..compat.torch_private import saved_element_type, saved_program
 from ..errors import UserError, short
 from ..files.json_files import MOST_BYTES, parse_object
 from ..files.manifests.export_manifest import check_model_file
@@ -42,6 +42,7 @@ _FIXED = {"archive_format": b"pt2", "archive_version": b"0", "byteorder": b"litt
 _MOST_ENTRIES = 1_000_000
 _CHUNK = 2**24
 _ENCRYPTED = 1
+_SCHEMA_MAJOR = 8  # of descriptions of programs: torch 2.11 to 2.13
 
 
 def load_pt2(file: Path, manifest: Mapping[str, Any]) -> ExportedProgram:
@@ -54,7 +55,7 @@ def load_pt2(file: Path, manifest: Mapping[str, Any]) -> ExportedProgram:
             _check_version(file, document)
             checked_graph(document, str(file))
             weights, constants = (dict(_tensors(file, archive, entries, folder)) for folder in _TENSORS)
-        return program_of(document, weights, constants)
+        return saved_program(document, weights, constants)
     except UserError:
         raise
     except Exception as error:  # zip, zlib, JSON schema, sympy and torch errors, each of its own kind
@@ -106,11 +107,11 @@ def _object(file: Path, archive: zipfile.ZipFile, entries: Mapping[str, zipfile.
 
 def _check_version(file: Path, document: Mapping[str, Any]) -> None:
     match document.get("schema_version"):
-        case {"major": int(major)} if major == SCHEMA_MAJOR:
+        case {"major": int(major)} if major == _SCHEMA_MAJOR:
             return
         case version:
             raise UserError(
-                f"{file}: a program of version {short(version)}, this mla2dsa reads {SCHEMA_MAJOR}; export again"
+                f"{file}: a program of version {short(version)}, this mla2dsa reads {_SCHEMA_MAJOR}; export again"
             )
 
 
@@ -162,7 +163,7 @@ def _tensor(file: Path, name: str, meta: Mapping[Any, Any], data: bytearray) -> 
             steps = [_number(file, name, stride) for stride in strides]
         case _:
             _refuse(file, f"{short(name)} has no size, or is not on the CPU")
-    dtype = element_type(number)
+    dtype = saved_element_type(number)
     if math.prod(dims) * dtype.itemsize > len(data):
         _refuse(file, f"{short(name)} is larger than its bytes")
     if not data:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -69,6 +72,20 @@ def op_is_read() -> bool:
     return facts is not None and facts.writes == ("self",)
 
 
+def saved_program() -> Any:
+    """What torch.export.save writes, read back."""
+    made = export(Doubled(), (torch.ones(3, 4),))
+    made._example_inputs = None
+    stream = io.BytesIO()
+    torch.export.save(made, stream)
+    with zipfile.ZipFile(stream) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("models/model.json"))
+        document = json.loads(archive.read(name))
+    found = private.saved_program(document, {}, {})
+    assert torch.equal(found.module()(torch.ones(3, 4)), made.module()(torch.ones(3, 4)))
+    return found
+
+
 CALLS: dict[str, Callable[[], Any]] = {
     "torch:_check_value": lambda: private.check_value(True, lambda: "") is None,
     "torch:ops.aten._assert_tensor_metadata.default": is_metadata_assert,
@@ -79,6 +96,10 @@ CALLS: dict[str, Callable[[], Any]] = {
     "torch:ops.mkldnn._is_mkldnn_bf16_supported": lambda: private.cpu_multiplies_bfloat16() in (True, False),
     "torch._dynamo.source:ConstantSource": new_size,
     "torch._ops:OpOverload": op_is_read,
+    "torch._export.serde.schema:ExportedProgram": saved_program,
+    "torch._export.serde.serialize:ExportedProgramDeserializer": saved_program,
+    "torch._export.serde.serialize:_dict_to_dataclass": saved_program,
+    "torch._export.serde.serialize:deserialize_scalar_type": lambda: private.saved_element_type(7) is torch.float32,
     "torch._subclasses:FakeTensor": lambda: private.fake_mode_of(values()),
     "torch._subclasses:FakeTensorMode": lambda: fake() is not None,
     "torch.fx.experimental.symbolic_shapes:DimDynamic": new_size,
