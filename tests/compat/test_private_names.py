@@ -37,8 +37,6 @@ PRIVATE_MODULES = (
     "triton.runtime",
 )
 BY_STRING = {"getattr", "setattr", "hasattr", "delattr"}
-# Schemas of ops belong to compat/aliasing.py.
-LEFT_TO_ALIASING = {"_schema", "_overloadname"}
 SOURCES = [
     path.relative_to(ROOT)
     for path in sorted([*ROOT.glob("*.py"), *(file for folder in ROOT.iterdir() for file in folder.rglob("*.py"))])
@@ -147,7 +145,6 @@ def private_names(source: str, own: frozenset[str] = frozenset()) -> list[tuple[
 @pytest.mark.parametrize("file", SOURCES, ids=str)
 def test_private_names_stand_in_compat_alone(file: Path) -> None:
     found = private_names((ROOT / file).read_text(), ours())
-    found = [(line, name) for line, name in found if name.rpartition(".")[2] not in LEFT_TO_ALIASING]
     assert not found, "give it a name of ours in compat/: " + ", ".join(
         f"{file}:{line}: {name}" for line, name in found
     )
