@@ -33,14 +33,13 @@ class Operand:
 @dataclass(frozen=True)
 class OpSpec:
     """name: in torch.ops.mla2dsa. node: in the ONNX domain and of the TensorRT plugin. attributes: names and types, in the
-    order of the arguments after the tensors. updates: the input that the output replaces, which a runtime may do in place."""
+    order of the arguments after the tensors."""
 
     name: str
     node: str
     inputs: tuple[Operand, ...]
     attributes: tuple[tuple[str, type], ...]
     output: Operand
-    updates: str | None = None
 
     def torch_schema(self) -> str:
         """(Tensor q, ..., int topk) -> Tensor"""
@@ -106,7 +105,6 @@ CACHE_WRITE = OpSpec(
     ),
     (),
     Operand("out", "T", ("B", "C", "d")),
-    updates="cache",
 )
 OP_SPECS = (LIGHTNING_INDEXER, SPARSE_MLA, CACHE_WRITE)
 NODES = tuple(spec.node for spec in OP_SPECS)  # their names in ONNX and as plugins
