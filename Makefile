@@ -48,8 +48,15 @@ ifeq ($(shell uname -sm),Linux x86_64)
 	done
 endif
 
+# SlipCover notes the lines of the package that tests run. Its table, and whether each room has enough, is for whole runs:
+# PYTEST_ARGS="tests/passes -q" runs a part and asks for nothing. Half of the files for each worker, who then steals from the
+# other: what a file's tests share is made once.
+ROOMS := commands,compat,exporters,files,kernels,optimizer,passes,runtime
+LINES := .coverage.json
+
 test: install lean
-	$(BIN)/pytest -n 2 $(PYTEST_ARGS)
+	$(BIN)/python -P -m slipcover --source $(ROOMS) --json --out $(LINES) -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,$(BIN)/python tests/helpers/coverage_by_room.py $(LINES))
 
 # The interpreter and the compiler lean on parts of Triton that it promises to nobody, and a user's torch brings its own
 # Triton: 3.6 with torch 2.11, tomorrow a newer one. `make test` runs the pinned version (torch 2.13's); here are the oldest
@@ -90,7 +97,7 @@ lint: install
 	MYPYPATH=$(TYPED) $(BIN)/mypy -p mla2dsa
 
 clean:
-	rm -rf $(OUT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(OUT) $(LINES) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 distclean: clean
 	rm -rf $(VENV)

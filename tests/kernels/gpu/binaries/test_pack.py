@@ -292,11 +292,22 @@ def test_processes_make_the_same_pack(tmp_path: Path) -> None:
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
+# Triton lowers in three ways, by sm_8x, sm_90 and sm_10x. 89 and 120 are of the first kind with other limits: there, one
+# variant of each kernel, the one of the longest constants, for every variant would take a minute more.
+LOWERED = (80, 90, 100)
+
+
 @pytest.mark.parametrize("sm", FAMILIES)
 def test_every_kernel_of_the_catalogue_compiles(sm: int) -> None:
     """The longest test there is: some fifty compilations. Limits are checked by the compiler itself."""
-    made = {variant: cache.compile_cached(variant, sm) for variant in variants_of(catalogue(sm))}
-    assert len(made) > 30
+    variants = sorted(
+        variants_of(catalogue(sm)), key=lambda variant: (variant.kernel, len(str(variant)), kernel_name(variant))
+    )
+    assert len(variants) > 30
+    if sm not in LOWERED:
+        variants = list({variant.kernel: variant for variant in variants}.values())
+    made = {variant: cache.compile_cached(variant, sm) for variant in variants}
+    assert {variant.kernel for variant in made} == {variant.kernel for variant in variants_of(catalogue(sm))}
     spilling = {describe(variant): it.spilled for variant, it in made.items() if it.spilled > MAX_SPILLED}
     if sm in (80, 90):
         assert not spilling
