@@ -32,11 +32,46 @@ def add_recipe(command: argparse.ArgumentParser) -> None:
     group.add_argument("--index-head-dim", type=int, metavar="D", help="width of an index head (default 128)")
 
 
+def add_layout(command: argparse.ArgumentParser) -> None:
+    """What the result is written as; settings of the recipe, too."""
+    group = command.add_argument_group("layout")
+    group.add_argument(
+        "--layout", choices=("auto", "deepseek_v32", "glm_moe_dsa", "own"),
+        help="what the result is written as: a DSA class of other runtimes, or own, the dense checkpoint with the indexers "
+        "beside (default auto: deepseek_v32 where the model fits, else own)",
+    )  # fmt: skip
+    group.add_argument(
+        "--mtp", choices=("keep", "drop"), help="multi-token-prediction layers, which get no indexer (default keep)"
+    )
+    group.add_argument(
+        "--untie", action="store_true", default=None, help="write lm_head out where it is tied to the embedding"
+    )
+
+
+def add_partial(command: argparse.ArgumentParser) -> None:
+    """For models that have other attention, too."""
+    command.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="take a model that has other attention beside MLA, which stays as it is",
+    )
+
+
 def read_recipe_of(args: argparse.Namespace) -> Any:
     """The Recipe that the arguments ask for."""
     from ..optimizer.recipe import read_recipe
 
-    fields = ("indexer", "index_topk", "index_n_heads", "index_head_dim", "calibration", "tokens")
+    fields = (
+        "indexer",
+        "index_topk",
+        "index_n_heads",
+        "index_head_dim",
+        "calibration",
+        "tokens",
+        "layout",
+        "mtp",
+        "untie",
+    )
     return read_recipe(args.recipe, {name: getattr(args, name, None) for name in fields})
 
 
@@ -50,11 +85,10 @@ def _add_plan(commands: Any) -> None:
         graphs=True,
     )
     command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    command.add_argument(
-        "--allow-partial", action="store_true", help="plan a model that has other attention beside MLA"
-    )
+    add_partial(command)
     add_drop_stale(command)
     add_recipe(command)
+    add_layout(command)
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -87,6 +121,8 @@ def _add_convert(commands: Any) -> None:
     command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     command.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     add_recipe(command)
+    add_layout(command)
+    add_partial(command)
     command.add_argument(
         "--calibration", metavar="PATH", help="text file, folder of text, or .jsonl (default: random tokens)"
     )
@@ -126,6 +162,7 @@ def _convert(args: argparse.Namespace) -> int:
         plan = dry_run(
             args.model, args.out, recipe, resume=args.resume, overwrite=args.overwrite,
             trust_remote_code=args.trust_remote_code, drop_stale=args.drop_stale_quantization,
+            allow_partial=args.allow_partial,
         )  # fmt: skip
         print_json(plan.to_json()) if args.json else show_plan(plan)
         return 0
@@ -133,7 +170,8 @@ def _convert(args: argparse.Namespace) -> int:
         outcome = convert(
             args.model, args.out, recipe, resume=args.resume, overwrite=args.overwrite, device=args.device,
             skip_verification=args.skip_verification, skip_transformers=args.skip_transformers,
-            trust_remote_code=args.trust_remote_code, drop_stale=args.drop_stale_quantization, listener=progress.listener(),
+            trust_remote_code=args.trust_remote_code, drop_stale=args.drop_stale_quantization, allow_partial=args.allow_partial,
+            listener=progress.listener(),
         )  # fmt: skip
     if args.json:
         print_json(outcome.report)
@@ -142,8 +180,7 @@ def _convert(args: argparse.Namespace) -> int:
     show_layers(outcome.layers, outcome.report)
     if outcome.verification is not None:
         show_verification(outcome.verification, layers=False)
-    proof = "" if outcome.verification else ", NOT verified"
-    print(f"{args.out}: written in {outcome.report['seconds']:.0f} s{proof}")
+    print(f"{args.out}: written in {outcome.report['seconds']:.0f} s{'' if outcome.verification else ', NOT verified'}")
     return 0
 
 
@@ -173,6 +210,7 @@ def _add_verify(commands: Any) -> None:
     command.add_argument(
         "--skip-transformers", action="store_true", help="do not load the checkpoints with transformers (large models)"
     )
+    add_partial(command)
     add_trust(command)
     add_drop_stale(command)
 
@@ -192,7 +230,8 @@ def _verify(args: argparse.Namespace) -> int:
         result = verify_folders(
             args.dense, args.dsa, args.text, sequences=args.sequences, sequence_length=args.sequence_length,
             max_loss_delta=args.max_loss_delta, skip_transformers=args.skip_transformers, device=args.device,
-            trust_remote_code=args.trust_remote_code, drop_stale=args.drop_stale_quantization, on_progress=progress.advance,
+            trust_remote_code=args.trust_remote_code, drop_stale=args.drop_stale_quantization, allow_partial=args.allow_partial,
+            on_progress=progress.advance,
         )  # fmt: skip
     print_json(result.to_json()) if args.json else show_verification(result)
     if not result.passed:
@@ -216,7 +255,7 @@ def _strip(args: argparse.Namespace) -> int:
     with Findings() as found:
         check_strip(found, args.dsa, args.out, args.overwrite)
 
-    from ..exporters.dsa.checkpoint import not_restored, strip
+    from ..exporters.dsa.strip import not_restored, strip
     from .show.tables import print_json
 
     out, missing = strip(args.dsa, args.out, overwrite=args.overwrite), not_restored(args.dsa)

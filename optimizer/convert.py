@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import __version__
 from ..errors import UsageError, UserError
 from ..exporters.dsa.checkpoint import write_dsa_checkpoint
-from ..exporters.dsa.config import can_write
+from ..exporters.dsa.layout import Layout
 from ..exporters.dsa.names import UNPROVEN_CONFIG, file_names
 from ..files.finite import finite
 from ..files.json_files import read_json
@@ -30,14 +30,17 @@ from .environment import usable_device
 from .indexer.calibrate import Calibration, LayerResult, calibrate
 from .indexer.distil import DistilSchedule
 from .indexer.progress_store import ProgressStore
+from .indexer.query_form import settle
 from .indexer.sizes import length_fault
 from .model.checkpoint import Checkpoint
+from .model.stored_formats import mtp_tensors
 from .model.text import model_tokens
 from .model.weights import WeightSource
-from .plan import Plan, Prepared, prepare
+from .plan import Plan, Prepared, layout_of, prepare
+from .proof.pair import open_pair
 from .proof.transformers_check import refuse_if_too_large
-from .recipe import CLOSED_FORM_SEQUENCES, DISTIL_SEQUENCES, Recipe
-from .verify import Verification, open_pair, verify
+from .recipe import CLOSED_FORM_SEQUENCES, DISTIL_SEQUENCES, WRITTEN_ONLY, Recipe
+from .verify import Verification, verify
 
 HELD_OUT = 8  # one sequence in so many is kept for choosing the snapshot, as many for the verification
 MOST_HELD_OUT = 4
@@ -86,6 +89,7 @@ class _Job:
     device: str
     tell: Listener
     remote_code: Sequence[str]  # that the tokenizer is made of, and was allowed to run
+    allow_partial: bool = False
 
 
 def convert(
@@ -100,6 +104,7 @@ def convert(
     device: str = "cpu",
     trust_remote_code: bool = False,
     drop_stale: bool = False,
+    allow_partial: bool = False,
     listener: Listener | None = None,
 ) -> Outcome:
     """Write `out`, whole and verified or not at all. Raises UserError / UsageError with nothing left under `out`; at once
@@ -120,13 +125,19 @@ def convert(
             if not (skip_verification or skip_transformers):
                 refuse_if_too_large(checkpoint)
 
-        prepared = prepare(model, recipe, check=check, drop_stale=drop_stale)
-        tell = listener or Listener()
-        tell.on_plan(prepared.plan)
-        job = _job(prepared, recipe, device, tell, trust_remote_code)
+        prepared = _writable(prepare(model, recipe, allow_partial, check=check, drop_stale=drop_stale))
+        (tell := listener or Listener()).on_plan(prepared.plan)
+        job = _job(prepared, recipe, device, tell, trust_remote_code, allow_partial)
         with _indexers(job, out, resume, overwrite) as (weights, layers):
             prove = None if skip_verification else partial(_proved, job, skip_transformers=skip_transformers)
             return _written(job, out, weights, layers, prove, started)
+
+
+def _writable(prepared: Prepared) -> Prepared:
+    """Raises UserError when the plan has a refusal."""
+    if prepared.plan.refusal:
+        raise UserError(prepared.plan.refusal)
+    return prepared
 
 
 def _written(
@@ -139,30 +150,54 @@ def _written(
 ) -> Outcome:
     """The checkpoint at `out`, which gets that name once it is proved. started: as time.monotonic() tells it."""
     prepared, proof, reports = job.prepared, list[Verification](), list[Mapping[str, Any]]()
+    layout, checkpoint = _settled(job), prepared.checkpoint
 
     def prove(folder: Path) -> Mapping[str, Any]:
         if proved is not None:
             proof.append(proved(folder))
-        reports.append(_report(job, layers, proof, time.monotonic() - started))
+        reports.append(_report(job, layout, layers, proof, time.monotonic() - started))
         return reports[0]
 
     write_dsa_checkpoint(
-        prepared.checkpoint.path, out, weights, prepared.plan.indexer,
+        checkpoint.path, out, weights, prepared.plan.indexer, layout=layout,
+        q_width=prepared.plan.layers[0][1].q_width, mtp=mtp_tensors(checkpoint.config, checkpoint.tensors),
         manifest={"model": prepared.plan.model, "recipe": job.recipe.model_dump(), "verified": proved is not None,
                   "remote_code": list(job.remote_code), "fingerprint": _fingerprint(job)},
-        dropped=_dropped(prepared.checkpoint), prove=prove,
+        dropped=_dropped(checkpoint), prove=prove,
     )  # fmt: skip
     return Outcome(prepared.plan, layers, proof[0] if proof else None, reports[0])
 
 
-def _job(prepared: Prepared, recipe: Recipe, device: str, tell: Listener, trust_remote_code: bool) -> _Job:
+def _job(
+    prepared: Prepared,
+    recipe: Recipe,
+    device: str,
+    tell: Listener,
+    trust_remote_code: bool,
+    allow_partial: bool = False,
+) -> _Job:
     code = remote_tokenizer(prepared.checkpoint.path) if trust_remote_code and recipe.calibration else []
-    return _Job(prepared, recipe, _sequences(prepared, recipe, trust_remote_code), device, tell, code)
+    sequences = _sequences(prepared, recipe, trust_remote_code)
+    return _Job(prepared, recipe, sequences, device, tell, code, allow_partial)
 
 
-def fingerprint(model: str, recipe: Recipe, trust_remote_code: bool = False, drop_stale: bool = False) -> str:
+def _settled(job: _Job) -> Layout:
+    """The layout, with the way of making a query latent chosen on the real weights where the model has none."""
+    prepared = job.prepared
+    assert prepared.layout is not None  # or the plan's refusal was raised
+    source = WeightSource(prepared.checkpoint, prepared.capture, job.device)
+    sequence = (job.sequences.calibration or job.sequences.proof)[0]
+    try:
+        return settle(prepared.layout, source, sequence, prepared.plan.indexer, job.recipe.layout)
+    except UserError as error:
+        raise UserError(f"{prepared.checkpoint.path}: {error}") from None
+
+
+def fingerprint(
+    model: str, recipe: Recipe, trust_remote_code: bool = False, drop_stale: bool = False, allow_partial: bool = False
+) -> str:
     """Of everything that the indexers of a conversion depend on; its manifest has it, too."""
-    prepared = prepare(model, recipe, drop_stale=drop_stale)
+    prepared = prepare(model, recipe, allow_partial, drop_stale=drop_stale)
     return _fingerprint(_job(prepared, recipe, "cpu", Listener(), trust_remote_code))
 
 
@@ -175,10 +210,11 @@ def dry_run(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     drop_stale: bool = False,
+    allow_partial: bool = False,
 ) -> Plan:
     """The plan of a conversion, after every check that can be made before work starts. Writes nothing."""
     prepared = prepare(
-        model, recipe, check=lambda checkpoint: _check_before_work(checkpoint, out, recipe, resume, overwrite),
+        model, recipe, allow_partial, check=lambda checkpoint: _check_before_work(checkpoint, out, recipe, resume, overwrite),
         drop_stale=drop_stale,
     )  # fmt: skip
     _sequences(prepared, recipe, trust_remote_code)
@@ -186,10 +222,8 @@ def dry_run(
 
 
 def _check_before_work(checkpoint: Checkpoint, out: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
-    """Raises UserError / UsageError for what needs no graph to see: the model's family and what is in the way at `out`."""
-    refusal = can_write(checkpoint.config)
-    if refusal is not None:
-        raise UserError(f"{checkpoint.path}: no DSA checkpoint can be written: {refusal}")
+    """Raises UserError / UsageError for what needs no graph to see: the layout and what is in the way at `out`."""
+    layout_of(checkpoint, recipe)
     check_target(out, _inputs(checkpoint, recipe), overwrite=overwrite)
     file_names(checkpoint.path, checkpoint.tensors)
     if recipe.donor is None:
@@ -234,7 +268,7 @@ def _calibrated(job: _Job, store: ProgressStore) -> Iterator[LayerResult]:
     results = calibrate(
         WeightSource(job.prepared.checkpoint, job.prepared.capture, job.device),
         job.sequences.calibration, job.sequences.selection,
-        Calibration(job.prepared.plan.indexer, recipe.rows, schedule, recipe.seed), finished, tell.on_step,
+        Calibration(job.prepared.plan.indexer, recipe.rows, schedule, recipe.seed, job.allow_partial), finished, tell.on_step,
         lambda done, total: tell.on_progress("calibrate", done, total),
     )  # fmt: skip
     for result in results:
@@ -249,7 +283,10 @@ def _proved(job: _Job, folder: Path, skip_transformers: bool) -> Verification:
     """Raises UserError naming the first check that does not hold."""
     checkpoint = job.prepared.checkpoint
     stale = bool(_dropped(checkpoint))
-    pair = open_pair(checkpoint.path, folder, job.device, job.prepared.capture, UNPROVEN_CONFIG, drop_stale=stale)
+    pair = open_pair(
+        checkpoint.path, folder, job.device, job.prepared.capture, UNPROVEN_CONFIG, drop_stale=stale,
+        allow_partial=job.allow_partial,
+    )  # fmt: skip
     text, limit = job.sequences, job.recipe.verify.max_loss_delta
     result = verify(pair, text.proof, text.origin, limit, skip_transformers, job.tell.on_progress)
     if not result.passed:
@@ -301,18 +338,21 @@ def _spread(items: list[Tensor], count: int) -> list[Tensor]:
 def _fingerprint(job: _Job) -> str:
     """Of everything the indexers depend on."""
     digest = hashlib.sha256(f"{__version__} {job.prepared.checkpoint.fingerprint()}".encode())
-    digest.update(json.dumps(job.recipe.model_dump(exclude={"verify"}), sort_keys=True).encode())
+    digest.update(json.dumps(job.recipe.model_dump(exclude=set(WRITTEN_ONLY)), sort_keys=True).encode())
     for sequence in job.sequences.calibration + job.sequences.selection:
         digest.update(sequence.numpy().tobytes())
     return digest.hexdigest()
 
 
-def _report(job: _Job, layers: tuple[LayerResult, ...], proof: list[Verification], seconds: float) -> dict[str, Any]:
+def _report(
+    job: _Job, layout: Layout, layers: tuple[LayerResult, ...], proof: list[Verification], seconds: float
+) -> dict[str, Any]:
     checkpoint = job.prepared.checkpoint
     text, fitted = job.sequences, job.sequences.calibration if job.prepared.donor is None else []
     report: dict[str, Any] = {
         "plan": job.prepared.plan.to_json(),
         "recipe": job.recipe.model_dump(),
+        "layout": {"name": layout.name, "why": layout.why, "query_form": layout.forms[0] if layout.forms else None},
         "remote_code": list(job.remote_code),
         "dropped_fields": list(_dropped(checkpoint)),
         "calibration": {

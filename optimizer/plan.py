@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import UsageError, UserError
-from ..exporters.dsa.config import can_write
+from ..exporters.dsa.layout import Layout, choose
 from ..kernels.spec import IndexerConfig, IndexerWeights
 from ..passes.matching.sites import Miss, MlaDims
 from ..passes.mla_to_dsa import Converted, mla_to_dsa
@@ -16,15 +17,20 @@ from .model.capture import Capture, capture
 from .model.checkpoint import Checkpoint
 from .model.donor import Donor
 from .model.every_tensor import check_every_tensor, with_true_quantisation
+from .model.stored_formats import mtp_tensors
 from .model.weights import WeightSource
 from .recipe import Recipe
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class Plan:
     """What will happen. layers: (name, dims) of every MLA attention; misses: attention that is not dense MLA.
 
-    refusal: why no checkpoint can be written for this model now (None: it can). notes: what the user should know.
+    refusal: why no checkpoint can be written for this model now (None: it can). notes: what the user should know. layout: what it
+    is written as, with the reason; query_forms: how a query latent is made for a model without one, the first that is exact
+    enough on the real weights.
     """
 
     model: str
@@ -37,6 +43,9 @@ class Plan:
     notes: tuple[str, ...]
     new_parameters: int
     context: int
+    layout: str = ""
+    layout_reason: str = ""
+    query_forms: tuple[str, ...] = ()
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -58,6 +67,7 @@ class Plan:
             "model": self.model, "model_type": self.model_type, "indexer": asdict(self.indexer), "source": self.source,
             "layers": [{"name": name, **asdict(dims)} for name, dims in self.layers],
             "misses": [asdict(miss) for miss in self.misses], "refusal": self.refusal, "notes": list(self.notes),
+            "layout": self.layout, "layout_reason": self.layout_reason, "query_forms": list(self.query_forms),
             "new_parameters": self.new_parameters, "context": self.context,
             "decode_attention_flops": {str(n): dict(zip(("dense", "dsa"), self.attention_flops(n), strict=True)) for n in self.lengths},
         }  # fmt: skip
@@ -65,13 +75,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A plan and what making it produced: the captured program and the rewritten one (no weights in either)."""
+    """A plan and what making it produced: the captured program and the rewritten one (no weights in either). layout: None where
+    the plan has a refusal."""
 
     plan: Plan
     checkpoint: Checkpoint
     capture: Capture
     converted: Converted
     donor: Donor | None
+    layout: Layout | None = None
 
 
 def prepare(
@@ -104,14 +116,35 @@ def prepare(
     if donor is not None:
         donor.check(converted.found.sites)
     layers = tuple((site.name, site.dims) for site in converted.found.sites)
+    layout, refusal = _layout(checkpoint, recipe, converted)
     plan = Plan(
         model=str(model), model_type=str(checkpoint.config.get("model_type")), indexer=config,
         source=f"donor:{recipe.donor}" if recipe.donor else recipe.indexer, layers=layers,
-        misses=converted.found.misses, refusal=can_write(checkpoint.config),
-        notes=tuple(_notes(checkpoint, config, layers)), new_parameters=_new_parameters(config, layers),
-        context=captured.max_length,
+        misses=converted.found.misses, refusal=refusal,
+        notes=tuple(_notes(checkpoint, config, layers, recipe.mtp)), new_parameters=_new_parameters(config, layers),
+        context=captured.max_length, layout=layout.name if layout else "", layout_reason=layout.why if layout else "",
+        query_forms=layout.forms if layout else (),
     )  # fmt: skip
-    return Prepared(plan, checkpoint, captured, converted, donor)
+    return Prepared(plan, checkpoint, captured, converted, donor, layout)
+
+
+def layout_of(checkpoint: Checkpoint, recipe: Recipe) -> Layout:
+    """The layout that the recipe asks for. Raises UserError when the model cannot be written so."""
+    try:
+        return choose(checkpoint.config, checkpoint.tensors, recipe.layout, untie=recipe.untie, mtp=recipe.mtp)
+    except UserError as error:
+        raise UserError(f"{checkpoint.path}: {error}") from None
+
+
+def _layout(checkpoint: Checkpoint, recipe: Recipe, converted: Converted) -> tuple[Layout | None, str | None]:
+    """(layout, None), or (None, why there is none)."""
+    try:
+        layout = layout_of(checkpoint, recipe)
+    except UserError as error:
+        return None, str(error)
+    if layout.target is not None and converted.found.misses:
+        return None, f"{layout.name} has an indexer in every layer, but {converted.found.misses[0]}; pass --layout own"
+    return layout, None
 
 
 def indexer_config(
@@ -134,18 +167,30 @@ def _new_parameters(config: IndexerConfig, layers: tuple[tuple[str, MlaDims], ..
     return total
 
 
-def _notes(checkpoint: Checkpoint, config: IndexerConfig, layers: tuple[tuple[str, MlaDims], ...]) -> list[str]:
+def _notes(
+    checkpoint: Checkpoint, config: IndexerConfig, layers: tuple[tuple[str, MlaDims], ...], mtp_wanted: str
+) -> list[str]:
     notes = []
     if config.index_n_heads not in (32, 64):
         notes.append(f"{config.index_n_heads} index heads: DeepGEMM (vLLM and SGLang on SM90) takes 32 or 64 only")
-    mtp = checkpoint.has_mtp_layers()
+    mtp = mtp_tensors(checkpoint.config, checkpoint.tensors)
     if mtp:
+        what = "left out" if mtp_wanted == "drop" else "kept without an indexer"
         notes.append(
-            f"{len(mtp)} tensors of multi-token-prediction layers are kept without an indexer: no speculative decoding with them"
+            f"{len(mtp)} tensors of multi-token-prediction layers are {what}: no speculative decoding with them"
         )
+    if others := _without_mla(checkpoint, layers):
+        notes.append(f"layers {others} have no MLA attention and stay as they are")
     needed = max((d.qk_rope_head_dim + 1 + d.kv_lora_rank for _, d in layers), default=0)
     if config.index_head_dim < needed:
         notes.append(
             f"index_head_dim {config.index_head_dim} keeps the strongest part of the latent ({needed} would keep all)"
         )
     return notes
+
+
+def _without_mla(checkpoint: Checkpoint, layers: tuple[tuple[str, MlaDims], ...]) -> str:
+    """Numbers of the layers that no site is in, as in a hybrid: "0, 1, 2"."""
+    count = checkpoint.config.get("num_hidden_layers")
+    numbers = {int(found[1]) for name, _ in layers if (found := _LAYER.search(name))}
+    return ", ".join(str(layer) for layer in range(count if isinstance(count, int) else 0) if layer not in numbers)

@@ -56,6 +56,9 @@ class Verify(_Strict):
     sequences: Count = 8
 
 
+WRITTEN_ONLY = ("verify", "layout", "mtp", "untie")  # what no indexer depends on
+
+
 class Recipe(_Strict):
     """What the user asks for. None means: chosen from the model (see `docs/recipe.md`)."""
 
@@ -71,6 +74,9 @@ class Recipe(_Strict):
     seed: int = Field(default=0, ge=0, lt=2**32)
     distil: Distil = Distil()
     verify: Verify = Verify()
+    layout: Literal["auto", "deepseek_v32", "glm_moe_dsa", "own"] = "auto"
+    mtp: Literal["keep", "drop"] = "keep"
+    untie: bool = False
 
     @model_validator(mode="after")
     def _donor_has_a_path(self) -> Recipe:

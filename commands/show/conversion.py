@@ -28,6 +28,14 @@ def show_plan(plan: Plan) -> None:
     counted = [(length, *plan.attention_flops(length)) for length in plan.lengths]
     ratios = ", ".join(f"{dense / sparse:.1f}x at {_length(length)}" for length, dense, sparse in counted)
     print(f"attention FLOPs of a decoded token, dense / DSA, counted: {ratios}")
+    if plan.layout:
+        print(f"layout: {plan.layout} ({plan.layout_reason})")
+    if plan.query_forms:
+        forms = {
+            "identity": "the identity, if its error on the real weights allows",
+            "bias": "biases (transformers only)",
+        }
+        print(f"query latent, which the model has none of: {', else '.join(forms[form] for form in plan.query_forms)}")
     for miss in plan.misses:
         print(f"not dense MLA: {miss}")
     for note in plan.notes:

@@ -1,7 +1,7 @@
-"""The DSA checkpoint on disk: the dense one as it is, plus one shard of indexers; and the way back.
+"""The DSA checkpoint on disk: the dense one as it is, plus one shard of indexers (`strip.py` is the way back).
 
     dense/                                    dsa/
-      config.json                               config.json                     deepseek_v32, index_topk ...
+      config.json                               config.json                     a DSA class's, or the dense one's; index_topk ...
       model-00001-of-00002.safetensors   ==     model-00001-of-00002.safetensors  (hard link)
       model-00002-of-00002.safetensors   ==     model-00002-of-00002.safetensors  (hard link)
                                                 model-indexer.safetensors       5 tensors a layer
@@ -12,6 +12,7 @@
 
 Weights are hard-linked: never write into them. The other files are copies, since people do edit those in place. What is no
 part of the model (its card, scripts, images) stays behind (`files/model/model_files.py`): it speaks of the dense one.
+Where a family's rule folds something, or multi-token prediction is dropped, the shards concerned are written anew (`shards.py`).
 config.json gets its name after the proof: a folder that a killed run leaves is no checkpoint to anybody. The manifest is
 the last file, and lists all others.
 A source with a single `model.safetensors` has it linked as `model-dense.safetensors`: transformers would load a file of
@@ -21,7 +22,9 @@ the first name alone and never look at the index.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -34,7 +37,7 @@ from ...errors import UserError
 from ...files.digests import file_digest
 from ...files.dtypes import MODEL_DTYPES, element_type, torch_dtype
 from ...files.json_files import read_json
-from ...files.manifests.checkpoint_manifest import FORMAT, read_checkpoint_manifest
+from ...files.manifests.checkpoint_manifest import FORMAT
 from ...files.model.model_files import CONFIG, left_out
 from ...files.ownership import write_manifest
 from ...files.safetensors_index import (
@@ -48,13 +51,33 @@ from ...files.safetensors_index import (
 )
 from ...files.staging import staged_folder
 from ...files.temporary import move_file
-from ...files.writing import create, place_file, write_json, write_new
+from ...files.writing import create, place_file, write_json
 from ...kernels.spec import IndexerConfig, IndexerWeights
 from .config import dsa_config
-from .names import INDEXER_SHARD, MANIFEST, REPORT, UNPROVEN_CONFIG, file_names
+from .folding import pairs
+from .folds import Folding
+from .layout import Layout, choose
+from .names import DERIVED_SHARD, INDEXER_SHARD, MANIFEST, REPORT, UNPROVEN_CONFIG, file_names
+from .shards import write_derived, write_originals, write_shard
+from .steps import Interleave
 
-_MANIFEST_ENTRIES = {"format", "versions", "source", "indexer", "report", "files"}
+_MANIFEST_ENTRIES = {"format", "versions", "source", "indexer", "layout", "report", "files"}
 _INDEXER_DTYPES = tuple(map(torch_dtype, MODEL_DTYPES))
+_PLAIN = ("F64", "F32", "F16", "BF16")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is written, before any of it is. config: of the dense model, tensors: its; names: of its files there and here."""
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorLocation]
+    names: Mapping[str, str]
+    layout: Layout
+    folding: Folding
+    mtp: Collection[str]
 
 
 def write_dsa_checkpoint(
@@ -64,60 +87,91 @@ def write_dsa_checkpoint(
     config: IndexerConfig,
     *,
     manifest: Mapping[str, object],
+    layout: Layout | None = None,
+    q_width: int | None = None,
+    mtp: Collection[str] = (),
     dtype: torch.dtype = torch.bfloat16,
     dropped: Sequence[str] = (),
     overwrite: bool = False,
     prove: Callable[[Path], Mapping[str, object]] | None = None,
 ) -> Path:
-    """Write the checkpoint in `source` with an indexer in every layer to `out`, whole or not at all; returns `out`.
+    """Write the checkpoint in `source` with an indexer in every MLA layer to `out`, whole or not at all; returns `out`.
 
-    weights: by attention module name (`model.layers.0.self_attn`); each is fetched once, in order, so that a lazy
-    mapping keeps one layer in memory. MTP layers may have one, the `num_hidden_layers` others must.
-    dropped: fields of the source's config.json that are not true of it; `strip` gives them back all the same.
-    dtype: of wq_b, wk and weights_proj; k_norm is written in float32, as DeepSeek does: runtimes that keep LayerNorm in
-    float32 get the full precision, transformers casts it to the model's dtype.
-    manifest: what to record besides our own entries (model id, recipe). prove: looks at the folder before it gets its
-    name, its config.json still called UNPROVEN_CONFIG; what it returns becomes report.json and the manifest's report,
-    what it raises leaves nothing behind.
+    weights: by attention module name (`model.layers.0.self_attn`), half-split; each is fetched once, in order. In a DSA class's
+    layout MTP layers may have one, the `num_hidden_layers` others must.
+    layout: None takes the first that fits; q_width: of what the indexers read (None: as config.json says); mtp: the source's tensors
+    of multi-token-prediction layers. dropped: fields of its config.json that are not true; `strip` gives them back all the same.
+    dtype: of wq_b, wk and weights_proj; k_norm is written in float32, as DeepSeek does.
+    manifest: what to record besides our own entries. prove: looks at the folder before it gets its name, its config.json still
+    called UNPROVEN_CONFIG; what it returns becomes report.json and the manifest's report, what it raises leaves nothing behind.
     Raises UserError (source unfit, weights unfit, disk full) and UsageError (`out` in the way). `source` is only read.
     """
     _check_entries(manifest)
-    dense = {name: value for name, value in read_json(source / CONFIG).items() if name not in dropped}
-    tensors = read_index(source)
-    settings = dsa_config(dense, config, weights)
-    _check_layers(source, dense, tensors, weights)
-    names = file_names(source, tensors)
+    given = _opened(source, layout, mtp, dropped)
+    plain = _plain_modules(given.folding)
+    settings = dsa_config(given.config, config, weights, given.layout, _mtp_layers(given), plain)
+    _check_layers(given, settings, weights)
+    shapes = _shapes(settings, config, q_width)
     with staged_folder(out, [source], overwrite=overwrite) as folder:
-        entries = _fill(folder, source, dense, tensors, names, weights, _shapes(dense, config), dtype)
+        entries = _fill(folder, given, weights, shapes, dtype, settings)
         write_json(folder / UNPROVEN_CONFIG, settings)
         read_index(folder)  # what is published reads back: every header, every file size
-        report = prove(folder) if prove is not None else None
-        if report is not None:
-            write_json(folder / REPORT, report)
+        report = _proved(folder, prove)
         move_file(folder / UNPROVEN_CONFIG, folder / CONFIG)
         write_manifest(folder, MANIFEST, {**entries, "report": report, **manifest})
     return out
 
 
+def _proved(folder: Path, prove: Callable[[Path], Mapping[str, object]] | None) -> Mapping[str, object] | None:
+    report = prove(folder) if prove is not None else None
+    if report is not None:
+        write_json(folder / REPORT, report)
+    return report
+
+
+def _opened(source: Path, layout: Layout | None, mtp: Collection[str], dropped: Sequence[str]) -> _Source:
+    dense = {name: value for name, value in read_json(source / CONFIG).items() if name not in dropped}
+    tensors = read_index(source)
+    layout = layout or choose(dense, tensors)
+    folding = layout.folding(dense, tensors, mtp)
+    return _Source(source, dense, tensors, file_names(source, tensors), layout, folding, mtp)
+
+
 def _fill(
     folder: Path,
-    source: Path,
-    dense: Mapping[str, Any],
-    tensors: Mapping[str, TensorLocation],
-    names: Mapping[str, str],
+    given: _Source,
     weights: Mapping[str, IndexerWeights],
     shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
+    settings: Mapping[str, Any],
 ) -> dict[str, object]:
     """Everything but config.json and the manifest, of which what is ours to say is returned."""
-    placed = [_place(source, folder, name, target) for name, target in names.items()]
-    added = _write_indexers(folder / INDEXER_SHARD, weights, shapes, dtype)
-    write_json(folder / INDEX_FILE, _index(source, tensors, names, added))
-    about = {**_kept_config(source), "files": placed, "left_out": left_out(source, names)}
+    gone = given.folding.replaced
+    anew = {given.tensors[name].file.name for name in gone}
+    placed = [
+        _rewrite(given.path, folder, name, target, gone) if name in anew else _place(given.path, folder, name, target)
+        for name, target in given.names.items()
+    ]
+    derived = write_derived(folder, given.folding)
+    if anew:
+        write_originals(folder, [given.path / name for name in sorted(anew)], given.folding)
+    added = _write_indexers(folder / INDEXER_SHARD, weights, shapes, dtype, _rotary(given.layout, settings))
+    write_json(folder / INDEX_FILE, _index(given, derived, added))
+    about = {**_kept_config(given.path), "files": placed, "left_out": left_out(given.path, given.names)}
     indexer = {
-        "shard": INDEXER_SHARD, "tensors": sorted(added), "mtp_layers_without": _bare_mtp(tensors, dense, weights),
+        "shard": INDEXER_SHARD, "tensors": sorted(added), "mtp_layers_without": _bare_mtp(given, weights),
     }  # fmt: skip
-    return {"format": FORMAT, "versions": _versions(), "source": about, "indexer": indexer}
+    return {"format": FORMAT, "versions": _versions(), "source": about, "indexer": indexer, "layout": _layout(given)}
+
+
+def _layout(given: _Source) -> dict[str, object]:
+    """The manifest's word on how this is written."""
+    layout, folding = given.layout, given.folding
+    return {
+        "name": layout.name, "why": layout.why, "family": layout.family.name if layout.family else None,
+        "query_form": layout.forms[0] if layout.forms else None,
+        "derived": [made.to_json() for made in folding.derived.values()], "dropped": sorted(folding.dropped),
+    }  # fmt: skip
 
 
 def _check_entries(manifest: Mapping[str, object]) -> None:
@@ -125,51 +179,27 @@ def _check_entries(manifest: Mapping[str, object]) -> None:
         raise ValueError(f"manifest entries {taken} are written by write_dsa_checkpoint itself")
 
 
-def strip(dsa: Path, out: Path, overwrite: bool = False) -> Path:
-    """The dense checkpoint that `dsa` was made from, bit for bit, every file under its old name; returns `out`.
-
-    What was no part of the model is not in it (`not_restored`).
-    Raises UserError when `dsa` was not written by mla2dsa, or a file to restore is missing or was changed since (sizes
-    and hashes as in `file_digest`), UsageError when `out` is in the way.
-    """
-    source = read_checkpoint_manifest(dsa)["source"]
-    files = source["files"]
-    for entry in files:
-        _check_unchanged(dsa, entry)
-    with staged_folder(out, [dsa], overwrite=overwrite) as folder:
-        for entry in files:
-            place_file(dsa / entry["name"], folder / entry["source_name"], link=True)
-        write_new(folder / CONFIG, source["config"])
-    return out
-
-
-def not_restored(dsa: Path) -> list[str]:
-    """Files and folders of the source that `strip` cannot give back, since they were no part of the model."""
-    return list(read_checkpoint_manifest(dsa)["source"].get("left_out") or [])
-
-
 def _kept_config(source: Path) -> dict[str, str]:
     text = (source / CONFIG).read_bytes()
     return {"config": text.decode(), "config_sha256": hashlib.sha256(text).hexdigest()}
 
 
-def _check_layers(
-    source: Path,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, TensorLocation],
-    weights: Mapping[str, IndexerWeights],
-) -> None:
-    layers = config.get("num_hidden_layers")
+def _check_layers(given: _Source, settings: Mapping[str, Any], weights: Mapping[str, IndexerWeights]) -> None:
+    tensors, source = given.tensors, given.path
+    if present := [name for name in tensors if ".indexer." in name]:
+        raise UserError(f"{tensors[present[0]].file}: already holds indexer tensors ({some(present)})")
+    if given.layout.target is None:
+        return  # the modules are the graph's
+    layers = settings.get("num_hidden_layers")
     if not isinstance(layers, int):
         raise UserError(f"{source / CONFIG}: num_hidden_layers is {layers!r}, expected a number")
     needed = [f"model.layers.{layer}.self_attn" for layer in range(layers)]
     if missing := [module for module in needed if module not in weights]:
-        raise UserError(f"{some(missing)}: no indexer weights, but deepseek_v32 has an indexer in every layer")
+        target = given.layout.target.model_type
+        raise UserError(f"{some(missing)}: no indexer weights, but {target} has an indexer in every layer")
     modules = {name.rpartition(".self_attn.")[0] + ".self_attn" for name in tensors if ".self_attn." in name}
     if unknown := [module for module in weights if module not in modules]:
         raise UserError(f"{some(unknown)}: indexer weights for a module that {source} has no tensors of")
-    if present := [name for name in tensors if ".self_attn.indexer." in name]:
-        raise UserError(f"{tensors[present[0]].file}: already holds indexer tensors ({some(present)})")
 
 
 def _place(source: Path, folder: Path, name: str, target: str) -> dict[str, Any]:
@@ -177,13 +207,34 @@ def _place(source: Path, folder: Path, name: str, target: str) -> dict[str, Any]
     return {"name": target, "source_name": name, "placed": method, **file_digest(source / name)}
 
 
-def _shapes(config: Mapping[str, Any], indexer: IndexerConfig) -> dict[str, tuple[int, ...]]:
-    # deepseek_v3's own defaults stand in for fields that config.json leaves out
-    return IndexerWeights.shapes(indexer, config.get("hidden_size", 7168), config.get("q_lora_rank", 1536))
+def _rewrite(source: Path, folder: Path, name: str, target: str, gone: set[str]) -> dict[str, Any]:
+    digest = write_shard(source / name, folder / target, gone)
+    return {"name": target, "source_name": name, "placed": "rewritten", **digest, "hashed": digest["size"]}
+
+
+def _shapes(settings: Mapping[str, Any], indexer: IndexerConfig, q_width: int | None) -> dict[str, tuple[int, ...]]:
+    text = settings.get("text_config") or settings
+    latent = text.get("q_lora_rank") or q_width or text["hidden_size"]
+    return IndexerWeights.shapes(indexer, text["hidden_size"], latent)
+
+
+def _rotary(layout: Layout, settings: Mapping[str, Any]) -> Mapping[str, Interleave]:
+    """By tensor, how its rotary rows are moved for a class that rotates the indexer in pairs: q and k alike, so that scores are
+    the same."""
+    if layout.target is None or not layout.target.interleaved:
+        return {}
+    rope = settings["qk_rope_head_dim"]
+    one = Interleave(1, 0, rope)
+    return {"wq_b.weight": Interleave(settings["index_n_heads"], 0, rope), "wk.weight": one, "k_norm.weight": one,
+            "k_norm.bias": one}  # fmt: skip
 
 
 def _write_indexers(
-    file: Path, weights: Mapping[str, IndexerWeights], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+    file: Path,
+    weights: Mapping[str, IndexerWeights],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    rotary: Mapping[str, Interleave],
 ) -> dict[str, int]:
     """Stream the new shard, one layer in memory at a time; returns bytes per tensor name."""
     if dtype not in _INDEXER_DTYPES:
@@ -199,7 +250,9 @@ def _write_indexers(
         for module in weights:
             tensors = weights[module].tensors()
             for name, shape in shapes.items():
-                tensor = _checked(f"{module}.indexer.{name}", tensors[name], shape, kept[name])
+                tensor = _widened(tensors[name], shape) if name == "wq_b.weight" else tensors[name]
+                tensor = _checked(f"{module}.indexer.{name}", tensor, shape, kept[name])
+                tensor = pairs(tensor, rotary[name]) if name in rotary else tensor
                 stream.write(tensor.flatten().view(torch.uint8).numpy().data)
     return {name: tensor.nbytes for name, tensor in read_header(file).items()}
 
@@ -214,26 +267,44 @@ def _checked(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dty
     return result
 
 
-def _index(
-    source: Path, tensors: Mapping[str, TensorLocation], names: Mapping[str, str], added: Mapping[str, int]
-) -> dict[str, Any]:
-    sharded = SINGLE_FILE not in names
-    metadata = read_json(source / INDEX_FILE).get("metadata") if sharded else None
-    weight_map = {name: names[place.file.name] for name, place in tensors.items()}
-    weight_map |= dict.fromkeys(added, INDEXER_SHARD)
-    total = sum(place.nbytes for place in tensors.values()) + sum(added.values())
+def _widened(wq_b: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A query latent that was made up holds the hidden state and then what the indexer has no use for (`BiasQuery`)."""
+    missing = shape[1] - wq_b.shape[1] if wq_b.dim() == 2 else 0
+    return torch.nn.functional.pad(wq_b, (0, missing)) if missing > 0 else wq_b
+
+
+def _index(given: _Source, derived: Mapping[str, int], added: Mapping[str, int]) -> dict[str, Any]:
+    sharded = SINGLE_FILE not in given.names
+    metadata = read_json(given.path / INDEX_FILE).get("metadata") if sharded else None
+    gone = given.folding.replaced
+    kept = {name: place for name, place in given.tensors.items() if name not in gone}
+    weight_map = {name: given.names[place.file.name] for name, place in kept.items()}
+    weight_map |= dict.fromkeys(derived, DERIVED_SHARD) | dict.fromkeys(added, INDEXER_SHARD)
+    total = sum(place.nbytes for place in kept.values()) + sum(derived.values()) + sum(added.values())
     metadata = {**(metadata or {}), "total_size": total}
     metadata.pop("total_parameters", None)  # packed formats make it a guess, and nothing reads it
     return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def _bare_mtp(
-    tensors: Mapping[str, TensorLocation], config: Mapping[str, Any], weights: Mapping[str, IndexerWeights]
-) -> list[str]:
+def _bare_mtp(given: _Source, weights: Mapping[str, IndexerWeights]) -> list[str]:
     """MTP layers (after num_hidden_layers) left without an indexer: the model runs, its own speculation does not."""
-    modules = {name.rpartition(".kv_b_proj.")[0] for name in tensors if ".self_attn.kv_b_proj." in name}
-    layers = {f"model.layers.{layer}.self_attn" for layer in range(config["num_hidden_layers"])}
-    return sorted(modules - layers - set(weights))
+    names = [name for name in given.tensors if ".self_attn.kv_b_proj." in name and name not in given.folding.dropped]
+    count = given.config.get("num_hidden_layers") or 0
+    after = [name for name in names if (layer := _LAYER.search(name)) and int(layer[1]) >= count]
+    return sorted({name.rpartition(".kv_b_proj.")[0] for name in after} - set(weights)) if count else []
+
+
+def _mtp_layers(given: _Source) -> int:
+    """Multi-token-prediction layers in the DSA checkpoint."""
+    if given.layout.mtp == "drop":
+        return 0
+    return len({layer[1] for name in given.mtp if (layer := _LAYER.search(name))})
+
+
+def _plain_modules(folding: Folding) -> list[str]:
+    """Modules whose weights a fold made, and that no quantisation is about."""
+    made = [it.name for it in folding.derived.values() if it.dtype in _PLAIN and len(it.shape) == 2]
+    return [name.removesuffix(".weight") for name in made if name.endswith(".weight")]
 
 
 def _versions() -> dict[str, str]:
@@ -243,16 +314,3 @@ def _versions() -> dict[str, str]:
     except PackageNotFoundError:
         found["transformers"] = "not installed"
     return found
-
-
-def _check_unchanged(dsa: Path, entry: Mapping[str, Any]) -> None:
-    file = dsa / entry["name"]
-    if not file.exists():
-        raise UserError(f"{file}: missing, but needed to restore {entry['source_name']}; fetch it again")
-    found = file_digest(file)
-    for field in ("size", "hashed", "sha256"):
-        if found[field] != entry[field]:
-            raise UserError(
-                f"{file}: changed since the conversion ({field} {found[field]}, was {entry[field]}), so the dense "
-                "checkpoint cannot be restored bit for bit; put the original file back"
-            )

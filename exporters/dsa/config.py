@@ -1,4 +1,8 @@
-"""config.json of a DSA checkpoint: the dense one, told in the words of `deepseek_v32`."""
+"""config.json of a DSA checkpoint: the dense one, told in the words of a DSA class, or its own with the indexer's sizes added.
+
+In the own layout the sizes stand in config.json, too, for it is the truth about the model: the dense class of transformers takes
+fields it does not know and ignores them, and vLLM's deepseek_v2 family looks for index_topk in just this way.
+"""
 
 from __future__ import annotations
 
@@ -6,95 +10,87 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
+from .folds import Config, bias_rank
+from .layout import SKIP_LISTS, Layout, with_defaults
 
 if TYPE_CHECKING:  # it would bring torch, and this is asked before torch is loaded
     from ...kernels.spec import IndexerConfig
 
-DENSE_MODEL_TYPES = ("deepseek_v3", "kimi_k2")  # kimi_k2 is deepseek_v3 under another name
-_DENSE_ARCHITECTURE = "DeepseekV3ForCausalLM"
 _INDEXER_LINEARS = ("wq_b", "wk", "weights_proj")
-
-# Where a quantisation method lists the modules it leaves alone.
-_SKIP_LISTS = {"fp8": "modules_to_not_convert", "compressed-tensors": "ignore"}
-
-# deepseek_v3 ignores these, deepseek_v32 obeys them: it derives both from first_k_dense_replace when they are absent,
-# and takes num_experts for n_routed_experts.
-_OBEYED_ONLY_BY_V32 = ("mlp_layer_types", "layer_types", "num_experts", "index_topk")
-
-# transformers' default differs between the two (deepseek_v32: 163840), and YaRN may fall back on it.
-_V3_MAX_POSITION_EMBEDDINGS = 4096
+_OBEYED_ONLY_BY_DSA = ("index_topk",)
 
 
-def can_write(config: Mapping[str, Any]) -> str | None:
-    """Why a model with this config.json cannot become a `deepseek_v32` checkpoint, in one line; None if it can."""
-    model_type = config.get("model_type")
-    if model_type == "deepseek_v32" or config.get("index_topk") is not None:
-        return f"model_type {model_type} with index_topk {config.get('index_topk')}: already a DSA model"
-    if model_type not in DENSE_MODEL_TYPES:
-        known = " and ".join(DENSE_MODEL_TYPES)
-        return f"model_type {model_type} cannot be written as deepseek_v32 (its tensors differ); {known} can"
-    if (config.get("architectures") or [_DENSE_ARCHITECTURE]) != [_DENSE_ARCHITECTURE]:
-        return f"architectures {config['architectures']}: expected {_DENSE_ARCHITECTURE}"
-    if config.get("q_lora_rank", 1) is None:
-        return "q_lora_rank is null: the deepseek_v32 indexer reads the query latent, and this model has none"
-    if not config.get("rope_interleave", True):
-        return "rope_interleave is false: deepseek_v32 always rotates MLA's channels in interleaved pairs"
-    if "transformers_weights" in config:
-        return "transformers_weights names the weight files; rename them to the usual names and drop the field"
-    return _quantisation_refusal(config.get("quantization_config"))
+def dsa_config(
+    config: Config, indexer: IndexerConfig, attention_modules: Iterable[str], layout: Layout, mtp_layers: int = 0,
+    plain: Iterable[str] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """The config.json of `config`'s model in `layout`, with an indexer in each of `attention_modules` (`model.layers.0.self_attn`).
 
-
-def _quantisation_refusal(quantisation: Mapping[str, Any] | None) -> str | None:
-    if quantisation is None or quantisation.get("quant_method") in _SKIP_LISTS:
-        return None
-    known = ", ".join(_SKIP_LISTS)
-    return f"quantization_config.quant_method {quantisation.get('quant_method')} is not known here (known: {known})"
-
-
-def dsa_config(config: Mapping[str, Any], indexer: IndexerConfig, attention_modules: Iterable[str]) -> dict[str, Any]:
-    """The config.json of `config`'s model with an indexer in each of `attention_modules` (`model.layers.0.self_attn`).
-
-    transformers reads the result as the same dense model plus indexers. Raises UserError when it cannot (`can_write`),
-    or when `indexer` is not deepseek_v32's.
+    transformers reads the result as the same dense model plus indexers (in the own layout: as the dense model). mtp_layers: how
+    many multi-token-prediction layers are stored in it. plain: modules beside the indexers whose weights are not quantised, though
+    others of their kind may be. Raises UserError when `indexer` does not fit.
     """
-    if reason := can_write(config):
-        raise UserError(f"cannot write a DSA checkpoint: {reason}")
     _check_indexer(config, indexer)
-    result = {name: value for name, value in config.items() if name not in _OBEYED_ONLY_BY_V32}
-    result |= {
-        "architectures": ["DeepseekV32ForCausalLM"],
-        "model_type": "deepseek_v32",
-        "index_n_heads": indexer.index_n_heads,
-        "index_head_dim": indexer.index_head_dim,
-        "index_topk": indexer.index_topk,
-        "indexer_rope_interleave": False,  # runtimes disagree on the default, and the wrong one is silent
-    }
-    result.setdefault("max_position_embeddings", _V3_MAX_POSITION_EMBEDDINGS)
-    _fill_nulls(result)
+    result = _in_words_of_a_class(config, layout) if layout.family else dict(config)
+    if layout.family and ("num_nextn_predict_layers" in config or mtp_layers):
+        result["num_nextn_predict_layers"] = mtp_layers
+    elif layout.mtp == "drop" and "num_nextn_predict_layers" in config:
+        result["num_nextn_predict_layers"] = 0
+    _add_indexer(result, indexer, interleaved=layout.target is not None and layout.target.interleaved)
     _drop_remote_code(result)
     if result.get("quantization_config") is not None:
-        result["quantization_config"] = _skip_indexers(result["quantization_config"], attention_modules)
+        result["quantization_config"] = _skip_indexers(result["quantization_config"], attention_modules, plain)
     return result
 
 
-def _check_indexer(config: Mapping[str, Any], indexer: IndexerConfig) -> None:
+def _in_words_of_a_class(config: Config, layout: Layout) -> dict[str, Any]:
+    family, target = layout.family, layout.target
+    assert family is not None
+    assert target is not None
+    dropped = {*family.drops, *_OBEYED_ONLY_BY_DSA}
+    full = with_defaults(config, family)
+    result = {name: value for name, value in full.items() if name not in dropped}
+    result |= {name: value(full) if callable(value) else value for name, value in family.config.items()}
+    result = {**family.told, **result, "model_type": target.model_type, "architectures": [target.architecture]}
+    if not result.get("rope_interleave", True):
+        del result["rope_interleave"]  # folded
+    if layout.untie:
+        result["tie_word_embeddings"] = False
+    if layout.forms:
+        result |= _query_form(layout.forms[0], full)
+    return result
+
+
+def _query_form(form: str, full: Config) -> dict[str, Any]:
+    width = full["hidden_size"]
+    return {"q_lora_rank": width} if form == "identity" else {"q_lora_rank": bias_rank(width), "attention_bias": True}
+
+
+def _add_indexer(result: dict[str, Any], indexer: IndexerConfig, interleaved: bool) -> None:
+    """To the part of config.json that is about the text model."""
+    sizes = {
+        "index_n_heads": indexer.index_n_heads,
+        "index_head_dim": indexer.index_head_dim,
+        "index_topk": indexer.index_topk,
+        "indexer_rope_interleave": interleaved,  # runtimes disagree on the default, and the wrong one is silent
+    }
+    inner = result.get("text_config")
+    if isinstance(inner, Mapping):
+        result["text_config"] = {**inner, **sizes}
+    else:
+        result |= sizes
+
+
+def _check_indexer(config: Config, indexer: IndexerConfig) -> None:
     if indexer.rope_interleave:
-        raise UserError("rope_interleave of the indexer is true; deepseek_v32 rotates its indexer half-split")
+        raise UserError(
+            "rope_interleave of the indexer is true, expected half-split weights, whatever layout is written"
+        )
     rope = config.get("qk_rope_head_dim", 64)
     if indexer.index_head_dim < rope:
         raise UserError(f"index_head_dim {indexer.index_head_dim} is smaller than qk_rope_head_dim {rope}")
     if min(indexer.index_topk, indexer.index_n_heads) < 1:
         raise UserError(f"index_topk {indexer.index_topk} and index_n_heads {indexer.index_n_heads} must be positive")
-
-
-def _fill_nulls(result: dict[str, Any]) -> None:
-    """deepseek_v3 gives null a meaning where deepseek_v32 refuses it."""
-    meaning = {
-        "num_key_value_heads": result.get("num_attention_heads"),
-        "attention_dropout": 0.0,
-        "norm_topk_prob": False,
-    }
-    result.update({name: value for name, value in meaning.items() if name in result and result[name] is None})
 
 
 def _drop_remote_code(result: dict[str, Any]) -> None:
@@ -104,12 +100,14 @@ def _drop_remote_code(result: dict[str, Any]) -> None:
         result["auto_map"] = kept
 
 
-def _skip_indexers(quantisation: Mapping[str, Any], attention_modules: Iterable[str]) -> dict[str, Any]:
+def _skip_indexers(
+    quantisation: Mapping[str, Any], attention_modules: Iterable[str], plain: Iterable[str]
+) -> dict[str, Any]:
     """List the new linears, by full name, among those that are not quantised."""
-    field = _SKIP_LISTS[quantisation["quant_method"]]
+    field = SKIP_LISTS[quantisation["quant_method"]]
     skipped = quantisation.get(field)
     if skipped is None:
         # Without a list, transformers leaves lm_head alone by itself; with one, only what the list names.
         skipped = ["lm_head"] if field == "modules_to_not_convert" else []
     linears = [f"{module}.indexer.{linear}" for module in attention_modules for linear in _INDEXER_LINEARS]
-    return {**quantisation, field: [*skipped, *linears]}
+    return {**quantisation, field: [*skipped, *linears, *(name for name in plain if name not in skipped)]}

@@ -13,9 +13,11 @@ from ...files.safetensors_index import INDEX_FILE, SINGLE_FILE, TensorLocation
 MANIFEST = CHECKPOINT_MANIFEST
 REPORT = "report.json"
 INDEXER_SHARD = "model-indexer.safetensors"
+DERIVED_SHARD = "model-derived.safetensors"  # tensors that a family's rule makes of the source's
+ORIGINALS = "mla2dsa.source-tensors"  # safetensors inside, under a name that no runtime looks for
 UNPROVEN_CONFIG = "config.unproven.json"  # what config.json is called until the folder is proven
 RENAMED = {SINGLE_FILE: "model-dense.safetensors", INDEX_FILE: "mla2dsa.source-index.json"}  # of the source's files
-_OURS = {MANIFEST, REPORT, INDEXER_SHARD, UNPROVEN_CONFIG, *RENAMED.values()}
+_OURS = {MANIFEST, REPORT, INDEXER_SHARD, DERIVED_SHARD, ORIGINALS, UNPROVEN_CONFIG, *RENAMED.values()}
 
 
 def file_names(source: Path, tensors: Mapping[str, TensorLocation]) -> dict[str, str]:

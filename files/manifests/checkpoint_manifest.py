@@ -6,19 +6,21 @@ import hashlib
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from ...errors import UserError
-from .schema import Digest, Entries, FileName, Manifest, RelativePath, Sha256, Strict, Text, read_manifest
+from .schema import Bytes, Digest, Entries, FileName, Manifest, RelativePath, Sha256, Strict, Text, read_manifest
 
 CHECKPOINT_MANIFEST = "mla2dsa.json"
-FORMAT = 1
+FORMAT = 2  # 1: without `layout`, every shard a link
+_READ = (1, 2)
 _REMEDY = "fetch it again, or convert again"
 _CONFIG = "config.json"
 
 
 class PlacedFile(Digest):
-    """A file of the dense checkpoint. name: here; source_name: there; placed: "hardlink", "reflink" or "copy"."""
+    """A file of the dense checkpoint. name: here; source_name: there; placed: "hardlink", "reflink" or "copy", or "rewritten" for a
+    shard that lacks what was made anew or dropped (then the digest is the source's, of the whole file)."""
 
     name: RelativePath
     source_name: RelativePath
@@ -52,11 +54,36 @@ class Indexer(Strict):
     mtp_layers_without: Annotated[list[Text], Entries]
 
 
+class DerivedTensor(Strict):
+    """See `exporters/dsa/steps.py`."""
+
+    name: Text
+    source: Text
+    dtype: Text
+    shape: Annotated[list[Bytes], Field(max_length=64)]
+    steps: Annotated[list[dict[str, Any]], Field(max_length=16)]
+    replaces: bool
+
+
+class Layout(Strict):
+    """How the checkpoint is written. name: "deepseek_v32", "glm_moe_dsa" or "own"; why: the reason; family: the rule, if one was
+    needed; query_form: how a query latent was made for a model without one; derived: tensors that a rule made, those with a
+    factor in float32 so that nothing is rounded; dropped: the source's that are not in it (multi-token prediction)."""
+
+    name: Text
+    why: Text
+    family: Text | None = None
+    query_form: Text | None = None
+    derived: Annotated[list[DerivedTensor], Entries]
+    dropped: Annotated[list[Text], Entries]
+
+
 class CheckpointManifest(Manifest):
     """See `exporters/dsa/checkpoint.py`."""
 
     source: Source
     indexer: Indexer
+    layout: Layout | None = None
     report: dict[str, Any] | None = None
     verified: bool | None = None
     model: Text | None = None
@@ -75,4 +102,4 @@ def read_checkpoint_manifest(folder: Path) -> dict[str, Any]:
             f"{folder}: no {CHECKPOINT_MANIFEST}, so mla2dsa did not write it (a native DSA model has no dense original to "
             "restore)"
         )
-    return read_manifest(folder / CHECKPOINT_MANIFEST, CheckpointManifest, FORMAT, _REMEDY)
+    return read_manifest(folder / CHECKPOINT_MANIFEST, CheckpointManifest, _READ, _REMEDY)

@@ -68,15 +68,18 @@ class Manifest(Strict):
     files: Annotated[list[ListedFile], Entries] | None = None
 
 
-def read_manifest(file: Path, schema: type[BaseModel], format: int, remedy: str) -> dict[str, Any]:
-    """The content of `file`, which is as `schema` says. remedy: what to do about one that is not.
+def read_manifest(file: Path, schema: type[BaseModel], formats: int | tuple[int, ...], remedy: str) -> dict[str, Any]:
+    """The content of `file`, which is as `schema` says. remedy: what to do about one that is not; formats: the versions that are
+    read.
 
     Raises UserError, one line with the file and the field.
     """
     content = read_json(file)
     found = content.get("format")
-    if type(found) is not int or found != format:
-        raise UserError(f"{file}: format {short(found)}, this mla2dsa reads {format}; {remedy}, or update mla2dsa")
+    known = formats if isinstance(formats, tuple) else (formats,)
+    if type(found) is not int or found not in known:
+        reads = " and ".join(map(str, known))
+        raise UserError(f"{file}: format {short(found)}, this mla2dsa reads {reads}; {remedy}, or update mla2dsa")
     check_schema(content, str(file), schema, remedy)
     return content
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError, UserError
-from ...exporters.dsa.config import can_write
+from ...exporters.dsa.layout import choose
 from ...exporters.dsa.names import MANIFEST, file_names
 from ...files.json_files import read_json
 from ...files.manifests.engine_manifest import ENGINE_FILES, ENGINE_MANIFEST
@@ -208,12 +208,26 @@ def _convert(found: Findings, model: _Model, out: Path, recipe: Recipe | None, d
         found.add(UserError(f"{model.folder}: no DSA checkpoint can be written: already a DSA model"))
         return
     found.collect(file_names, model.folder, model.tensors)
-    if (refusal := can_write(_without_stale(model, drop_stale))) is not None:
-        found.add(UserError(f"{model.folder}: no DSA checkpoint can be written: {refusal}"))
+    _check_layout(found, model, out, recipe, drop_stale, needs)
     if recipe is not None:
         _check_dense(found, model, recipe, drop_stale)
         _add_indexers(needs, model, recipe, out)
     needs.links(out, model.files(), _COPIED)
+
+
+def _check_layout(
+    found: Findings, model: _Model, out: Path, recipe: Recipe | None, drop_stale: bool, needs: Needs
+) -> None:
+    """What is asked for fits the model; room for the shards that are written anew."""
+    wanted, config = recipe or Recipe(), _without_stale(model, drop_stale)
+    try:
+        layout = choose(config, model.tensors, wanted.layout, untie=wanted.untie, mtp=wanted.mtp)
+    except UserError as error:
+        found.add(UserError(f"{model.folder}: {error}"))
+        return
+    folding = layout.folding(config, model.tensors, mtp_tensors(config, model.tensors))
+    anew = {model.tensors[name].file for name in folding.replaced}
+    needs.add(out, sum(file.stat().st_size for file in anew), "shards that are written anew")
 
 
 def _check_dense(found: Findings, model: _Model, recipe: Recipe, drop_stale: bool) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ...errors import UserError
+from ...exporters.dsa.families import GLM, LAYOUTS, OWN, V32
 from ...files.manifests.checkpoint_manifest import CHECKPOINT_MANIFEST, is_converted, read_checkpoint_manifest
 from ...kernels.spec import IndexerConfig
 from ...passes.add_cache import Cached, cached_of
@@ -26,10 +27,9 @@ from .checkpoint import Checkpoint
 from .every_tensor import check_every_tensor, with_true_quantisation
 from .weights import WeightSource
 
-_V32_ONLY = (
-    "index_topk", "index_n_heads", "index_head_dim", "indexer_rope_interleave", "indexer_types", "layer_types", "mlp_bias",
-)  # fmt: skip
-_V32_MAX_POSITION_EMBEDDINGS = 163840  # its default; deepseek_v3's is another
+INDEXER_FIELDS = ("index_topk", "index_n_heads", "index_head_dim", "indexer_rope_interleave")
+_DSA_ONLY = (*INDEXER_FIELDS, "indexer_types", "layer_types", "mlp_bias")
+_MAX_POSITION_EMBEDDINGS = {V32.model_type: 163840, GLM.model_type: 202752}  # their defaults; deepseek_v3's is another
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def open_cached(checkpoint: Checkpoint, dtype: torch.dtype, last_only: bool, dev
         raise UserError(f"{checkpoint.path}: a dense checkpoint (no indexer); run `mla2dsa convert` first")
     with_true_quantisation(checkpoint)
     config = dense_config(checkpoint)
-    indexer = _indexer(checkpoint)
+    indexer = indexer_of(checkpoint)
     captured = capture(config, dtype=dtype)
     run = run_passes(captured.program, cached_passes(indexer, last_only))
     source = WeightSource(checkpoint, captured, device)
@@ -60,47 +60,66 @@ def open_cached(checkpoint: Checkpoint, dtype: torch.dtype, last_only: bool, dev
 
 
 def dense_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """config.json of the dense base: that of the DSA checkpoint, which is the truth about the model, told as deepseek_v3's.
+    """config.json of the dense base: that of the DSA checkpoint, which is the truth about the model.
 
-    What was edited after a conversion is obeyed, as transformers obeys it. Raises UserError naming the field where
-    deepseek_v3 cannot say it, or where it contradicts what the conversion wrote.
+    A DSA class's is told as deepseek_v3's; in the own layout it is the dense one's but for the indexer's sizes. What was edited
+    after a conversion is obeyed, as transformers obeys it. Raises UserError naming the field where deepseek_v3 cannot say it,
+    or where it contradicts what the conversion wrote.
     """
-    ours = _check_manifest(checkpoint)
-    config = {name: value for name, value in checkpoint.config.items() if name not in _V32_ONLY}
-    if fault := _contradiction(checkpoint.config, ours):
+    if fault := _contradiction(checkpoint.config, _layout_of(checkpoint)):
         raise UserError(f"{checkpoint.path / checkpoint.config_file}: {fault}")
+    return dense_words(checkpoint.config)
+
+
+def dense_words(dsa: Mapping[str, Any]) -> dict[str, Any]:
+    """A DSA checkpoint's config.json, told as its dense base's."""
+    if dsa.get("model_type") not in LAYOUTS:
+        config = {name: value for name, value in dsa.items() if name not in INDEXER_FIELDS}
+        inner = config.get("text_config")
+        if isinstance(inner, Mapping):
+            config["text_config"] = {name: value for name, value in inner.items() if name not in INDEXER_FIELDS}
+        return config
+    config = {name: value for name, value in dsa.items() if name not in _DSA_ONLY}
     layers = config.pop("mlp_layer_types", None)
     if layers is not None:
         config["first_k_dense_replace"] = next((i for i, kind in enumerate(layers) if kind != "dense"), len(layers))
-    if (experts := config.pop("num_experts", None)) is not None:  # deepseek_v32 obeys it, deepseek_v3 does not
+    if (experts := config.pop("num_experts", None)) is not None:  # the DSA classes obey it, deepseek_v3 does not
         config["n_routed_experts"] = experts
-    config.setdefault("max_position_embeddings", _V32_MAX_POSITION_EMBEDDINGS)
+    config.setdefault("max_position_embeddings", _MAX_POSITION_EMBEDDINGS[dsa["model_type"]])
     return {**config, "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
 
 
-def _check_manifest(checkpoint: Checkpoint) -> bool:
-    """Whether mla2dsa wrote the checkpoint. Raises UserError when its manifest is damaged."""
+def layout_name(config: Mapping[str, Any]) -> str:
+    """The layout that a DSA checkpoint's config.json is in."""
+    model_type = str(config.get("model_type"))
+    return model_type if model_type in LAYOUTS else OWN
+
+
+def _layout_of(checkpoint: Checkpoint) -> str | None:
+    """The layout that mla2dsa wrote the checkpoint in, None when it did not. Raises UserError when its manifest is damaged."""
     if not is_converted(checkpoint.path):
-        return False
-    read_checkpoint_manifest(checkpoint.path)
-    return True
+        return None
+    return str((read_checkpoint_manifest(checkpoint.path).get("layout") or {}).get("name", V32.model_type))
 
 
-def _contradiction(config: Mapping[str, Any], ours: bool) -> str | None:
-    """What a deepseek_v32 config.json says that the graph of its dense base cannot mean."""
-    if config.get("model_type") != "deepseek_v32":
-        which = (
-            f"{CHECKPOINT_MANIFEST} says deepseek_v32"
-            if ours
-            else f"no {CHECKPOINT_MANIFEST}; only deepseek_v32 is known without one"
-        )
-        return f"model_type {config.get('model_type')!r} with an indexer, but {which}"
+def _contradiction(config: Mapping[str, Any], ours: str | None) -> str | None:
+    """What a DSA checkpoint's config.json says that the graph of its dense base cannot mean. ours: the layout it was written in."""
+    model_type, layout = config.get("model_type"), layout_name(config)
+    if ours is not None and ours != layout:
+        return f"model_type {model_type!r} with an indexer, but {CHECKPOINT_MANIFEST} says {ours}"
+    if layout == OWN:
+        return None
     if config.get("rope_interleave", True) is not True:
-        return f"rope_interleave is {config['rope_interleave']}, but deepseek_v32 rotates MLA in interleaved pairs; remove it"
+        return (
+            f"rope_interleave is {config['rope_interleave']}, but {layout} rotates MLA in interleaved pairs; remove it"
+        )
     if config.get("mlp_bias"):
         return "mlp_bias is true, which no dense base has; set it to false"
-    if ours and config.get("indexer_rope_interleave"):
-        return "indexer_rope_interleave is true, but the indexers were written half-split; set it to false"
+    interleaved, written = LAYOUTS[layout].interleaved, "in pairs" if LAYOUTS[layout].interleaved else "half-split"
+    found = config.get("indexer_rope_interleave")
+    if ours and found is not None and found != interleaved:
+        told = str(interleaved).lower()
+        return f"indexer_rope_interleave is {str(found).lower()}, but the indexers were written {written}; set it to {told}"
     kinds = config.get("layer_types")
     if kinds is not None and set(kinds) != {"indexed_attention"}:
         return f"layer_types has {sorted(set(kinds) - {'indexed_attention'})}, but every layer here has an indexer; remove it"
@@ -116,15 +135,19 @@ def context_of(checkpoint: Checkpoint) -> int:
     return max_length(read_config(config))
 
 
-def _indexer(checkpoint: Checkpoint) -> IndexerConfig:
-    config, file = checkpoint.config, checkpoint.path / "config.json"
+def indexer_of(checkpoint: Checkpoint) -> IndexerConfig:
+    """Sizes of the indexers in a DSA checkpoint. Raises UserError naming the field that does not say."""
+    whole, file = checkpoint.config, checkpoint.path / checkpoint.config_file
+    inner = whole.get("text_config")
+    config = inner if isinstance(inner, Mapping) and "index_topk" in inner else whole
     sizes: dict[str, Any] = {field: config.get(field) for field in ("index_topk", "index_n_heads", "index_head_dim")}
     for field, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise UserError(f"{file}: {field} is {size!r}, expected a positive number")
     if set(config.get("indexer_types") or ["full"]) != {"full"}:
         raise UserError(f"{file}: indexer_types shares indexers between layers, which cannot be exported yet")
-    return IndexerConfig(**sizes, rope_interleave=bool(config.get("indexer_rope_interleave", False)))
+    interleaved = config.get("indexer_rope_interleave", config.get("model_type") == GLM.model_type)
+    return IndexerConfig(**sizes, rope_interleave=bool(interleaved))
 
 
 def open_torch_session(

@@ -49,7 +49,7 @@ def capture(
         raise ValueError(f"attention is {attention!r}, expected one of {ATTENTION}")
     hf_interfaces.register()
     hf_config = read_config(config)
-    model_class = _model_class(hf_config, config)
+    model_class = model_class_of(hf_config, config)
     with _quiet(), hf_interfaces.capturable_experts(hf_config):
         model = _fake_model(model_class, hf_config, attention, dtype, device)
         context = max_length(hf_config)
@@ -82,7 +82,8 @@ def read_config(config: Mapping[str, Any]) -> Any:
         raise UserError(f"config.json: transformers does not accept it ({_first_line(error)})") from error
 
 
-def _model_class(hf_config: Any, config: Mapping[str, Any]) -> Any:
+def model_class_of(hf_config: Any, config: Mapping[str, Any]) -> Any:
+    """The causal language model class of transformers. Raises UserError when it has none."""
     import transformers
 
     names = [*(config.get("architectures") or []), transformers_private.causal_lm_class_name(hf_config.model_type)]

@@ -101,7 +101,9 @@ class Checkpoint:
 
     def is_dsa(self) -> bool:
         """Whether the checkpoint has indexers, by its tensors or by its config."""
-        return self.config.get("index_topk") is not None or any(".indexer." in name for name in self.tensors)
+        inner = self.config.get("text_config")
+        topk = self.config.get("index_topk") or (inner.get("index_topk") if isinstance(inner, Mapping) else None)
+        return topk is not None or any(".indexer." in name for name in self.tensors)
 
     def check_shapes(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Raises UserError when tensors are missing or shaped otherwise than config.json says (`expected`)."""

@@ -79,7 +79,7 @@ RAW = {
     "no-text": (b"\xff\xfe", "not valid JSON"),
     "twice": (b'{"format": 1, "format": 1}', "names format twice"),
     "no-format": (b"{}", "format None, this mla2dsa reads 1"),
-    "format-2": (b'{"format": 2}', "format 2, this mla2dsa reads 1"),
+    "format-3": (b'{"format": 3}', "format 3, this mla2dsa reads 1"),
     "format-true": (b'{"format": true}', "format True, this mla2dsa reads 1"),
     "format-long": (b'{"format": "%s"}' % (b"x" * 9999), "format xxx"),
     "bare": (b'{"format": 1}', "damaged, versions: Field required"),

@@ -16,7 +16,8 @@ from checkpoints import INDEXER, Interrupting, assert_one_line, contents, dense_
 from places import HELPERS
 
 from mla2dsa.errors import UsageError, UserError
-from mla2dsa.exporters.dsa.checkpoint import strip, write_dsa_checkpoint
+from mla2dsa.exporters.dsa.checkpoint import write_dsa_checkpoint
+from mla2dsa.exporters.dsa.strip import strip
 from mla2dsa.files import system_calls, writing
 from mla2dsa.files.staging import staged_folder
 from mla2dsa.files.writing import place_file

@@ -32,7 +32,7 @@ _MADE: dict[object, Path] = {}
 @pytest.fixture
 def quick_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model is captured once per session: most of a short command's time is spent there."""
-    for module in ("plan", "verify"):
+    for module in ("plan", "proof.pair"):
         monkeypatch.setattr(f"mla2dsa.optimizer.{module}.capture", saved.captured)
 
 

@@ -176,7 +176,7 @@ def test_folders_that_are_no_pair(damage: str, dsa: Path) -> None:
 def test_wrong_order_and_wrong_folders(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     dsa = small_conversion(tmp_path_factory)
     assert_refused(mla2dsa("verify", dsa, TINY), 1, dsa, "has an indexer, expected the dense checkpoint first")
-    assert_refused(mla2dsa("verify", TINY, TINY), 1, TINY, "'deepseek_v3', expected deepseek_v32", "second")
+    assert_refused(mla2dsa("verify", TINY, TINY), 1, TINY, "'deepseek_v3' without an indexer", "second")
     assert_refused(mla2dsa("verify", TINY, tmp_path / "no"), 1, tmp_path / "no", "no such folder")
     other = dense_checkpoint("single", tmp_path_factory)
     assert_refused(mla2dsa("verify", other, dsa), 1, dsa / "config.json", "set both alike")

@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mla2dsa.errors import UserError
-from mla2dsa.exporters.dsa.checkpoint import INDEXER_SHARD, MANIFEST, not_restored, strip, write_dsa_checkpoint
+from mla2dsa.exporters.dsa.checkpoint import INDEXER_SHARD, MANIFEST, write_dsa_checkpoint
+from mla2dsa.exporters.dsa.strip import not_restored, strip
 from mla2dsa.files.safetensors_index import INDEX_FILE, SINGLE_FILE, read_index
 from mla2dsa.kernels.spec import IndexerConfig, IndexerWeights
 from mla2dsa.optimizer.model.checkpoint import Checkpoint
@@ -257,7 +258,7 @@ def edit_manifest(edit: Callable[[Any], object]) -> Callable[[Path], None]:
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "native": (drop_manifest, [f"no {MANIFEST}", "native"]),
-    "newer": (edit_manifest(lambda m: m.update(format=2)), ["format 2", "update mla2dsa"]),
+    "newer": (edit_manifest(lambda m: m.update(format=3)), ["format 3", "update mla2dsa"]),
     "no-source": (edit_manifest(lambda m: m.pop("source")), [MANIFEST, "damaged"]),
     "leads-out": (edit_manifest(lambda m: m["source"]["files"][0].update(source_name="../x")), [MANIFEST, "damaged"]),
     "absolute": (edit_manifest(lambda m: m["source"]["files"][0].update(name="/etc/passwd")), [MANIFEST, "damaged"]),
