@@ -19,6 +19,7 @@ from torch.fx import Graph, GraphModule, Node, map_arg
 from ...compat import torch_private
 from ...compat.aliasing import Memory, shared, written
 from ...errors import UserError
+from .real_numbers import real_numbers
 
 aten = torch.ops.aten
 
@@ -40,6 +41,7 @@ def translatable(program: ExportedProgram, known: frozenset[Any]) -> ExportedPro
     mapping: dict[Node, Node] = {}
     output = graph.output(graph.graph_copy(program.graph, mapping))
     output.meta.update(next(iter(reversed(program.graph.nodes))).meta)
+    real_numbers(graph)
     direct = _make_functional(graph) and not _unknown(graph, known)
     untold = None if direct else Memory(program.graph).untold_write()
     if untold is not None:

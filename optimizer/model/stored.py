@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from ...exporters.onnx_model.external_data import Stored
 from ...exporters.onnx_model.to_onnx import Weights
 from .weights import WeightSource
+
+_STACKED = (".experts.gate_up_proj", ".experts.down_proj")
 
 
 def stored_weights(source: WeightSource, program: ExportedProgram) -> Weights:
@@ -22,9 +26,29 @@ def stored_weights(source: WeightSource, program: ExportedProgram) -> Weights:
     def stored(name: str) -> Sequence[Stored]:
         declared = program.state_dict[name]
         parts = source._sources(shared(name), tuple(declared.shape))
+        if list(parts) == [name] and name.endswith(_STACKED):
+            return list(_unstacked(source, name, declared.dtype))
         return [_stored(source, part, declared.dtype) for part in parts]
 
     return Weights(shared, stored)
+
+
+def _unstacked(source: WeightSource, name: str, dtype: torch.dtype) -> Iterator[Stored]:
+    """The experts of a tensor that is stored as the model stacks them: gate and up of each in turn, or down of each."""
+    place = source.checkpoint.tensors[name]
+    prefix, _, kind = name.rpartition(".")
+    names = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+    rows, columns = place.shape[1] // len(names), place.shape[2]
+    nbytes = place.nbytes // (place.shape[0] * len(names))
+    for number in range(place.shape[0] * len(names)):
+        expert, part = divmod(number, len(names))
+        here = replace(place, shape=(rows, columns), offset=place.offset + number * nbytes, nbytes=nbytes)
+        load = partial(_part, source, name, expert, slice(part * rows, (part + 1) * rows), dtype)
+        yield Stored(f"{prefix}.{expert}.{names[part]}.weight", here, load)
+
+
+def _part(source: WeightSource, name: str, expert: int, rows: slice, dtype: torch.dtype) -> Tensor:
+    return source.checkpoint.load(name, dtype=dtype)[expert, rows]
 
 
 def _stored(source: WeightSource, name: str, dtype: torch.dtype) -> Stored:
