@@ -318,3 +318,40 @@ def test_loss_on_held_out_text(
     delta = {name: quality["loss_delta"] for name, quality in measured["by_selection"].items()}
     assert delta["oracle"] < delta["dsa"] <= limit
     assert delta["window"] > 5 * limit
+
+
+# Layouts
+
+
+@pytest.mark.parametrize(
+    ("layout", "model_type", "checks"),
+    [
+        ("glm_moe_dsa", "glm_moe_dsa", "graph = GlmMoeDsaForCausalLM above index_topk"),
+        ("own", "deepseek_v3", "graph = transformers' dense class up to index_topk"),
+    ],
+)
+def test_a_layout_is_asked_for(
+    layout: str, model_type: str, checks: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    flags = small_flags(tmp_path_factory)
+    done = mla2dsa("convert", TINY, tmp_path / "dsa", *flags, "--layout", layout, "--json")
+    assert done.code == 0, done.err
+    report = done.json()
+    assert (report["layout"]["name"], report["plan"]["layout"]) == (layout, layout)
+    proof = report["verification"]
+    assert proof["passed"]
+    assert checks in [check["name"] for check in proof["checks"]]
+    assert bool(proof["skipped"]) == (layout == "own")
+    config = read(tmp_path / "dsa" / "config.json")
+    assert (config["model_type"], config["index_topk"]) == (model_type, SMALL_TOPK)
+    assert mla2dsa("strip", tmp_path / "dsa", tmp_path / "dense").code == 0
+    given, restored = contents(TINY), contents(tmp_path / "dense")
+    assert restored == {name: given[name] for name in restored}
+
+
+def test_a_layout_that_does_not_fit(tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    shutil.copytree(TINY, dense)
+    edit_config(dense, {"mlp_bias": True})
+    flags = ("--index-topk", 64, "--layout", "deepseek_v32")
+    assert_refused(mla2dsa("convert", dense, tmp_path / "dsa", *flags), 1, dense, "mlp_bias is true", "--layout own")
