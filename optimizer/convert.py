@@ -39,7 +39,7 @@ from .model.weights import WeightSource
 from .plan import Plan, Prepared, layout_of, prepare
 from .proof.pair import open_pair
 from .proof.transformers_check import refuse_if_too_large
-from .recipe import CLOSED_FORM_SEQUENCES, DISTIL_SEQUENCES, WRITTEN_ONLY, Recipe
+from .recipe import CLOSED_FORM_SEQUENCES, DISTIL_SEQUENCES, WRITTEN, Recipe
 from .verify import Verification, verify
 
 HELD_OUT = 8  # one sequence in so many is kept for choosing the snapshot, as many for the verification
@@ -162,7 +162,7 @@ def _written(
         checkpoint.path, out, weights, prepared.plan.indexer, layout=layout,
         q_width=prepared.plan.layers[0][1].q_width, mtp=mtp_tensors(checkpoint.config, checkpoint.tensors),
         manifest={"model": prepared.plan.model, "recipe": job.recipe.model_dump(), "verified": proved is not None,
-                  "remote_code": list(job.remote_code), "fingerprint": _fingerprint(job)},
+                  "remote_code": list(job.remote_code), "fingerprint": _fingerprint(job, WRITTEN)},
         dropped=_dropped(checkpoint), prove=prove,
     )  # fmt: skip
     return Outcome(prepared.plan, layers, proof[0] if proof else None, reports[0])
@@ -196,9 +196,9 @@ def _settled(job: _Job) -> Layout:
 def fingerprint(
     model: str, recipe: Recipe, trust_remote_code: bool = False, drop_stale: bool = False, allow_partial: bool = False
 ) -> str:
-    """Of everything that the indexers of a conversion depend on; its manifest has it, too."""
+    """Of everything that the result of a conversion depends on; its manifest has it, too."""
     prepared = prepare(model, recipe, allow_partial, drop_stale=drop_stale)
-    return _fingerprint(_job(prepared, recipe, "cpu", Listener(), trust_remote_code))
+    return _fingerprint(_job(prepared, recipe, "cpu", Listener(), trust_remote_code), WRITTEN)
 
 
 def dry_run(
@@ -335,10 +335,10 @@ def _spread(items: list[Tensor], count: int) -> list[Tensor]:
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
-def _fingerprint(job: _Job) -> str:
-    """Of everything the indexers depend on."""
+def _fingerprint(job: _Job, also: Sequence[str] = ()) -> str:
+    """Of everything the indexers depend on. also: settings of the recipe beside."""
     digest = hashlib.sha256(f"{__version__} {job.prepared.checkpoint.fingerprint()}".encode())
-    digest.update(json.dumps(job.recipe.model_dump(exclude=set(WRITTEN_ONLY)), sort_keys=True).encode())
+    digest.update(json.dumps(job.recipe.model_dump(exclude={"verify", *WRITTEN} - set(also)), sort_keys=True).encode())
     for sequence in job.sequences.calibration + job.sequences.selection:
         digest.update(sequence.numpy().tobytes())
     return digest.hexdigest()

@@ -179,6 +179,8 @@ def _notes(
         notes.append(
             f"{len(mtp)} tensors of multi-token-prediction layers are {what}: no speculative decoding with them"
         )
+    if checkpoint.config.get("attention_bias"):
+        notes.append("attention_bias: transformers reads the biases, vLLM leaves them out without a word")
     if others := _without_mla(checkpoint, layers):
         notes.append(f"layers {others} have no MLA attention and stay as they are")
     needed = max((d.qk_rope_head_dim + 1 + d.kv_lora_rank for _, d in layers), default=0)

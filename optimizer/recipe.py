@@ -56,7 +56,7 @@ class Verify(_Strict):
     sequences: Count = 8
 
 
-WRITTEN_ONLY = ("verify", "layout", "mtp", "untie")  # what no indexer depends on
+WRITTEN = ("layout", "mtp", "untie")  # how the result is written, which no indexer depends on
 
 
 class Recipe(_Strict):

@@ -57,7 +57,7 @@ from .config import dsa_config
 from .folding import pairs
 from .folds import Folding
 from .layout import Layout, choose
-from .names import DERIVED_SHARD, INDEXER_SHARD, MANIFEST, REPORT, UNPROVEN_CONFIG, file_names
+from .names import DERIVED_SHARD, INDEXER_SHARD, MANIFEST, ORIGINALS, REPORT, UNPROVEN_CONFIG, file_names
 from .shards import write_derived, write_originals, write_shard
 from .steps import Interleave
 
@@ -146,15 +146,16 @@ def _fill(
     settings: Mapping[str, Any],
 ) -> dict[str, object]:
     """Everything but config.json and the manifest, of which what is ours to say is returned."""
-    gone = given.folding.replaced
-    anew = {given.tensors[name].file.name for name in gone}
+    gone, aside = given.folding.replaced, _dropped_shards(given)
+    anew = {given.tensors[name].file.name for name in gone} - aside
     placed = [
-        _rewrite(given.path, folder, name, target, gone) if name in anew else _place(given.path, folder, name, target)
+        _rewrite(given.path, folder, name, target, gone) if name in anew
+        else _place(given.path, folder, name, f"{ORIGINALS}-{Path(name).stem}" if name in aside else target)
         for name, target in given.names.items()
-    ]
+    ]  # fmt: skip
     derived = write_derived(folder, given.folding)
     if anew:
-        write_originals(folder, [given.path / name for name in sorted(anew)], given.folding)
+        write_originals(folder, [given.path / name for name in sorted(anew)], given.folding, aside)
     added = _write_indexers(folder / INDEXER_SHARD, weights, shapes, dtype, _rotary(given.layout, settings))
     write_json(folder / INDEX_FILE, _index(given, derived, added))
     about = {**_kept_config(given.path), "files": placed, "left_out": left_out(given.path, given.names)}
@@ -162,6 +163,12 @@ def _fill(
         "shard": INDEXER_SHARD, "tensors": sorted(added), "mtp_layers_without": _bare_mtp(given, weights),
     }  # fmt: skip
     return {"format": FORMAT, "versions": _versions(), "source": about, "indexer": indexer, "layout": _layout(given)}
+
+
+def _dropped_shards(given: _Source) -> set[str]:
+    """Files of the source of which every tensor is dropped: they are linked aside, for `strip`, under names that nothing loads."""
+    kept = {place.file.name for name, place in given.tensors.items() if name not in given.folding.dropped}
+    return {place.file.name for place in given.tensors.values()} - kept
 
 
 def _layout(given: _Source) -> dict[str, object]:
@@ -204,7 +211,7 @@ def _check_layers(given: _Source, settings: Mapping[str, Any], weights: Mapping[
 
 def _place(source: Path, folder: Path, name: str, target: str) -> dict[str, Any]:
     method = place_file(source / name, folder / target, link=True)
-    return {"name": target, "source_name": name, "placed": method, **file_digest(source / name)}
+    return {"name": target, "source_name": name, "placed": method, **file_digest(folder / target)}
 
 
 def _rewrite(source: Path, folder: Path, name: str, target: str, gone: set[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ no runtime looks for: the headers of the shards that were written, and tensors t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -67,10 +67,12 @@ def write_derived(folder: Path, folding: Folding) -> dict[str, int]:
     return {name: place.nbytes for name, place in read_header(folder / DERIVED_SHARD).items()}
 
 
-def write_originals(folder: Path, shards: Iterable[Path], folding: Folding) -> None:
-    """ORIGINALS: the headers of `shards`, and every tensor that cannot be computed from the DSA checkpoint."""
+def write_originals(folder: Path, shards: Iterable[Path], folding: Folding, aside: Collection[str]) -> None:
+    """ORIGINALS: the headers of `shards`, and every tensor that cannot be computed from the DSA checkpoint. aside: names of files
+    that are there as a whole."""
     headers = {f"{_HEADER}{shard.name}": shard for shard in shards}
     lost = {name: folding.tensors[name] for name in sorted(folding.lost)}
+    lost = {name: place for name, place in lost.items() if place.file.name not in aside}
     layout: dict[str, tuple[str, tuple[int, ...]]]
     layout = {name: ("U8", (head_length(shard),)) for name, shard in headers.items()}
     layout |= {name: (place.dtype, place.shape) for name, place in lost.items()}
