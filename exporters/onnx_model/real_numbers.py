@@ -62,7 +62,7 @@ def _as_pair(build: Callable[..., Node], node: Node, pairs: dict[Node, Node]) ->
         if target in (aten.view_as_real.default, aten.to.dtype_layout, aten.to.dtype, aten.clone.default):
             return pairs[first]
         if target in _MOVES:
-            axis = int(args[1])  # type: ignore[call-overload]
+            axis = int(args[1])  # type: ignore[arg-type]
             return build(target, pairs[first], axis if axis >= 0 else axis - 1, *args[2:])
         other = args[1] if len(args) > 1 else None
         if target is aten.mul.Tensor and (not isinstance(other, Node) or other in pairs):
