@@ -55,18 +55,29 @@ def _filled(step: Fill, shape: tuple[int, ...]) -> Tensor:
 
 
 def pairs(tensor: Tensor, at: Interleave) -> Tensor:
-    """Rotary rows of halves become pairs."""
-    return _reordered(tensor, at, [channel for pair in range(at.rope // 2) for channel in (pair, pair + at.rope // 2)])
+    """Rotary rows of halves become pairs. Raises ValueError when the tensor has no such rows."""
+    rows, half = _rotary(tensor, at), at.rope // 2
+    return _with(tensor, at, torch.stack([rows[:, :half], rows[:, half:]], 2).flatten(1, 2))
 
 
 def halves(tensor: Tensor, at: Interleave) -> Tensor:
     """Inverse of `pairs`."""
-    return _reordered(tensor, at, [*range(0, at.rope, 2), *range(1, at.rope, 2)])
+    rows = _rotary(tensor, at)
+    return _with(tensor, at, torch.cat([rows[:, ::2], rows[:, 1::2]], 1))
 
 
-def _reordered(tensor: Tensor, at: Interleave, order: list[int]) -> Tensor:
-    """Rows are moved as bytes, whatever they hold: float8 has no indexing of its own."""
-    rows = tensor.contiguous().view(torch.uint8).view(at.blocks, tensor.shape[0] // at.blocks, -1).clone()
-    rotary = rows[:, at.offset : at.offset + at.rope]
-    rows[:, at.offset : at.offset + at.rope] = rotary[:, order]
-    return rows.view(-1).view(tensor.dtype).view(tensor.shape)
+def _blocks(tensor: Tensor, at: Interleave) -> Tensor:
+    """[blocks, rows of a block, bytes of a row]: rows are moved as bytes, for float8 has no indexing of its own."""
+    if tensor.shape[0] % at.blocks or at.offset + at.rope > tensor.shape[0] // at.blocks or at.rope % 2:
+        raise ValueError(f"{list(tensor.shape)} has no rotary rows as {at} says")
+    return tensor.contiguous().view(torch.uint8).view(at.blocks, tensor.shape[0] // at.blocks, -1)
+
+
+def _rotary(tensor: Tensor, at: Interleave) -> Tensor:
+    return _blocks(tensor, at)[:, at.offset : at.offset + at.rope]
+
+
+def _with(tensor: Tensor, at: Interleave, rotary: Tensor) -> Tensor:
+    blocks = _blocks(tensor, at).clone()
+    blocks[:, at.offset : at.offset + at.rope] = rotary
+    return blocks.view(-1).view(tensor.dtype).view(tensor.shape)

@@ -100,7 +100,7 @@ def restore_shard(dsa: Path, left: Path, target: Path, derived: Mapping[str, Der
                 with open_regular(here[name].file) as reader:
                     _copy(reader, writer, here[name])
             elif name in derived and derived[name].name in made:
-                writer.write(_bytes(undo(derived[name], read_tensor(made[derived[name].name]))))
+                writer.write(_bytes(_undone(derived[name], made)))
             else:
                 raise UserError(f"{dsa}: nothing to restore {name} of {target.name} from; fetch the folder again")
     if file_sha256(target) != sha256:
@@ -108,6 +108,13 @@ def restore_shard(dsa: Path, left: Path, target: Path, derived: Mapping[str, Der
             f"{left}: {target.name} cannot be restored bit for bit, since files of {dsa} were changed since the conversion; "
             "put the original files back"
         )
+
+
+def _undone(made: Derived, stored: Mapping[str, TensorLocation]) -> Tensor:
+    try:
+        return undo(made, read_tensor(stored[made.name]))
+    except ValueError as error:
+        raise UserError(f"{stored[made.name].file}: {made.name}: {error}; fetch the folder again") from None
 
 
 def _read_bytes(tensors: Mapping[str, TensorLocation], name: str, dsa: Path) -> bytes:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from ...errors import UserError
-from .schema import Bytes, Digest, Entries, FileName, Manifest, RelativePath, Sha256, Strict, Text, read_manifest
+from .schema import Bytes, Digest, Entries, FileName, Manifest, RelativePath, Sha256, Size, Strict, Text, read_manifest
 
 CHECKPOINT_MANIFEST = "mla2dsa.json"
 FORMAT = 2  # 1: without `layout`, every shard a link
@@ -54,6 +54,21 @@ class Indexer(Strict):
     mtp_layers_without: Annotated[list[Text], Entries]
 
 
+class FoldStep(Strict):
+    """See `exporters/dsa/steps.py`; each kind has some of the fields."""
+
+    kind: Literal["interleave", "pad", "times", "inverse-diagonal", "fill"]
+    blocks: Size | None = None
+    offset: Bytes | None = None
+    rope: Size | None = None
+    before: Bytes | None = None
+    after: Bytes | None = None
+    factor: float | None = None
+    value: float | None = None
+    only: Bytes | None = None
+    diagonal: bool | None = None
+
+
 class DerivedTensor(Strict):
     """See `exporters/dsa/steps.py`."""
 
@@ -61,7 +76,7 @@ class DerivedTensor(Strict):
     source: Text
     dtype: Text
     shape: Annotated[list[Bytes], Field(max_length=64)]
-    steps: Annotated[list[dict[str, Any]], Field(max_length=16)]
+    steps: Annotated[list[FoldStep], Field(max_length=16)]
     replaces: bool
 
 

@@ -239,6 +239,30 @@ def test_strip_sees_a_change(dense: tuple[Path, type], tmp_path: Path) -> None:
     assert contents(strip(out, tmp_path / "again")) == contents(dense[0])
 
 
+MANIFEST_DAMAGE = {
+    "rows": ({"blocks": 7}, "has no rotary rows as"),
+    "far": ({"offset": 2**40}, "has no rotary rows as"),
+    "no-number": ({"blocks": "four"}, "damaged, layout.derived"),
+    "negative": ({"offset": -1}, "damaged, layout.derived"),
+    "kind": ({"kind": "pickle"}, "damaged, layout.derived"),
+    "field": ({"more": 1}, "damaged, layout.derived"),
+}
+
+
+@pytest.mark.parametrize("fault", MANIFEST_DAMAGE)
+@pytest.mark.parametrize("dense", ["v3-halves"], indirect=True)
+def test_strip_believes_no_manifest(fault: str, dense: tuple[Path, type], tmp_path: Path) -> None:
+    change, part = MANIFEST_DAMAGE[fault]
+    out = written(CASES["v3-halves"], dense[0], tmp_path / "dsa")
+    manifest = read_json(out / "mla2dsa.json")
+    manifest["layout"]["derived"][0]["steps"][0] |= change
+    (out / "mla2dsa.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=part) as error:
+        strip(out, tmp_path / "again")
+    assert len(str(error.value).splitlines()) == 1
+    assert not (tmp_path / "again").exists()
+
+
 # Configs
 
 
