@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ class _Job:
     tell: Listener
     remote_code: Sequence[str]  # that the tokenizer is made of, and was allowed to run
     allow_partial: bool = False
+    layout: Layout | None = None
 
 
 def convert(
@@ -127,7 +128,7 @@ def convert(
 
         prepared = _writable(prepare(model, recipe, allow_partial, check=check, drop_stale=drop_stale))
         (tell := listener or Listener()).on_plan(prepared.plan)
-        job = _job(prepared, recipe, device, tell, trust_remote_code, allow_partial)
+        job = _settled(_job(prepared, recipe, device, tell, trust_remote_code, allow_partial))
         with _indexers(job, out, resume, overwrite) as (weights, layers):
             prove = None if skip_verification else partial(_proved, job, skip_transformers=skip_transformers)
             return _written(job, out, weights, layers, prove, started)
@@ -150,7 +151,8 @@ def _written(
 ) -> Outcome:
     """The checkpoint at `out`, which gets that name once it is proved. started: as time.monotonic() tells it."""
     prepared, proof, reports = job.prepared, list[Verification](), list[Mapping[str, Any]]()
-    layout, checkpoint = _settled(job), prepared.checkpoint
+    layout, checkpoint = job.layout, prepared.checkpoint
+    assert layout is not None  # `_settled`
 
     def prove(folder: Path) -> Mapping[str, Any]:
         if proved is not None:
@@ -181,16 +183,17 @@ def _job(
     return _Job(prepared, recipe, sequences, device, tell, code, allow_partial)
 
 
-def _settled(job: _Job) -> Layout:
-    """The layout, with the way of making a query latent chosen on the real weights where the model has none."""
+def _settled(job: _Job) -> _Job:
+    """With the layout; where the model has no query latent, the way of making one is chosen on the real weights, before work."""
     prepared = job.prepared
     assert prepared.layout is not None  # or the plan's refusal was raised
     source = WeightSource(prepared.checkpoint, prepared.capture, job.device)
     sequence = (job.sequences.calibration or job.sequences.proof)[0]
     try:
-        return settle(prepared.layout, source, sequence, prepared.plan.indexer, job.recipe.layout)
+        layout = settle(prepared.layout, source, sequence, prepared.plan.indexer, job.recipe.layout)
     except UserError as error:
         raise UserError(f"{prepared.checkpoint.path}: {error}") from None
+    return replace(job, layout=layout)
 
 
 def fingerprint(
