@@ -13,6 +13,7 @@ from ..files.manifests.engine_manifest import engine_folder, read_engine
 from ..files.manifests.export_manifest import is_export, read_export
 from ..files.onnx_file import external_bytes, parse_onnx, read_onnx
 from .model.checkpoint import Checkpoint
+from .model.stored_formats import mtp_tensors
 
 _CONFIG = (
     "model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "q_lora_rank", "kv_lora_rank",
@@ -52,12 +53,16 @@ def _checkpoint(target: str) -> dict[str, Any]:
         "dtypes": dict(Counter(place.dtype for place in checkpoint.tensors.values())),
         "indexer_layers": len({name.partition(".indexer.")[0] for name in indexers}),
         "indexer_bytes": sum(checkpoint.tensors[name].nbytes for name in indexers),
-        "mtp_tensors": len(checkpoint.has_mtp_layers()),
+        "mtp_tensors": len(mtp_tensors(checkpoint.config, checkpoint.tensors)),
         "cache_bytes_per_token": _cache_bytes(checkpoint.config),
     }
     if is_converted(checkpoint.path):
         manifest = read_checkpoint_manifest(checkpoint.path)
-        found["made_by_mla2dsa"] = {"versions": manifest.get("versions"), "verified": manifest.get("verified")}
+        layout = manifest.get("layout") or {}
+        found["made_by_mla2dsa"] = {
+            "versions": manifest.get("versions"), "verified": manifest.get("verified"), "layout": layout.get("name"),
+            "because": layout.get("why"), "query_form": layout.get("query_form"), "folded_tensors": len(layout.get("derived", ())),
+        }  # fmt: skip
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ from ...files.safetensors_index import INDEX_FILE, SINGLE_FILE, TensorLocation, 
 from .config_limits import check_config
 from .stored_formats import FP8, PLAIN, SCALES, block_of, format_fault
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _OTHER_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data"]
 
 
@@ -90,14 +88,6 @@ class Checkpoint:
         Files over 64 MiB count by size and header only, so a change of their values alone goes unnoticed.
         """
         return hashlib.sha256(json.dumps(self.source_hashes(), sort_keys=True).encode()).hexdigest()
-
-    def has_mtp_layers(self) -> tuple[str, ...]:
-        """Names of the tensors of multi-token-prediction layers, those at or after num_hidden_layers (none: empty)."""
-        layers = self.config.get("num_hidden_layers")
-        if not isinstance(layers, int):
-            raise UserError(f"{self.path / self.config_file}: num_hidden_layers is {short(layers)}, expected a number")
-        found = ((name, _LAYER.search(name)) for name in self.tensors)
-        return tuple(name for name, layer in found if layer and int(layer[1]) >= layers)
 
     def is_dsa(self) -> bool:
         """Whether the checkpoint has indexers, by its tensors or by its config."""

@@ -83,7 +83,16 @@ def test_it_runs_in_torch_and_in_onnxruntime(made: tuple[Path, Path, Tensor], tm
     assert float((ours(open_torch_session(out, 1)) - expected).abs().max()) < 1e-4 * scale
     done = export(out, tmp_path / "onnx")
     assert float((ours(OrtSession(done.folder, 1, threads=1)) - expected).abs().max()) < 1e-4 * scale
-    assert inspect(out)["attention"] == "DSA"
+
+
+@pytest.mark.parametrize("made", ["v2", "bias-form"], indirect=True)
+def test_inspect_says_how_it_is_written(made: tuple[Path, Path, Tensor]) -> None:
+    found = inspect(made[1])
+    about = found["made_by_mla2dsa"]
+    own = about["layout"] == OWN
+    assert found["attention"] == "DSA"
+    assert (about["query_form"], about["folded_tensors"] > 0) == ((None, False) if own else ("bias", True))
+    assert about["because"] == read_json(made[1] / "mla2dsa.json")["layout"]["why"]
 
 
 @pytest.mark.parametrize("made", ["v2", "v3-as-glm", "bias-form", "minicpm3"], indirect=True)

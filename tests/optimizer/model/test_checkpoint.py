@@ -241,21 +241,15 @@ def test_large_files_are_hashed_by_their_header(copy: Callable[[str], Path], mon
     assert Checkpoint.open(folder).fingerprint() != original
 
 
-def test_mtp_layers_and_dsa(copy: Callable[[str], Path]) -> None:
+def test_an_indexer_size_makes_it_dsa(copy: Callable[[str], Path]) -> None:
     folder = copy("moe")
-    dense = Checkpoint.open(folder)
-    assert dense.has_mtp_layers() == ()
-    assert not dense.is_dsa()
-    edit_config(folder, {"num_hidden_layers": 2})
-    assert set(Checkpoint.open(folder).has_mtp_layers()) == {
-        n for n in dense.tensors if n.startswith("model.layers.2.")
-    }
+    assert not Checkpoint.open(folder).is_dsa()
     edit_config(folder, {"index_topk": 64})
     assert Checkpoint.open(folder).is_dsa()
-    edit_config(folder, {"index_topk": None, "num_hidden_layers": None})
+    edit_config(folder, {"index_topk": None, "text_config": {"index_topk": 64}})
+    assert Checkpoint.open(folder).is_dsa()
+    edit_config(folder, {"index_topk": None, "text_config": None})
     assert not Checkpoint.open(folder).is_dsa()
-    with pytest.raises(UserError, match="num_hidden_layers is None"):
-        Checkpoint.open(folder).has_mtp_layers()
 
 
 def test_indexer_tensors_make_it_dsa(copy: Callable[[str], Path]) -> None:
