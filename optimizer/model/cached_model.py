@@ -6,6 +6,7 @@ second modelling code.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from .checkpoint import Checkpoint
 from .every_tensor import check_every_tensor, with_true_quantisation
 from .weights import WeightSource
 
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 INDEXER_FIELDS = ("index_topk", "index_n_heads", "index_head_dim", "indexer_rope_interleave")
 _DSA_ONLY = (*INDEXER_FIELDS, "indexer_types", "layer_types", "mlp_bias")
 _MAX_POSITION_EMBEDDINGS = {V32.model_type: 163840, GLM.model_type: 202752}  # their defaults; deepseek_v3's is another
@@ -49,6 +51,7 @@ def open_cached(checkpoint: Checkpoint, dtype: torch.dtype, last_only: bool, dev
         raise UserError(f"{checkpoint.path}: a dense checkpoint (no indexer); run `mla2dsa convert` first")
     with_true_quantisation(checkpoint)
     config = dense_config(checkpoint)
+    _check_every_layer(checkpoint)
     indexer = indexer_of(checkpoint)
     captured = capture(config, dtype=dtype)
     run = run_passes(captured.program, cached_passes(indexer, last_only))
@@ -57,6 +60,19 @@ def open_cached(checkpoint: Checkpoint, dtype: torch.dtype, last_only: bool, dev
     checkpoint.check_shapes({**source.expected(), **shapes})
     check_every_tensor(source, shapes)
     return CachedModel(checkpoint, captured, indexer, cached_of(run), source)
+
+
+def _check_every_layer(checkpoint: Checkpoint) -> None:
+    """Raises UserError for a hybrid: only the DSA ops may mix tokens, or what the others did with earlier ones would be lost."""
+    layers = checkpoint.config.get("num_hidden_layers")
+    if layout_name(checkpoint.config) != OWN or not isinstance(layers, int):
+        return
+    sparse = {int(found[1]) for name in checkpoint.tensors if ".indexer." in name and (found := _LAYER.search(name))}
+    if others := [str(layer) for layer in range(layers) if layer not in sparse]:
+        raise UserError(
+            f"{checkpoint.path}: layers {', '.join(others)} are linear attention, which keeps a state between tokens that a graph "
+            "with caches has no place for yet: such a model is converted, verified and stripped, but not exported or run"
+        )
 
 
 def dense_config(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -40,7 +40,8 @@ def _unstacked(source: WeightSource, name: str, dtype: torch.dtype) -> Iterator[
     names = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
     rows, columns = place.shape[1] // len(names), place.shape[2]
     nbytes = place.nbytes // (place.shape[0] * len(names))
-    for number in range(place.shape[0] * len(names)):
+    experts = source.capture.shapes[f"{prefix}.down_proj"][0]  # LongCat's experts that do nothing have no weights
+    for number in range(experts * len(names)):
         expert, part = divmod(number, len(names))
         here = replace(place, shape=(rows, columns), offset=place.offset + number * nbytes, nbytes=nbytes)
         load = partial(_part, source, name, expert, slice(part * rows, (part + 1) * rows), dtype)

@@ -106,6 +106,14 @@ def test_a_pair_is_opened(made: tuple[Path, Path, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("made", ["v2"], indirect=True)
+def test_a_hybrid_is_not_run(made: tuple[Path, Path, Tensor]) -> None:
+    """A layer without an indexer would forget what came before."""
+    edit_config(made[1], {"num_hidden_layers": 3})
+    with pytest.raises(UserError, match="layers 2 are linear attention"):
+        open_torch_session(made[1], 1)
+
+
+@pytest.mark.parametrize("made", ["v2"], indirect=True)
 def test_own_config_is_the_dense_one(made: tuple[Path, Path, Tensor]) -> None:
     source, out, _ = made
     assert dense_config(Checkpoint.open(out)) == read_json(source / "config.json")

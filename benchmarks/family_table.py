@@ -1,8 +1,8 @@
 """What works with which family: every verb on a small checkpoint of each, as the hub stores it, and the table in docs/families.md.
 
-    python benchmarks/families.py FOLDER               # checkpoints, one a subfolder: runs all, writes results/families.json
-    python benchmarks/families.py FOLDER --only youtu  # one again; the others' rows stay
-    python benchmarks/families.py                      # only the table in docs/families.md, from results/families.json
+    python benchmarks/family_table.py FOLDER               # checkpoints, one a subfolder: runs all, writes results/family_table.json
+    python benchmarks/family_table.py FOLDER --only youtu  # one again; the others' rows stay
+    python benchmarks/family_table.py                      # only the table in docs/families.md, from results/family_table.json
 
 A verb counts when what it promises holds: `verify` when every check holds but those of quality, for the models are random;
 `generate` when a token comes out of torch; `export` when onnxruntime gives the same logits as torch; `strip` when the source
@@ -37,9 +37,9 @@ from mla2dsa.runtime.generation import prefill
 from mla2dsa.runtime.ort_session import OrtSession
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, PAGE = ROOT / "benchmarks" / "results" / "families.json", ROOT / "docs" / "families.md"
+RESULTS, PAGE = ROOT / "benchmarks" / "results" / "family_table.json", ROOT / "docs" / "families.md"
 VERBS = ("plan", "convert", "verify", "export", "generate", "strip")
-BEGIN, END = "<!-- benchmarks/families.py writes from here -->", "<!-- to here -->"
+BEGIN, END = "<!-- benchmarks/family_table.py writes from here -->", "<!-- to here -->"
 RECIPE = Recipe(index_topk=64, index_n_heads=4, index_head_dim=32, tokens=512, sequence_length=128, rows=16)
 QUALITY = re.compile(r"loss increase|KL to|attention mass")
 IDS = list(range(3, 40))
