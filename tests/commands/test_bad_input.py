@@ -107,7 +107,11 @@ DAMAGES: dict[str, tuple[str, Damage, list[str]]] = {
     "index-not-json": ("sharded", lambda f: (f / INDEX).write_text("{"), [INDEX, "not valid JSON"]),
     "no-config": ("single", lambda f: (f / "config.json").unlink(), ["config.json: no such file"]),
     "config-not-json": ("single", lambda f: (f / "config.json").write_text("{"), ["config.json: not valid JSON"]),
-    "unknown-model": ("single", lambda f: edit_config(f, {"model_type": "oracle9"}), ["model_type oracle9"]),
+    "unknown-model": (
+        "single",
+        lambda f: edit_config(f, {"model_type": "oracle9"}),
+        ["oracle9", "not one transformers knows"],
+    ),
     "config-of-strings": ("single", lambda f: edit_config(f, {"kv_lora_rank": "32"}), ["config.json", "kv_lora_rank"]),
     "negative-size": (
         "single",

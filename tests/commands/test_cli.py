@@ -44,6 +44,9 @@ rows: 32
 seed: 7
 distil: {steps: 12, lr: 0.001}
 verify: {max_loss_delta: 0.5, sequences: 3}
+layout: own
+mtp: drop
+untie: true
 """
 
 
@@ -128,23 +131,38 @@ def test_progress_is_one_unbroken_line_a_layer(tmp_path_factory: pytest.TempPath
 # Families
 
 
-@pytest.mark.parametrize("family", ["youtu", "glm4_moe_lite", "deepseek_v3-halfsplit"])
-def test_unwritable_family_is_planned_but_not_converted(
-    family: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    ("family", "layout", "reason"),
+    [
+        ("deepseek_v2", "deepseek_v32", "no DSA class fits deepseek_v2: its router takes a softmax"),
+        ("mistral4", "glm_moe_dsa", "no DSA class fits mistral4"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_planned_but_not_written(
+    family: str, layout: str, reason: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    model, flags = saved(family, tmp_path_factory), ("--index-topk", 64, "--layout", layout)
+    planned = mla2dsa("plan", model, *flags)
+    assert planned.code == 0
+    assert f"no checkpoint can be written: {model}: --layout {layout}: {reason}" in planned.out
+    assert "2 MLA layers" in planned.out
+    monkeypatch.setattr("mla2dsa.optimizer.plan.capture", throw(AssertionError("captured before it was refused")))
+    for more in ((), ("--dry-run",)):
+        done = mla2dsa("convert", model, tmp_path / "out", *flags, *more)
+        assert_refused(done, 1, model, f"--layout {layout}: {reason}", "--layout own")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"), [("youtu", "deepseek_v32"), ("deepseek_v3-halfsplit", "deepseek_v32"), ("deepseek_v2", "own")]
+)
+def test_the_plan_names_the_layout(family: str, layout: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     model = saved(family, tmp_path_factory)
     planned = mla2dsa("plan", model, "--index-topk", 64)
     assert planned.code == 0
-    assert "no checkpoint can be written: " in planned.out
-    assert "2 MLA layers" in planned.out
-    monkeypatch.setattr("mla2dsa.optimizer.plan.capture", throw(AssertionError("captured before it was refused")))
-    for flags in ((), ("--dry-run",)):
-        done = mla2dsa("convert", model, tmp_path / "out", "--index-topk", 64, *flags)
-        reason = (
-            "rope_interleave" if "halfsplit" in family else f"model_type {family} cannot be written as deepseek_v32"
-        )
-        assert_refused(done, 1, model, reason)
-    assert not list(tmp_path.iterdir())
+    assert f"\nlayout: {layout} (" in planned.out
+    assert mla2dsa("plan", model, "--index-topk", 64, "--json").json()["refusal"] is None
 
 
 @pytest.fixture(scope="session")
@@ -162,9 +180,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_model_without_mla(llama: Path, tmp_path: Path) -> None:
     assert_refused(mla2dsa("plan", llama, "--index-topk", 64), 1, "no dense MLA attention", "model.layers.0.self_attn")
-    assert_refused(
-        mla2dsa("convert", llama, tmp_path / "x", "--index-topk", 64), 1, "model_type llama cannot be written"
-    )
+    assert_refused(mla2dsa("convert", llama, tmp_path / "x", "--index-topk", 64), 1, "no dense MLA attention")
     assert not list(tmp_path.iterdir())
 
 
