@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .contracts import check_dense_attention, check_moe_experts
 
+# benchmarks/memory.py --rows: 256 to 2048 take the same time; at 32K keys a tile's mask has 64 MiB in float32.
+QUERY_ROWS = 512  # of dense attention on the CPU at once
+
 _ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -28,8 +31,43 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale:
     Raises ValueError naming the argument whose shape, dtype or device does not fit.
     """
     check_dense_attention(q, k, v, mask)
+    if q.device.type == "cpu":
+        return _fused(q, k, v, mask, scale)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     return out.contiguous()
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """torch's flash kernel of the CPU, which takes values as wide as the keys alone: without zeros to fill them up, torch would
+    build all scores.
+
+    Agrees with the unfused formula to the rounding of the dtype. The kernel turns a bool mask into numbers, so that many
+    queries at once would need more memory for their mask than for all the rest.
+    """
+    width, tokens, slots = v.shape[-1], q.shape[2], k.shape[2]
+    q, k, v = (_widened(x, max(q.shape[-1], width)) for x in (q, k, v))
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[..., :width].contiguous()
+    out = q.new_zeros((*q.shape[:-1], width))  # [B,H,T,dv]
+    for start in range(0, tokens, QUERY_ROWS):
+        rows = slice(start, start + QUERY_ROWS)
+        seen = mask[:, :, rows]
+        end = slots if mask.dtype != torch.bool else _end(seen)
+        if end:
+            given = q[:, :, rows], k[:, :, :end], v[:, :, :end]
+            tile = F.scaled_dot_product_attention(*given, attn_mask=seen[..., :end], scale=scale)
+            out[:, :, rows] = tile[..., :width]
+    return out
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))  # pad copies where it adds nothing, too
+
+
+def _end(mask: Tensor) -> int:
+    """One past the last key that any query of the tile may see."""
+    seen = mask.flatten(0, 2).any(0).nonzero()
+    return int(seen[-1]) + 1 if len(seen) else 0
 
 
 @dense_attention.register_fake

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -58,3 +60,37 @@ def test_moe_experts(activation: str) -> None:
         want,
         rms=1e-6,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("widths", [(24, 16), (16, 16), (8, 12)], ids=["narrow values", "equal", "wide values"])
+@pytest.mark.parametrize("padded", [0, 3, 40], ids="{} padded".format)
+def test_tiles_of_queries_are_the_whole_attention(
+    padded: int, widths: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the rounding of the dtype; 40 padded keys leave whole tiles of queries with nothing to see."""
+    monkeypatch.setattr(anchors, "QUERY_ROWS", 16)
+    q, k, v = (randn(2, 3, 50, width, seed=i, dtype=dtype) for i, width in enumerate((widths[0], *widths)))
+    mask = torch.ones(50, 50, dtype=torch.bool).tril()[None, None].repeat(2, 1, 1, 1)
+    mask[0, ..., :padded] = False
+    logits = (q.double() @ k.double().mT * 0.4).masked_fill(~mask, -torch.inf)
+    want = logits.softmax(-1).nan_to_num() @ v.double()
+    got = anchors.dense_attention(q, k, v, mask, 0.4)
+    assert got.dtype == dtype
+    assert got.is_contiguous()
+    close(got, want.to(dtype), rms=FLOAT_TOLERANCE[dtype])
+
+
+def test_no_score_matrix_is_built() -> None:
+    """In float32 the scores alone would be 1 GiB, of a V3 layer with 16 heads at 4096 tokens."""
+    script = """
+import resource, torch
+from mla2dsa.kernels import anchors
+q, k, v = (torch.randn(1, 16, 4096, width) for width in (192, 192, 128))
+mask = torch.ones(4096, 4096, dtype=torch.bool).tril()[None, None]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+anchors.dense_attention(q, k, v, mask, 0.1)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 300
