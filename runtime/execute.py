@@ -22,6 +22,7 @@ from ..compat.aliasing import Memory
 from ..compat.torch_private import expression, is_metadata_assert
 from ..errors import UserError
 from ..passes.graph.graph_eval import CannotEvaluate, concrete, linear_parts, value
+from .shelf import Kept, Shelf
 
 Loader = Callable[[str], Tensor]
 Override = Callable[..., Any]
@@ -32,12 +33,17 @@ _TYPICAL = 512
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive nodes; `weights` are the placeholders they read, `alive` the values later pieces still need."""
+    """Consecutive nodes; `weights` are the placeholders they read, `alive` the values later pieces still need.
+
+    again: those of `nodes` that an earlier piece has run, too: what follows from the inputs alone is computed where it is
+    needed, since a mask [B, 1, T, T] of every sequence is more than can be carried.
+    """
 
     nodes: tuple[Node, ...]
     weights: tuple[Node, ...]
     alive: tuple[Node, ...]
     last_use: Mapping[Node, tuple[Node, ...]]
+    again: frozenset[Node]
 
 
 @dataclass(frozen=True)
@@ -55,13 +61,15 @@ class PieceRunner:
     load: gives a parameter or buffer by name, on the right device; default: the program's own state (in-memory programs).
     cores: names of the nodes that mark layers; one piece holds one of them. None runs the graph in one piece.
     overrides: op -> function(*args) used in its place (baselines, checks).
+    shelf: where what a sequence carries from piece to piece waits; None keeps it in memory.
     Inputs and weights stay as they are, also those that the program writes to.
     """
 
     def __init__(
         self, program: ExportedProgram, load: Loader | None = None, cores: Sequence[str] | None = None,
-        overrides: Mapping[Any, Override] | None = None,
+        overrides: Mapping[Any, Override] | None = None, shelf: Shelf | None = None,
     ) -> None:  # fmt: skip
+        self._shelf = shelf
         self._module, self._overrides = program.graph_module, dict(overrides or {})
         self._load = load or _own_state(program)
         specs = program.graph_signature.input_specs
@@ -69,9 +77,9 @@ class PieceRunner:
         self._names = {n: s.target for n, s in zip(placeholders, specs, strict=True) if s.kind != InputKind.USER_INPUT}
         self._inputs = [n for n, s in zip(placeholders, specs, strict=True) if s.kind == InputKind.USER_INPUT]
         self.outputs = [n.name for n in _flat_outputs(program)]
-        self.pieces = _cut(program, set(cores or ()), set(self._names))
         memory = Memory(program.graph)
-        self._written = {n for n in placeholders if memory.is_written(n)}
+        self.pieces = _cut(program, set(cores or ()), set(self._names), memory)
+        self._written = {n for n in program.graph.nodes if memory.is_written(n)}
         for node in self._written & set(self._names):
             if sum(node in piece.weights for piece in self.pieces) > 1:
                 raise UserError(
@@ -87,6 +95,7 @@ class PieceRunner:
             for number in range(len(sequences)):
                 seen, carried[number] = self._run_piece(piece, weights, carried[number], watched)
                 yield Seen(index, number, seen)
+                del seen  # the caller may have put it away: it would stay while the next sequence runs
             del weights  # before the next piece's are loaded: two layers would be in memory
 
     def outputs_of(self, sequences: Sequence[Mapping[str, Tensor]]) -> Iterator[list[Any]]:
@@ -115,17 +124,24 @@ class PieceRunner:
     def _run_piece(
         self, piece: Piece, weights: Mapping[Node, Tensor], carried: Mapping[Node, Any], watched: set[str]
     ) -> tuple[dict[str, Any], dict[Node, Any]]:
-        env: dict[Node, Any] = {**{node: self._own(node, weight) for node, weight in weights.items()}, **carried}
+        env: dict[Node, Any] = {node: self._own(node, weight) for node, weight in weights.items()}
+        env |= {node: kept.get() if isinstance(kept, Kept) else kept for node, kept in carried.items()}
         device = next((carried[node].device for node in self._inputs if node in carried), None)
         seen: dict[str, Any] = {}
         for node in piece.nodes:
             env[node] = self._call(node, env, device)
-            if node.name in watched:
+            if node.name in watched and node not in piece.again:
                 seen[node.name] = env[node]
             for done in piece.last_use[node]:
                 env.pop(done, None)
         inputs = {node: carried[node] for node in self._inputs if node in carried}
-        return seen, {**inputs, **{node: env[node] for node in piece.alive}}
+        put = {node: carried[node] if node in carried else self._put_away(node, env[node]) for node in piece.alive}
+        return seen, {**inputs, **put}
+
+    def _put_away(self, node: Node, found: Any) -> Any:
+        if self._shelf is None or not isinstance(found, Tensor) or node in self._written:
+            return found
+        return self._shelf.put(found)
 
     def _call(self, node: Node, env: Mapping[Node, Any], device: torch.device | None) -> Any:
         """The node's value. `device`, that of the inputs, stands in for the one the graph was captured on."""
@@ -140,6 +156,10 @@ class PieceRunner:
         target = self._overrides.get(node.target, node.target)
         args, kwargs = torch.fx.node.map_aggregate((node.args, dict(node.kwargs)), given)
         return target(*args, **kwargs)
+
+
+def _is_random(target: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
 
 
 def _own_state(program: ExportedProgram) -> Loader:
@@ -157,7 +177,7 @@ def _flat_outputs(program: ExportedProgram) -> list[Node]:
     return [n for n in output.args[0] if isinstance(n, Node)]
 
 
-def _cut(program: ExportedProgram, cores: set[str], weights: set[Node]) -> list[Piece]:
+def _cut(program: ExportedProgram, cores: set[str], weights: set[Node], memory: Memory) -> list[Piece]:
     nodes = [
         n for n in program.graph.nodes
         if n.op not in ("placeholder", "output") and not is_metadata_assert(n.target)
@@ -165,17 +185,30 @@ def _cut(program: ExportedProgram, cores: set[str], weights: set[Node]) -> list[
     position = {node: i for i, node in enumerate(nodes)}  # not of the output: it is given what was seen on the way
     last = {node: max((position[u] for u in node.users if u in position), default=position[node]) for node in nodes}
     at = [position[node] for node in nodes if node.name in cores]
-    bounds = [0, *_cheapest_cuts(nodes, last, at), len(nodes)]
-    return [_piece(nodes, start, end, last, weights) for start, end in pairwise(bounds)]
+    free = _free(nodes, weights, memory)
+    bounds = [0, *_cheapest_cuts(nodes, last, at, free), len(nodes)]
+    return [_piece(nodes, start, end, last, weights, free) for start, end in pairwise(bounds)]
 
 
-def _cheapest_cuts(nodes: list[Node], last: Mapping[Node, int], cores: list[int]) -> list[int]:
+def _free(nodes: list[Node], weights: set[Node], memory: Memory) -> set[Node]:
+    """Nodes that follow from the program's inputs alone, whenever they are run."""
+    free: set[Node] = set()
+    for node in nodes:
+        sources = node.all_input_nodes
+        repeatable = node.op == "call_function" and not _is_random(node.target) and not memory.is_written(node)
+        known = all(s in free or (s.op == "placeholder" and s not in weights) for s in sources)
+        if repeatable and known and not any(map(memory.is_written, sources)):
+            free.add(node)
+    return free
+
+
+def _cheapest_cuts(nodes: list[Node], last: Mapping[Node, int], cores: list[int], free: set[Node]) -> list[int]:
     """Between two cores, and between the last core and the final projection, where the fewest elements are alive."""
     if not cores:
         return []
     change = [0] * (len(nodes) + 2)
     for i, node in enumerate(nodes):
-        size = _elements(node)
+        size = 0 if node in free else _elements(node)
         change[i + 1] += size
         change[last[node] + 1] -= size
     alive, total = [], 0
@@ -208,12 +241,32 @@ def _elements(node: Node) -> int:
     return count
 
 
-def _piece(nodes: list[Node], start: int, end: int, last: Mapping[Node, int], weights: set[Node]) -> Piece:
-    inside = nodes[start:end]
+def _piece(
+    nodes: list[Node], start: int, end: int, last: Mapping[Node, int], weights: set[Node], free: set[Node]
+) -> Piece:
+    own = nodes[start:end]
+    inside, again = _completed(own, free)
     read = {source: None for node in inside for source in node.all_input_nodes if source in weights}
-    alive = tuple(node for node in nodes[:end] if last[node] >= end)
+    alive = tuple(node for node in nodes[:end] if last[node] >= end and node not in free)
+    final: dict[Node, Node] = {}
+    for node in inside:
+        final |= {source: node for source in (node, *node.all_input_nodes) if source.op != "placeholder"}
     ends: dict[Node, list[Node]] = {node: [] for node in inside}
-    for node in nodes[:end]:
-        if start <= last[node] < end:
-            ends[nodes[last[node]]].append(node)
-    return Piece(tuple(inside), tuple(read), alive, {node: tuple(done) for node, done in ends.items()})
+    for node in final.keys() - set(alive):
+        ends[final[node]].append(node)
+    return Piece(tuple(inside), tuple(read), alive, {node: tuple(done) for node, done in ends.items()}, again)
+
+
+def _completed(own: list[Node], free: set[Node]) -> tuple[list[Node], frozenset[Node]]:
+    """`own` with the free nodes of earlier pieces that it needs, each right before its first user; and those."""
+    inside: dict[Node, None] = {}
+    mine = set(own)
+    for node in own:
+        waiting = [node]
+        while waiting:
+            missing = [s for s in waiting[-1].all_input_nodes if s in free and s not in mine and s not in inside]
+            if missing:
+                waiting.extend(missing)
+            else:
+                inside[waiting.pop()] = None
+    return list(inside), frozenset(inside.keys() - mine)

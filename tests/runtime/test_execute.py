@@ -189,7 +189,7 @@ def test_only_the_residual_and_shared_tables_are_carried(name: str) -> None:
         widths = sorted(node.meta["val"].shape[-1] for node in cut if isinstance(node.meta["val"].shape[-1], int))
         masks = [node for node in cut if not isinstance(node.meta["val"].shape[-1], int)]
         assert widths in ([4, 64], [8, 8, 64])  # rotary table: complex, or cos and sin; residual: hidden_size
-        assert len(masks) == 1
+        assert masks == []  # computed in every piece: of long sequences they are larger than all the rest
     assert len(alive[LAYERS - 1]) == 1  # before the final projection: what it projects
 
 
