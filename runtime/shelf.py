@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..files.temporary import scratch_folder
 from ..files.writing import write_new
 
 # benchmarks/memory.py: files take no time that can be measured beside the model's, so the budget is what a small machine spares.
@@ -62,6 +64,13 @@ class Kept:
         count = torch.Size(self._shape).numel()
         mapped = torch.from_file(str(self._file), shared=False, size=count, dtype=self._like.dtype)
         return mapped.view(self._shape).to(self._like.device)
+
+
+@contextmanager
+def temporary_shelf() -> Iterator[Shelf]:
+    """A shelf whose files are where the system keeps temporary ones, until the block ends."""
+    with scratch_folder("shelf") as folder:
+        yield Shelf(folder)
 
 
 def _remove(file: Path) -> None:
