@@ -23,9 +23,12 @@ from ..files.finite import finite
 from ..files.json_files import read_json
 from ..files.model.model_files import CONFIG, checkpoint_files, left_out, remote_tokenizer
 from ..files.staging import InTheWay, check_target, claim
+from ..files.temporary import private_folder
 from ..kernels.spec import IndexerWeights
+from ..runtime.shelf import Shelf
 from .before.findings import Findings
 from .before.preflight import check_conversion
+from .before.space import existing_parent
 from .environment import usable_device
 from .indexer.calibrate import Calibration, LayerResult, calibrate
 from .indexer.distil import DistilSchedule
@@ -44,6 +47,7 @@ from .verify import Verification, verify
 
 HELD_OUT = 8  # one sequence in so many is kept for choosing the snapshot, as many for the verification
 MOST_HELD_OUT = 4
+SHELF = ".mla2dsa-shelf-"
 
 
 @dataclass(frozen=True)
@@ -129,8 +133,9 @@ def convert(
         prepared = _writable(prepare(model, recipe, allow_partial, check=check, drop_stale=drop_stale))
         (tell := listener or Listener()).on_plan(prepared.plan)
         job = _settled(_job(prepared, recipe, device, tell, trust_remote_code, allow_partial))
-        with _indexers(job, out, resume, overwrite) as (weights, layers):
-            prove = None if skip_verification else partial(_proved, job, skip_transformers=skip_transformers)
+        shelf = claimed.enter_context(_shelf(out))
+        with _indexers(job, out, resume, overwrite, shelf) as (weights, layers):
+            prove = None if skip_verification else partial(_proved, job, skip_transformers=skip_transformers, shelf=shelf)
             return _written(job, out, weights, layers, prove, started)
 
 
@@ -241,7 +246,7 @@ def _inputs(checkpoint: Checkpoint, recipe: Recipe) -> list[Path]:
 
 @contextmanager
 def _indexers(
-    job: _Job, out: Path, resume: bool, overwrite: bool
+    job: _Job, out: Path, resume: bool, overwrite: bool, shelf: Shelf
 ) -> Iterator[tuple[dict[str, IndexerWeights], tuple[LayerResult, ...]]]:
     """(weights by layer name, results of the calibration); what was calibrated is kept until the block ends well."""
     if job.prepared.donor is not None:
@@ -249,7 +254,7 @@ def _indexers(
         return
     store = ProgressStore.open(out, _fingerprint(job), resume, overwrite)
     try:
-        layers = tuple(_calibrated(job, store))
+        layers = tuple(_calibrated(job, store, shelf))
         yield {layer.name: layer.weights for layer in layers}, layers
     except KeyboardInterrupt:
         if count := len(store.layers()):
@@ -263,7 +268,14 @@ def _indexers(
     store.remove()
 
 
-def _calibrated(job: _Job, store: ProgressStore) -> Iterator[LayerResult]:
+@contextmanager
+def _shelf(out: Path) -> Iterator[Shelf]:
+    """Where hidden states wait: beside `out`, on the disk whose room was looked at."""
+    with private_folder(existing_parent(out.parent), SHELF) as folder:
+        yield Shelf(folder)
+
+
+def _calibrated(job: _Job, store: ProgressStore, shelf: Shelf) -> Iterator[LayerResult]:
     recipe, tell, finished = job.recipe, job.tell, store.load()
     schedule = (
         DistilSchedule(recipe.distil.steps, recipe.distil.lr, seed=recipe.seed) if recipe.indexer == "distil" else None
@@ -272,7 +284,7 @@ def _calibrated(job: _Job, store: ProgressStore) -> Iterator[LayerResult]:
         WeightSource(job.prepared.checkpoint, job.prepared.capture, job.device),
         job.sequences.calibration, job.sequences.selection,
         Calibration(job.prepared.plan.indexer, recipe.rows, schedule, recipe.seed, job.allow_partial), finished, tell.on_step,
-        lambda done, total: tell.on_progress("calibrate", done, total),
+        lambda done, total: tell.on_progress("calibrate", done, total), shelf,
     )  # fmt: skip
     for result in results:
         resumed = result.name in finished
@@ -282,7 +294,7 @@ def _calibrated(job: _Job, store: ProgressStore) -> Iterator[LayerResult]:
         yield result
 
 
-def _proved(job: _Job, folder: Path, skip_transformers: bool) -> Verification:
+def _proved(job: _Job, folder: Path, skip_transformers: bool, shelf: Shelf) -> Verification:
     """Raises UserError naming the first check that does not hold."""
     checkpoint = job.prepared.checkpoint
     stale = bool(_dropped(checkpoint))
@@ -291,7 +303,7 @@ def _proved(job: _Job, folder: Path, skip_transformers: bool) -> Verification:
         allow_partial=job.allow_partial,
     )  # fmt: skip
     text, limit = job.sequences, job.recipe.verify.max_loss_delta
-    result = verify(pair, text.proof, text.origin, limit, skip_transformers, job.tell.on_progress)
+    result = verify(pair, text.proof, text.origin, limit, skip_transformers, job.tell.on_progress, shelf)
     if not result.passed:
         raise UserError(result.failure())
     return result

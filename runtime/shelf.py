@@ -42,7 +42,7 @@ class Shelf:
         file = self._folder / str(self._count)
         self._count += 1
         plain = tensor.detach().cpu().contiguous()
-        write_new(file, memoryview(plain.flatten().view(torch.uint8).numpy()))
+        write_new(file, plain.flatten().view(torch.uint8).numpy().data)
         kept = Kept(tensor.new_empty(0), file, tuple(tensor.shape))
         weakref.finalize(kept, _remove, file)
         return kept

@@ -40,7 +40,8 @@ def oracle(q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_rank: i
     def choose(rows: slice, end: Tensor) -> Tensor:
         mass = torch.ops.mla2dsa.attention_mass(q[:, rows], kv, torch.zeros_like(end), end, scale)
         best = mass.topk(indices.shape[-1], dim=-1)
-        return best.indices.masked_fill(best.values <= 0, -1)
+        chosen: Tensor = best.indices.masked_fill(best.values <= 0, -1)
+        return chosen
 
     return _attended(q, kv, indices, scale, kv_lora_rank, choose)
 
