@@ -28,6 +28,8 @@ from ..kernels.spec import IndexerWeights
 from ..runtime.shelf import Shelf
 from .before.findings import Findings
 from .before.preflight import check_conversion
+from .before.resources import default_sequences
+from .before.resources import refuse_if_too_large as refuse_conversion
 from .before.space import existing_parent
 from .environment import usable_device
 from .indexer.calibrate import Calibration, LayerResult, calibrate
@@ -42,7 +44,7 @@ from .model.weights import WeightSource
 from .plan import Plan, Prepared, layout_of, prepare
 from .proof.pair import open_pair
 from .proof.transformers_check import refuse_if_too_large
-from .recipe import CLOSED_FORM_SEQUENCES, DISTIL_SEQUENCES, WRITTEN, Recipe
+from .recipe import WRITTEN, Recipe
 from .verify import Verification, verify
 
 HELD_OUT = 8  # one sequence in so many is kept for choosing the snapshot, as many for the verification
@@ -317,10 +319,10 @@ def _dropped(checkpoint: Checkpoint) -> tuple[str, ...]:
 def _sequences(prepared: Prepared, recipe: Recipe, trust_remote_code: bool) -> _Sequences:
     """Cut the text: most of it calibrates; sequences spread over it choose the snapshot and prove the result."""
     topk, context = prepared.plan.indexer.index_topk, prepared.plan.context
-    length = recipe.sequence_length or min(context, max(1024, 4 * topk))
+    length = prepared.plan.resources.sequence_length
     if fault := length_fault(length, topk, context):
         raise UsageError(fault)
-    wanted = recipe.tokens or length * (DISTIL_SEQUENCES if recipe.indexer == "distil" else CLOSED_FORM_SEQUENCES)
+    wanted = recipe.tokens or length * default_sequences(recipe)
     held = recipe.verify.sequences + MOST_HELD_OUT
     count = wanted + held * length
     text = model_tokens(prepared.checkpoint, recipe.calibration, count, recipe.seed, trust_remote_code)

@@ -1,0 +1,22 @@
+"""benchmarks/memory.py on a model of middling size: a conversion keeps within what its plan says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from places import ROOT
+
+OPTIONS = "--heads 16 --layers 2 --context 3072 --index-topk 512 --tokens 12288 --verify 2 --json".split()
+
+
+@pytest.mark.parametrize("length", [1024, 3072])
+def test_a_conversion_keeps_within_its_predicted_memory(length: int) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), *OPTIONS, "--sequence-length", str(length)]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert found["exit"] == 0, found["said"]
+    assert found["sequence_length"] == length
+    assert found["measured_peak"] <= 1.2 * found["peak_memory"]
+    assert found["peak_memory"] <= 1.5 * found["measured_peak"]  # a prediction, no safe guess
