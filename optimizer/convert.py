@@ -28,7 +28,7 @@ from ..kernels.spec import IndexerWeights
 from ..runtime.shelf import Shelf
 from .before.findings import Findings
 from .before.preflight import check_conversion
-from .before.resources import default_sequences
+from .before.resources import Resources, default_sequences
 from .before.resources import refuse_if_too_large as refuse_conversion
 from .before.space import existing_parent
 from .environment import usable_device
@@ -133,9 +133,8 @@ def convert(
                 refuse_if_too_large(checkpoint)
 
         prepared = _writable(prepare(model, recipe, allow_partial, check=check, drop_stale=drop_stale))
-        (tell := listener or Listener()).on_plan(prepared.plan)
-        job = _settled(_job(prepared, recipe, device, tell, trust_remote_code, allow_partial))
-        shelf = claimed.enter_context(_shelf(out))
+        job = _settled(_job(prepared, recipe, device, listener or Listener(), trust_remote_code, allow_partial))
+        shelf = claimed.enter_context(_shelf(out, prepared.plan.resources))
         with _indexers(job, out, resume, overwrite, shelf) as (weights, layers):
             prove = None if skip_verification else partial(_proved, job, skip_transformers=skip_transformers, shelf=shelf)
             return _written(job, out, weights, layers, prove, started)
@@ -185,6 +184,7 @@ def _job(
     trust_remote_code: bool,
     allow_partial: bool = False,
 ) -> _Job:
+    tell.on_plan(prepared.plan)
     code = remote_tokenizer(prepared.checkpoint.path) if trust_remote_code and recipe.calibration else []
     sequences = _sequences(prepared, recipe, trust_remote_code)
     return _Job(prepared, recipe, sequences, device, tell, code, allow_partial)
@@ -271,9 +271,11 @@ def _indexers(
 
 
 @contextmanager
-def _shelf(out: Path) -> Iterator[Shelf]:
-    """Where hidden states wait: beside `out`, on the disk whose room was looked at."""
-    with private_folder(existing_parent(out.parent), SHELF) as folder:
+def _shelf(out: Path, needed: Resources) -> Iterator[Shelf]:
+    """Where hidden states wait: beside `out`. Raises UserError when there, or in memory, is no room for what is needed."""
+    parent = existing_parent(out.parent)
+    refuse_conversion(needed, parent)
+    with private_folder(parent, SHELF) as folder:
         yield Shelf(folder)
 
 

@@ -190,8 +190,7 @@ class Progress:
         return Listener(on_plan=self._plan, on_progress=self.advance, on_step=self._step, on_layer=self._layer)
 
     def _plan(self, plan: Plan) -> None:
-        for line in resource_lines(plan.resources):
-            self._console.print(line, soft_wrap=True, markup=False)
+        self._console.print(f"plan: {', '.join(resource_lines(plan.resources))}", soft_wrap=True, markup=False)
 
     def _step(self, layer: str, step: int, loss: float) -> None:
         if "distil" not in self._tasks:
