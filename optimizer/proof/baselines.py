@@ -16,7 +16,7 @@ from ...kernels import ops  # noqa: F401  (registers torch.ops.mla2dsa)
 SINKS = 4
 
 
-# benchmarks/memory.py --rows: 256 to 2048 take the same time; at 32K keys a tile's mass has 64 MiB.
+# benchmarks/memory.py --rows: 512 to 2048 take about the same time, fewer take longer; at 32K keys a tile's mass has 64 MiB.
 QUERY_ROWS = 512
 
 

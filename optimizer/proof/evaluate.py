@@ -21,7 +21,7 @@ from ..indexer.samples import SiteSample
 from ..model.weights import WeightSource
 from . import baselines
 
-# benchmarks/memory.py --rows: 64 to 1024 take the same time; of 128K tokens in the vocabulary a block has 128 MiB.
+# benchmarks/memory.py --rows: 256 to 2048 take the same time; of 128K tokens in the vocabulary a block has 128 MiB.
 POSITIONS = 256  # whose next-token distributions are compared at once
 SPARSE_MLA = torch.ops.mla2dsa.sparse_mla.default
 
