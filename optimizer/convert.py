@@ -136,8 +136,8 @@ def convert(
         job = _settled(_job(prepared, recipe, device, listener or Listener(), trust_remote_code, allow_partial))
         shelf = claimed.enter_context(_shelf(out, prepared.plan.resources))
         with _indexers(job, out, resume, overwrite, shelf) as (weights, layers):
-            prove = None if skip_verification else partial(_proved, job, skip_transformers=skip_transformers, shelf=shelf)
-            return _written(job, out, weights, layers, prove, started)
+            prove = partial(_proved, job, skip_transformers=skip_transformers, shelf=shelf)
+            return _written(job, out, weights, layers, None if skip_verification else prove, started)
 
 
 def _writable(prepared: Prepared) -> Prepared:

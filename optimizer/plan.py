@@ -119,18 +119,24 @@ def prepare(
     if donor is not None:
         donor.check(converted.found.sites)
     layers = tuple((site.name, site.dims) for site in converted.found.sites)
-    streamed = streams(captured.program, converted, config, recipe.rows, dict(checkpoint.tensors), allow_partial)
     layout, refusal = _layout(checkpoint, recipe, converted)
     plan = Plan(
         model=str(model), model_type=str(checkpoint.config.get("model_type")), indexer=config,
         source=f"donor:{recipe.donor}" if recipe.donor else recipe.indexer, layers=layers,
         misses=converted.found.misses, refusal=refusal,
         notes=tuple(_notes(checkpoint, config, layers, recipe.mtp)), new_parameters=_new_parameters(config, layers),
-        context=captured.max_length, resources=resources(streamed, recipe, captured.max_length),
-        layout=layout.name if layout else "", layout_reason=layout.why if layout else "",
-        query_forms=layout.forms if layout else (),
+        context=captured.max_length, resources=_resources(source, converted, config, recipe, allow_partial),
+        layout=layout.name if layout else "", layout_reason=layout.why if layout else "", query_forms=layout.forms if layout else (),
     )  # fmt: skip
     return Prepared(plan, checkpoint, captured, converted, donor, layout)
+
+
+def _resources(
+    source: WeightSource, converted: Converted, config: IndexerConfig, recipe: Recipe, allow_partial: bool
+) -> Resources:
+    program, context = source.capture.program, source.capture.max_length
+    streamed = streams(program, converted, config, recipe.rows, dict(source.checkpoint.tensors), allow_partial)
+    return resources(streamed, recipe, context)
 
 
 def layout_of(checkpoint: Checkpoint, recipe: Recipe) -> Layout:
