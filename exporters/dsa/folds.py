@@ -58,7 +58,7 @@ class Folding:
         place = self.tensors[name]
         return Derived(name, name, place.dtype, place.shape)
 
-    def rename(self, old: str, new: str) -> None:
+    def relabel(self, old: str, new: str) -> None:
         """With its FP8 scales."""
         for end in ("", _SCALES) if old + _SCALES in self.tensors else ("",):
             self.derived[new + end] = self._taken(old + end, new + end)
@@ -167,7 +167,7 @@ class IdentityQuery:
     def apply(self, config: Config, folding: Folding) -> None:
         width = int(config["hidden_size"])
         for layer in _without_latent(folding):
-            folding.rename(f"{layer}.self_attn.q_proj.weight", f"{layer}.self_attn.q_b_proj.weight")
+            folding.relabel(f"{layer}.self_attn.q_proj.weight", f"{layer}.self_attn.q_b_proj.weight")
             gain = folding.now(f"{layer}.input_layernorm.weight")
             folding.add(f"{layer}.self_attn.q_a_proj.weight", gain.source, _EXACT, (width, width), InverseDiagonal())
             folding.add(f"{layer}.self_attn.q_a_layernorm.weight", gain.source, gain.dtype, (width,))
@@ -184,7 +184,7 @@ class BiasQuery:
         rank = bias_rank(width)
         for layer in _without_latent(folding):
             attention = f"{layer}.self_attn"
-            folding.rename(f"{attention}.q_proj.weight", f"{attention}.q_b_proj.weight")
+            folding.relabel(f"{attention}.q_proj.weight", f"{attention}.q_b_proj.weight")
             query = folding.now(f"{attention}.q_b_proj.weight")
             folding.move(query.name, Pad(width, rank), (query.shape[0], rank))
             like, source = query.dtype, f"{layer}.input_layernorm.weight"
