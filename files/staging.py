@@ -53,7 +53,7 @@ def claim(out: Path, inputs: Sequence[Path] = (), *, overwrite: bool = False) ->
     inputs: folders and files that the run reads. Raises UsageError when `out` may not be written (see `check_target`),
     UserError when another run is at it, naming that, or the disk refuses.
     """
-    out = _resolved(out)
+    out = resolved(out)
     mine = _CLAIMS.get(out)
     if mine is not None and mine.thread == threading.get_ident():
         _check_apart(out, inputs)
@@ -95,7 +95,7 @@ def beside(mine: Claim) -> Iterator[Path]:
 
 def check_target(out: Path, inputs: Sequence[Path] = (), *, overwrite: bool = False) -> None:
     """Raises UsageError when `out` overlaps one of `inputs`, is no folder, or is in use and not ours to overwrite."""
-    out = _resolved(out)
+    out = resolved(out)
     _check_apart(out, inputs)
     if not out.exists():
         return
@@ -114,7 +114,8 @@ def check_target(out: Path, inputs: Sequence[Path] = (), *, overwrite: bool = Fa
         )
 
 
-def _resolved(out: Path) -> Path:
+def resolved(out: Path) -> Path:
+    """`out` with its links followed. Raises UsageError for a loop of them, and where the system cannot tell."""
     try:
         return out.resolve()
     except (OSError, RuntimeError) as error:  # a loop of links
@@ -124,7 +125,7 @@ def _resolved(out: Path) -> Path:
 def _check_apart(out: Path, inputs: Sequence[Path]) -> None:
     """By what folders are, not by how they are spelled: links, mounts and file systems without case have many spellings."""
     for given in inputs:
-        source = _resolved(given)
+        source = resolved(given)
         if _same(out, source):
             raise UsageError(f"{out}: output and source are the same folder; choose another output folder")
         if any(_same(it, source) for it in out.parents) or any(_same(it, out) for it in source.parents):

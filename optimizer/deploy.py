@@ -15,7 +15,7 @@ from ..errors import SeveralErrors, UsageError, UserError
 from ..exporters.dsa.names import MANIFEST
 from ..files.manifests.checkpoint_manifest import read_checkpoint_manifest
 from ..files.ownership import why_not_ours
-from ..files.staging import InTheWay, claim, hidden_sibling
+from ..files.staging import InTheWay, claim, hidden_sibling, resolved
 from ..files.temporary import remove_tree
 from .build import Built, OnProgress, build
 from .build_plan import BuildOptions, check_ready, plan_build
@@ -86,7 +86,7 @@ def _place(out: Path, kept: Path | None) -> Iterator[Path]:
     if kept is not None:
         yield kept
         return
-    folder = hidden_sibling(out.resolve(), "deploy")
+    folder = hidden_sibling(resolved(out), "deploy")
     folder.mkdir(exist_ok=True)
     try:
         yield folder / "dsa"

@@ -15,6 +15,7 @@ from pathlib import Path
 from torch.fx import GraphModule
 
 from ..errors import UsageError, UserError
+from ..files.staging import resolved
 from ..files.writing import write_new
 from ..passes.manager import Step, watched_by
 
@@ -28,7 +29,7 @@ def dump_graphs(folder: Path, out: Path | None = None) -> Iterator[None]:
     Raises UsageError when `folder` is in use or overlaps `out`, and at the end when no pass ran.
     """
     _check_new(folder)
-    if out is not None and _overlap(folder.resolve(), out.resolve()):
+    if out is not None and _overlap(resolved(folder), resolved(out)):
         raise UsageError(f"{FLAG} {folder}: overlaps the output {out}; choose a folder outside")
     writer = _Writer(folder)
     with watched_by(writer):

@@ -22,7 +22,7 @@ from ...files.manifests.export_manifest import EXPORT_FILES, EXPORT_MANIFEST, ex
 from ...files.model.model_files import CONFIG, is_folder
 from ...files.ownership import refuse_names
 from ...files.safetensors_index import TensorLocation, read_index
-from ...files.staging import hidden_sibling
+from ...files.staging import hidden_sibling, resolved
 from ..indexer.sizes import Sizes, indexer_sizes, parameters, size_faults
 from ..model.config_limits import check_config
 from ..model.stored_formats import check_formats, mtp_tensors, stale_fields
@@ -262,7 +262,7 @@ def _add_indexers(needs: Needs, model: _Model, recipe: Recipe, out: Path) -> Non
     count = parameters(indexer_sizes(recipe, model.config), model.config) * (layers if isinstance(layers, int) else 0)
     needs.add(out, count * _WRITTEN_BYTES, "indexers")
     if recipe.donor is None:
-        kept = hidden_sibling(out.resolve(), "layers")
+        kept = hidden_sibling(resolved(out), "layers")
         there = sum(file.stat().st_size for file in kept.glob("*.safetensors")) if os.path.isdir(kept) else 0
         needs.add(out, max(0, count * _KEPT_BYTES - there), "finished layers")
 

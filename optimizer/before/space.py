@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...files.staging import resolved
 from ...files.temporary import private_folder
 from ...files.writing import can_link
 
@@ -61,7 +62,7 @@ class Needs:
 
 def existing_parent(place: Path) -> Path:
     """`place`, or the nearest of its parents that is there; links followed."""
-    real = place.resolve()
+    real = resolved(place)
     return next(it for it in (real, *real.parents) if os.path.exists(it))  # pathlib's raises for a name too long
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import UsageError, UserError
-from ...files.staging import hidden_sibling
+from ...files.staging import hidden_sibling, resolved
 from ...files.temporary import remove_tree, replace_file
 from ...kernels.spec import IndexerWeights
 from .calibrate import LayerResult
@@ -31,7 +31,7 @@ class ProgressStore:
         """Raises UsageError when there are layers for `out` and nothing says what to do with them."""
         if cls(_place(out), "").layers() and not (resume or overwrite):
             raise UsageError(
-                f"{out.resolve()}: an unfinished conversion was found; pass --resume to go on with it or --overwrite to start again"
+                f"{resolved(out)}: an unfinished conversion was found; pass --resume to go on with it or --overwrite to start again"
             )
 
     @classmethod
@@ -44,7 +44,7 @@ class ProgressStore:
             store.remove()  # without a layer there is nothing to go on with
         elif not store.load():
             raise UsageError(
-                f"{out.resolve()}: the unfinished conversion is of another model, recipe or text; pass --overwrite to start again"
+                f"{resolved(out)}: the unfinished conversion is of another model, recipe or text; pass --overwrite to start again"
             )
         try:
             store.folder.mkdir(exist_ok=True)
@@ -87,7 +87,7 @@ class ProgressStore:
 
 
 def _place(out: Path) -> Path:
-    return hidden_sibling(out.resolve(), "layers")
+    return hidden_sibling(resolved(out), "layers")
 
 
 def _read(file: Path, fingerprint: str) -> LayerResult | None:
