@@ -53,6 +53,7 @@ def resource_lines(needed: Resources) -> list[str]:
     return [
         f"sequences: {needed.sequences} of {needed.sequence_length} tokens",
         f"predicted memory: {_gib(needed.peak)} ({parts})",
+        f"comparing with transformers' models: {_gib(needed.transformers)} in the place of the last of these",
         f"predicted disk for hidden states: {_gib(needed.disk)}",
         f"predicted time: {_duration(needed.seconds)} ({needed.flops / 1e12:.1f} TFLOP, {needed.rate / 1e9:.0f} GFLOP/s measured now)",
     ]

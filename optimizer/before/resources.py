@@ -29,6 +29,7 @@ from ..indexer.closed_form import ONE_TOKENS
 from ..indexer.indexer_math import BLOCK_ELEMENTS
 from ..model.free_memory import free_memory
 from ..recipe import CLOSED_FORM_SEQUENCES, DISTIL_SEQUENCES, Recipe
+from ..verify import parity_length
 from .space import Needs
 
 # benchmarks/memory.py: what 64 heads of DeepSeek-V3's width take at 8192 tokens is 2.6 GiB, what 128 take at 6144 is 3.9.
@@ -37,7 +38,7 @@ PASS_BUDGET = 4 * 2**30  # bytes that one sequence may need on its way through a
 SLACK = 400 * 2**20
 # benchmarks/memory.py: what gathers, sorts and narrow products reach of the rate of a large one.
 SHARE_OF_RATE = 0.5
-PROCESS = "this process"
+PROCESS, STATES = "this process", "hidden states"
 _SHORTEST = 1.25  # of index_topk: sequences shorter than that hardly say anything about what is left out
 _STEP = 256  # tokens that sequences are made shorter by
 _PROBE = 1024  # rows of the matrices whose product is timed
@@ -47,7 +48,8 @@ _HELD_OUT = 4  # sequences that choose a snapshot, at most
 @dataclass(frozen=True)
 class Resources:
     """sequence_length: tokens of a sequence; sequences: fitted on, choosing and proving together. Bytes: memory at the worst
-    moment, by what takes it; disk: of hidden states, while it runs. flops; rate: of them a second, as measured."""
+    moment, by what takes it; transformers: what its models take in the place of the last of these, unless skipped;
+    disk: of hidden states, while it runs. flops; rate: of them a second, as measured."""
 
     sequence_length: int
     sequences: int
@@ -55,10 +57,17 @@ class Resources:
     disk: int
     flops: float
     rate: float
+    transformers: int = 0
+
+    @property
+    def streaming(self) -> int:
+        """The most memory that anything but the comparison with transformers takes."""
+        return sum(self.memory.values())
 
     @property
     def peak(self) -> int:
-        return sum(self.memory.values())
+        held = self.memory[PROCESS] + self.memory.get(STATES, 0)
+        return max(self.streaming, held + self.transformers)
 
     @property
     def seconds(self) -> float:
@@ -67,6 +76,7 @@ class Resources:
     def to_json(self) -> dict[str, Any]:
         return {
             "sequence_length": self.sequence_length, "sequences": self.sequences, "memory": self.memory, "peak_memory": self.peak,
+            "transformers": self.transformers,
             "disk": self.disk, "flops": self.flops, "flops_per_second": self.rate, "seconds": round(self.seconds, 1),
         }  # fmt: skip
 
@@ -133,21 +143,22 @@ def resources(found: Streams, recipe: Recipe, context: int) -> Resources:
     stages = {
         "one sequence, its layer's weights and fit": max(p.weights + max(p.peak, fit if p.watched else 0) for p in dense),
         "dense and sparse logits": max(p.weights + p.peak for p in sparse) + dense[-1].weights + dense[-1].peak,
-        "transformers' models": 2 * 4 * found.parameters,
     }  # fmt: skip
     largest = max(stages, key=lambda name: stages[name])
     held = min(shelved, BUDGET)
-    memory = {PROCESS: resident() + SLACK, "hidden states": held, largest: stages[largest]}
+    memory = {PROCESS: resident() + SLACK, STATES: held, largest: stages[largest]}
     flops = (fitted + choosing + 2 * proving) * sum(p.flops for p in dense)
     flops += 3 * proving * sum(p.flops for p in sparse) + proving * _oracles(found, length)
     if recipe.indexer == "distil":
         flops += recipe.distil.steps * _distilling(found, recipe, length)
-    return Resources(length, fitted + choosing + proving, memory, shelved - held, flops, measured_rate())
+    return Resources(
+        length, fitted + choosing + proving, memory, shelved - held, flops, measured_rate(), _transformers(found)
+    )
 
 
 def refuse_if_too_large(needed: Resources, place: Path) -> None:
     """Raises UserError when the memory that is free now, or the disk at `place`, has no room for it."""
-    more, free = needed.peak - needed.memory[PROCESS], free_memory()
+    more, free = needed.streaming - needed.memory[PROCESS], free_memory()
     if more > free:
         raise UserError(
             f"the conversion needs {_gib(more)} more memory, {_gib(free)} are free; set a smaller sequence_length than "
@@ -181,6 +192,13 @@ def _fit(found: Streams, recipe: Recipe, length: int, fitted: int) -> int:
     elements = min(recipe.rows, length) * config.index_n_heads * length
     blocks = 4 * 4 * (elements if recipe.indexer == "distil" else min(elements, BLOCK_ELEMENTS))
     return max(sizes) + blocks
+
+
+def _transformers(found: Streams) -> int:
+    """Two float32 models, or one and the two score matrices of its longest sequence."""
+    heads = [d.num_heads for d in found.layers]
+    scores = 2 * 4 * max(found.config.index_n_heads, *heads) * parity_length(found.config, heads) ** 2
+    return 4 * found.parameters + max(4 * found.parameters, scores)
 
 
 def _oracles(found: Streams, length: int) -> float:

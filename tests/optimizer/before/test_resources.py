@@ -29,7 +29,8 @@ def planned(folder: Path, **fields: object) -> Resources:
 
 def test_the_parts_add_up(folder: Path) -> None:
     found = planned(folder)
-    assert found.peak == sum(found.memory.values()) > resident() - 2**30
+    assert found.streaming == sum(found.memory.values()) > resident() - 2**30
+    assert found.peak >= found.streaming
     assert found.sequence_length == 2048
     assert found.sequences == 16 + 4 + 8
     assert found.to_json()["peak_memory"] == found.peak
@@ -72,6 +73,15 @@ def test_the_rate_is_one_of_a_machine() -> None:
 def test_what_fits_is_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "free_memory", lambda: GIB)
     refuse_if_too_large(FITS, tmp_path)
+
+
+def test_transformers_models_do_not_refuse_a_conversion_that_may_skip_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "free_memory", lambda: GIB)
+    large = replace(FITS, transformers=2**50)
+    refuse_if_too_large(large, tmp_path)
+    assert large.peak == 2 * GIB + 2**50
 
 
 def test_too_little_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
