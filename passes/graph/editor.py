@@ -21,6 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from ...compat import torch_private
+from ...compat.aliasing import written
 from .arguments import items_arg
 from .graph_eval import value
 
@@ -148,8 +149,7 @@ class ProgramEditor:
         for node in list(self.graph.nodes):
             if torch_private.is_metadata_assert(node.target):
                 self.graph.erase_node(node)
-        # torch keeps dropout and SDPA as impure (random); unread, they would keep the dense attention alive and computed
-        self.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure(impure_random=False))
+        self.graph.eliminate_dead_code(is_impure_node=_is_impure)
         return count - len(self.graph.nodes)
 
     def finish(self) -> ExportedProgram:
@@ -208,6 +208,14 @@ def _uncompiled(original: GraphModule, graph: Graph) -> GraphModule:
         setattr(module, node.target, getattr(original, node.target))
     torch_private.put_graph(module, graph)
     return module
+
+
+def _is_impure(node: Node) -> bool:
+    """Whether a node does more than give its value. torch looks at schemas only: a nested graph that writes has none.
+
+    Random ops count as pure, against torch's custom: SDPA is one, and would keep the dense attention alive and computed.
+    """
+    return node.is_impure(impure_random=False) or bool(written(node))
 
 
 class GraphBuilder:

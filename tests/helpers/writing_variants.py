@@ -202,6 +202,27 @@ class MaskWrittenAfter(After):
         out.masked_fill_(visible[..., :1], 0.0)
 
 
+class BranchWritesAfter(After):
+    """Nobody reads what the branches give: they are there for what they write."""
+
+    def write(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> None:
+        torch.cond(visible.sum() > 40, lambda x: x.mul_(2.0).sum(), lambda x: x.mul_(3.0).sum(), (out,))
+
+
+class StatisticsAfter(Mla):
+    """A batch norm whose result nobody reads, and whose running statistics are part of the program."""
+
+    def __init__(self, dims: Dims) -> None:
+        super().__init__(dims)
+        self.register_buffer("mean", torch.zeros(dims.hidden))
+        self.register_buffer("var", torch.ones(dims.hidden))
+
+    def forward(self, x: Tensor, mask: Tensor, pos: Tensor) -> Any:
+        attended = super().forward(x, mask, pos)
+        F.batch_norm(x.flatten(0, 1), self.mean, self.var, training=True)  # type: ignore[arg-type]
+        return attended
+
+
 class HiddenWrittenAfter(Mla):
     """The residual is added in place, to what the attention has read."""
 

@@ -9,6 +9,7 @@ import torch
 from families import indexer_weights
 from handwritten import Mla, Model, build, export, inputs
 from writing_variants import (
+    BranchWritesAfter,
     ComplexInPlace,
     CountsCalls,
     EagerInPlace,
@@ -43,6 +44,7 @@ from writing_variants import (
     SiblingWritten,
     SlowAndUntold,
     SplitKeys,
+    StatisticsAfter,
     ViewedTwiceKeys,
 )
 
@@ -84,7 +86,9 @@ REACHING = [
     MaskIndexPut, MaskScatter, EagerInPlace, NormInPlace, LatentWrittenBefore, QueryWritten, QueriesForeach, SiblingWritten,
     ScaleWritten, MaskInputWritten,
 ]  # fmt: skip
-HARMLESS = [OutWritten, OperandsWritten, MaskWrittenAfter, HiddenWrittenAfter, CountsCalls]
+HARMLESS = [
+    OutWritten, OperandsWritten, MaskWrittenAfter, HiddenWrittenAfter, CountsCalls, BranchWritesAfter, StatisticsAfter,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("attention", REACHING, ids=lambda a: a.__name__)
