@@ -58,6 +58,11 @@ REFUSED: dict[str, tuple[Tensor, dict[str, Any], str]] = {
         "NaN: 2 got, 0 expected; 2 not finite where they should be, or otherwise, first at [0, 2]: got nan, expected 4.0",
     ),
     "nan got, by rms": (changed((0, 2, NAN)), {"rms": 1e9}, "NaN: 1 got, 0 expected"),
+    "nan first": (
+        changed((0, 0, NAN), (1, 1, 9.0)), {},
+        "2 of 6 values differ; worst at [1, 1]: got 9, expected 8 (error 1, relative 0.125); relative RMS",
+    ),
+    "nothing but nan": (torch.full_like(WANTED, NAN), {}, "logits: 6 of 6 values differ; NaN: 6 got, 0 expected; 6 not finite"),
     "infinite got": (changed((0, 2, INF)), {"atol": 1e9}, "infinite: 1 got, 0 expected"),
     "infinite got, by rms": (changed((0, 2, -INF)), {"rms": 1e9}, "first at [0, 2]: got -inf, expected 4.0"),
 }  # fmt: skip
@@ -100,6 +105,14 @@ def test_any_type_is_compared_in_float64(dtype: torch.dtype) -> None:
     close(values, values.double())
     with pytest.raises(AssertionError, match=r"1 of 3 values differ; worst at \[2\]: got 1, expected 0"):
         close(values, torch.tensor([0, 1, 0]))
+
+
+def test_both_parts_of_a_complex_number_are_compared() -> None:
+    wanted = torch.tensor([1 + 1j, 2])
+    close(wanted, wanted)
+    close(wanted.real, torch.tensor([1 + 0j, 2]))
+    with pytest.raises(AssertionError, match=r"1 of 4 values differ; worst at \[0, 1\]: got -1, expected 1 "):
+        close(wanted.conj(), wanted)
 
 
 def test_a_single_number_is_compared() -> None:

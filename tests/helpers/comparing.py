@@ -15,13 +15,14 @@ class Comparison:
     """What `compare` found. Values that are not finite are counted, and take no part in the errors.
 
     wrong: of `count` values, those outside of the tolerance. worst: index, got and wanted value of the largest error beyond
-    its tolerance. rms: root mean square of the error over that of what was wanted. strays: where one is NaN or infinite and
-    the other is not the same, with the first such index. nans, infinities: of what was got, of what was wanted.
+    its tolerance, None where no pair is finite. rms: root mean square of the error over that of what was wanted. strays:
+    where one is NaN or infinite and the other is not the same, with the first such index. nans, infinities: of what was
+    got, of what was wanted.
     """
 
     count: int
     wrong: int
-    worst: tuple[Index, float, float]
+    worst: tuple[Index, float, float] | None
     rms: float
     strays: int
     first_stray: tuple[Index, float, float] | None
@@ -29,13 +30,15 @@ class Comparison:
     infinities: tuple[int, int]
 
     def __str__(self) -> str:
-        at, got, wanted = self.worst
-        error = abs(got - wanted)
-        relative = f"{error / abs(wanted):.3g}" if wanted else "infinite"
-        said = [
-            f"{self.wrong} of {self.count} values differ; worst at {list(at)}: got {got:.9g}, expected {wanted:.9g} "
-            f"(error {error:.3g}, relative {relative}); relative RMS {self.rms:.3g}"
-        ]
+        said = [f"{self.wrong} of {self.count} values differ"]
+        if self.worst is not None:
+            at, got, wanted = self.worst
+            error = abs(got - wanted)
+            relative = f"{error / abs(wanted):.3g}" if wanted else "infinite"
+            said.append(
+                f"worst at {list(at)}: got {got:.9g}, expected {wanted:.9g} (error {error:.3g}, relative {relative})"
+            )
+            said.append(f"relative RMS {self.rms:.3g}")
         for what, (mine, theirs) in (("NaN", self.nans), ("infinite", self.infinities)):
             if mine or theirs:
                 said.append(f"{what}: {mine} got, {theirs} expected")
@@ -50,20 +53,20 @@ class Comparison:
 def compare(
     actual: Tensor, expected: Tensor, rtol: float = 0.0, atol: float = 0.0, equal_nan: bool = False
 ) -> Comparison:
-    """In float64. Equal infinities are equal; NaN equals NaN only if `equal_nan`."""
-    got, wanted = (x.detach().cpu().to(torch.float64) for x in (actual, expected))
+    """In float64, a complex value as two, along a last axis. Equal infinities are equal; NaN equals NaN only if `equal_nan`."""
+    got, wanted = (_in_float64(x, actual.is_complex() or expected.is_complex()) for x in (actual, expected))
     same = (got == wanted) & got.isinf()
     if equal_nan:
         same |= got.isnan() & wanted.isnan()
     finite = got.isfinite() & wanted.isfinite()
     stray = ~finite & ~same
     error = torch.where(finite, (got - wanted).abs(), 0.0)
-    beyond = error - (atol + rtol * torch.where(finite, wanted.abs(), 0.0))
+    beyond = torch.where(finite, error - (atol + rtol * torch.where(finite, wanted.abs(), 0.0)), -torch.inf)
     size = torch.where(finite, wanted, 0.0).norm()
     return Comparison(
         count=got.numel(),
         wrong=int(((beyond > 0) | stray).sum()),
-        worst=_value_at(_place_of_largest(beyond), got, wanted),
+        worst=_value_at(_place_of_largest(beyond), got, wanted) if bool(finite.any()) else None,
         rms=float(error.norm() / size) if bool(error.any()) else 0.0,
         strays=int(stray.sum()),
         first_stray=_value_at(_place_of_largest(stray.double()), got, wanted) if bool(stray.any()) else None,
@@ -99,6 +102,11 @@ def close(
     else:
         assert not found.strays, f"{name}: {found}"
         assert found.rms <= rms, f"{name}: {found}, expected a relative RMS of at most {rms:g}"
+
+
+def _in_float64(values: Tensor, as_complex: bool) -> Tensor:
+    values = values.detach().cpu()
+    return torch.view_as_real(values.to(torch.complex128)) if as_complex else values.to(torch.float64)
 
 
 def _place_of_largest(values: Tensor) -> Index:
