@@ -15,8 +15,6 @@ from ...files.safetensors_index import TensorLocation
 from .families import FAMILIES, LAYOUTS, NO_CLASS, OWN, QUERY_FORMS, V32, DsaClass, Family, family_of
 from .folds import CannotFold, Config, Folding, Untie
 
-ASKABLE = ("auto", *LAYOUTS, OWN)
-MTP = ("keep", "drop")
 _FP8_BLOCK = (128, 128)  # DeepSeek-V3's weight_block_size, when config.json does not say
 
 # Where a quantisation method lists the modules it leaves alone.
