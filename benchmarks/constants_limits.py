@@ -214,7 +214,7 @@ def proof_size(bench: Bench, most: int = 32) -> Iterator[str]:
 
 
 def sinks(bench: Bench) -> Iterator[str]:
-    yield f"\nproof/baselines.SINKS: {'sinks':>6} {'loss+':>8} {'KL':>8} {'KL foreign':>11}"
+    yield f"\nindexer/indexer_math.SINKS: {'sinks':>6} {'loss+':>8} {'KL':>8} {'KL foreign':>11}"
     for value in (0, 1, 2, 4, 8, 16):
         with overridden(baselines, "SINKS", value):
             result = bench.baseline("window")

@@ -199,7 +199,7 @@ def _add_verify(commands: Any) -> None:
     command.add_argument(
         "--text", metavar="PATH", help="held-out text: file, folder or .jsonl (default: random tokens)"
     )
-    command.add_argument("--sequences", type=int, default=8, metavar="N", help="sequences to look at (default 8)")
+    command.add_argument("--sequences", type=int, metavar="N", help="sequences to look at (default 8)")
     command.add_argument(
         "--sequence-length", type=int, metavar="L", help="tokens of a sequence (default 4 * index_topk, at least 1024)"
     )

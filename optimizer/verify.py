@@ -281,7 +281,7 @@ def verify_folders(
     dsa: Path,
     text: str | None = None,
     *,
-    sequences: int = 8,
+    sequences: int | None = None,
     sequence_length: int | None = None,
     max_loss_delta: float | None = None,
     skip_transformers: bool = False,
@@ -292,6 +292,8 @@ def verify_folders(
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Verification:
     """Open both folders, read `text` (random tokens without one), and run every check. Raises UserError."""
+    limits = Verify()
+    sequences = limits.sequences if sequences is None else sequences
     if sequences < 1:
         raise UsageError(f"--sequences {sequences}, expected at least 1")
     pair = open_pair(dense, dsa, usable_device(device), drop_stale=drop_stale, allow_partial=allow_partial)
@@ -305,5 +307,5 @@ def verify_folders(
         )
     tokens = model_tokens(pair.dense.checkpoint, text, length * sequences, trust_remote_code=trust_remote_code)
     chosen = tokens.sequences(length, sequences)
-    limit = Verify().max_loss_delta if max_loss_delta is None else max_loss_delta
+    limit = limits.max_loss_delta if max_loss_delta is None else max_loss_delta
     return verify(pair, chosen, tokens.origin, limit, skip_transformers, on_progress)

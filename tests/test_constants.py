@@ -22,7 +22,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "constants.txt"
 BENCHMARK = re.compile(r"benchmarks/\w+\.py")
 FIXED = re.compile(r"[Ff]ixed by \w")
 CONSTANT = re.compile(r"_?[A-Z][A-Z0-9_]*")
-NO_STEERING = {"seed"}
+NO_STEERING = {"seed", "token_axis"}
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ def is_number(node: ast.expr | None) -> bool:
     return False
 
 
-def numbers(tree: ast.Module) -> list[tuple[str, ast.stmt]]:
-    """Module constants, and defaults of class fields."""
-    found: list[tuple[str, ast.stmt]] = []
+def numbers(tree: ast.Module) -> list[tuple[str, ast.stmt | ast.expr]]:
+    """Module constants, defaults of class fields and of arguments."""
+    found: list[tuple[str, ast.stmt | ast.expr]] = []
     for holder in (tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))):
         for node in holder.body:
             if not isinstance(node, ast.Assign | ast.AnnAssign) or not is_number(node.value):
@@ -64,7 +64,20 @@ def numbers(tree: ast.Module) -> list[tuple[str, ast.stmt]]:
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             if isinstance(target, ast.Name) and (holder is not tree or CONSTANT.fullmatch(target.id)):
                 found.append((target.id, node))
+    found += defaults(tree)
     return [(name, node) for name, node in found if name not in NO_STEERING]
+
+
+def defaults(tree: ast.Module) -> list[tuple[str, ast.expr]]:
+    """Of the arguments of every function."""
+    functions = [node.args for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    given = [
+        (argument.arg, value)
+        for args in functions
+        for arguments, values in (([*args.posonlyargs, *args.args], args.defaults), (args.kwonlyargs, args.kw_defaults))
+        for argument, value in zip(reversed(arguments), reversed(values), strict=False)
+    ]
+    return [(name, value) for name, value in given if value is not None and is_number(value)]
 
 
 def constants(source: str) -> list[Constant]:
@@ -94,6 +107,7 @@ def fault(constant: Constant) -> str | None:
         ("A = (1, 0.5)\nB = ()\nZ = (0, 0)\nC = (1, 'x')\nD = 1 << 25\nE = -1", ["A", "D", "E"]),
         ("class A:\n    rows: int = 128\n    seed: int = 0\n    lr: float = Field(default=1e-3, gt=0)", ["rows", "lr"]),
         ("def f():\n    A = 1", []),
+        ("def f(a, /, b, rows=3, *, seed=0, c, lr=1e-3, d=None, e=True):\n    pass", ["rows", "lr"]),
     ],
 )
 def test_numbers_are_read_from_source(source: str, names: list[str]) -> None:

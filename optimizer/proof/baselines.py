@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import ops  # noqa: F401  (registers torch.ops.mla2dsa)
-
-# benchmarks/constants.py: 0 to 4 cost the same within 3%, 8 and 16 more on foreign text.
-SINKS = 4
-
+from ..indexer.indexer_math import SINKS
 
 # benchmarks/memory.py --rows: 512 to 2048 take about the same time, fewer take longer; at 32K keys a tile's mass has 64 MiB.
 QUERY_ROWS = 512
@@ -47,7 +44,7 @@ def oracle(q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_rank: i
 
 
 def window(q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_rank: int) -> Tensor:
-    """The most recent keys and the first four (sinks), index_topk in all."""
+    """The most recent keys and the first SINKS, index_topk in all."""
     count = indices.shape[-1]
     first = min(SINKS, count)
 

@@ -62,7 +62,7 @@ def compare(
     after: ExportedProgram,
     sequences: Sequence[Mapping[str, Tensor]],
     layers: Sequence[tuple[str, str, str]],
-    tolerance: float = 1e-5,
+    tolerance: float,
     load_before: Loader | None = None,
     load_after: Loader | None = None,
 ) -> NumericCheck:

@@ -209,9 +209,9 @@ def test_layer_formula_of_the_maps_gives_the_logits_of_query_and_key() -> None:
 
 def test_window_keeps_sinks_and_the_most_recent() -> None:
     sample = LAYER.sample(12)
-    picked = select(window_scores(sample, sinks=3), 10)
+    picked = select(window_scores(sample), 10)
     for row, keys in zip(sample.rows.tolist(), picked.tolist(), strict=True):
-        assert set(keys) == {0, 1, 2} | set(range(row - 6, row + 1))
+        assert set(keys) == {0, 1, 2, 3} | set(range(row - 5, row + 1))
 
 
 def test_select_gives_equal_scores_to_the_lowest_position() -> None:

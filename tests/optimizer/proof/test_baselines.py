@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mla2dsa.optimizer.indexer.indexer_math import oracle_scores, select, window_scores
+from mla2dsa.optimizer.indexer.indexer_math import SINKS, oracle_scores, select, window_scores
 from mla2dsa.optimizer.indexer.samples import SiteSample
 from mla2dsa.optimizer.proof import baselines
-from mla2dsa.optimizer.proof.baselines import SINKS
 
 HEADS, ROPE, SCALE = 3, 4, 0.7
 SIZES = [(12, 5), (12, 8), (12, 4), (9, 12), (1, 1)]  # tokens, index_topk

@@ -31,7 +31,7 @@ class Rewrite:
         return [(change.name, change.before, change.after) for change in self.converted.changes]
 
     def compare(self, after: ExportedProgram, sequences: list[dict[str, Tensor]]) -> NumericCheck:
-        return compare(self.dense, after, sequences, self.layers)
+        return compare(self.dense, after, sequences, self.layers, tolerance=1e-5)
 
     def damaged(self, name: str, factor: float) -> ExportedProgram:
         """The converted program with one value of one of its tensors multiplied."""

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from mla2dsa.exporters.dsa.checkpoint import write_dsa_checkpoint
 from mla2dsa.kernels.spec import IndexerConfig, IndexerWeights
-from mla2dsa.optimizer.indexer.indexer_math import random_indexer
+from mla2dsa.optimizer.indexer.indexer_math import SINKS, random_indexer
 from mla2dsa.optimizer.model.text import load_tokenizer, read_tokens
 from mla2dsa.optimizer.model.weights import WeightSource
-from mla2dsa.optimizer.proof.baselines import SINKS
 from mla2dsa.optimizer.proof.evaluate import (
     LayerRecall,
     Quality,
