@@ -93,7 +93,8 @@ def _graphs_dumped(args: argparse.Namespace) -> Iterator[None]:
         return
     from ..optimizer.graph_dumps import dump_graphs
 
-    with dump_graphs(folder, getattr(args, "out", None)):
+    outputs = (getattr(args, name, None) for name in ("out", "keep_checkpoint"))
+    with dump_graphs(folder, [out for out in outputs if out is not None]):
         yield
 
 

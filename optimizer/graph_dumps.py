@@ -8,7 +8,7 @@ Python, each value with its dtype and sizes. A command that runs several lists o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,14 +23,15 @@ FLAG = "--dump-graphs"
 
 
 @contextmanager
-def dump_graphs(folder: Path, out: Path | None = None) -> Iterator[None]:
-    """Within the block every pass leaves two files in `folder`. out: where the command writes its result.
+def dump_graphs(folder: Path, outputs: Iterable[Path] = ()) -> Iterator[None]:
+    """Within the block every pass leaves two files in `folder`. outputs: where the command writes its results.
 
-    Raises UsageError when `folder` is in use or overlaps `out`, and at the end when no pass ran.
+    Raises UsageError when `folder` is in use or overlaps one of `outputs`, and at the end when no pass ran.
     """
     _check_new(folder)
-    if out is not None and _overlap(resolved(folder), resolved(out)):
-        raise UsageError(f"{FLAG} {folder}: overlaps the output {out}; choose a folder outside")
+    for out in outputs:
+        if _overlap(resolved(folder), resolved(out)):
+            raise UsageError(f"{FLAG} {folder}: overlaps the output {out}; choose a folder outside")
     writer = _Writer(folder)
     with watched_by(writer):
         yield

@@ -147,16 +147,17 @@ def test_a_conversion_goes_on_counting(tmp_path: Path, tmp_path_factory: pytest.
     assert not list(out.glob("*.txt"))
 
 
-@pytest.mark.parametrize("command", ["verify", "export", "generate"])
+@pytest.mark.parametrize("command", ["verify", "export", "generate", "deploy"])
 def test_other_commands_write_theirs(command: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     made, folder = small_conversion(tmp_path_factory), tmp_path / "graphs"
     arguments: dict[str, tuple[object, ...]] = {
         "verify": (TINY, made, "--sequences", 1, "--sequence-length", 64, "--skip-transformers", "--max-loss-delta", 9),
         "export": (made, tmp_path / "out"),
         "generate": (made, "def", "--max-new-tokens", 2),
+        "deploy": (TINY, tmp_path / "out", "--index-topk", 32, "--backend", "tensorrt-rtx", "--dry-run"),
     }
     done = mla2dsa(command, *arguments[command], "--dump-graphs", folder, "-v")
-    passes = DSA if command == "verify" else CACHED
+    passes = DSA if command in ("verify", "deploy") else CACHED
     assert written(folder)[: 2 * len(passes)] == names(passes), done.err
     assert "mla2dsa.passes.mla_to_dsa: 4 layers rewritten" in done.err
 
@@ -182,6 +183,15 @@ def test_a_folder_in_use_is_refused_before_any_work(what: str, tmp_path: Path) -
     assert_refused(done, 2, "--dump-graphs", folder, expected)
     assert not out.exists()
     assert what != "full" or (written(kept.parent) == ["kept.txt"] and kept.read_text() == "mine")
+
+
+@pytest.mark.parametrize("where", ["the same", "inside", "around"])
+def test_the_checkpoint_that_deploy_keeps_is_an_output_too(where: str, tmp_path: Path) -> None:
+    kept = tmp_path / "kept" / "dsa"
+    folder = {"the same": kept, "inside": kept / "graphs", "around": kept.parent}[where]
+    done = mla2dsa("deploy", TINY, tmp_path / "out", "--keep-checkpoint", kept, "--dry-run", "--dump-graphs", folder)
+    assert_refused(done, 2, "--dump-graphs", folder, f"overlaps the output {kept}")
+    assert not kept.parent.exists()
 
 
 def test_a_command_that_made_no_graph_says_so(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
