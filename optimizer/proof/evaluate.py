@@ -161,11 +161,12 @@ def layer_recalls(
     indexers: Mapping[str, IndexerWeights],
     config: IndexerConfig,
     sequences: Sequence[Tensor],
+    rows: int = Calibration.rows,
     shelf: Shelf | None = None,
 ) -> list[LayerRecall]:
     """Recall of every layer's indexer on the dense model's hidden states. shelf: as for `layer_samples`."""
     found = []
-    for site, samples, _ in layer_samples(source, sequences, Calibration(config), shelf=shelf):
+    for site, samples, _ in layer_samples(source, sequences, Calibration(config, rows), shelf=shelf):
         weights = indexers[site.name]
         found.append(
             LayerRecall(
