@@ -29,12 +29,6 @@ def remove_tree(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_file(file: Path) -> None:
-    """In a private folder, which may be gone by now."""
-    with suppress(OSError):
-        os.unlink(file)
-
-
 @contextmanager
 def private_folder(parent: Path, prefix: str, discard: Discard = remove_tree) -> Iterator[Path]:
     """An empty folder in `parent` (which exists), removed with what is in it when the block ends; whatever killed runs have

@@ -23,14 +23,9 @@ from ..files.finite import finite
 from ..files.json_files import read_json
 from ..files.model.model_files import CONFIG, checkpoint_files, left_out, remote_tokenizer
 from ..files.staging import InTheWay, check_target, claim
-from ..files.temporary import private_folder
 from ..kernels.spec import IndexerWeights
-from ..runtime.shelf import Shelf
 from .before.findings import Findings
 from .before.preflight import check_conversion
-from .before.resources import Resources, default_sequences
-from .before.resources import refuse_if_too_large as refuse_conversion
-from .before.space import existing_parent
 from .environment import usable_device
 from .indexer.calibrate import Calibration, LayerResult, calibrate
 from .indexer.distil import DistilSchedule
@@ -44,12 +39,11 @@ from .model.weights import WeightSource
 from .plan import Plan, Prepared, layout_of, prepare
 from .proof.pair import open_pair
 from .proof.transformers_check import refuse_if_too_large
-from .recipe import WRITTEN, Recipe
+from .recipe import CLOSED_FORM_SEQUENCES, DISTIL_SEQUENCES, WRITTEN, Recipe
 from .verify import Verification, verify
 
 HELD_OUT = 8  # one sequence in so many is kept for choosing the snapshot, as many for the verification
 MOST_HELD_OUT = 4
-SHELF = ".mla2dsa-shelf-"
 
 
 @dataclass(frozen=True)
@@ -133,11 +127,11 @@ def convert(
                 refuse_if_too_large(checkpoint)
 
         prepared = _writable(prepare(model, recipe, allow_partial, check=check, drop_stale=drop_stale))
-        job = _settled(_job(prepared, recipe, device, listener or Listener(), trust_remote_code, allow_partial))
-        shelf = claimed.enter_context(_shelf(out, prepared.plan.resources))
-        with _indexers(job, out, resume, overwrite, shelf) as (weights, layers):
-            prove = partial(_proved, job, skip_transformers=skip_transformers, shelf=shelf)
-            return _written(job, out, weights, layers, None if skip_verification else prove, started)
+        (tell := listener or Listener()).on_plan(prepared.plan)
+        job = _settled(_job(prepared, recipe, device, tell, trust_remote_code, allow_partial))
+        with _indexers(job, out, resume, overwrite) as (weights, layers):
+            prove = None if skip_verification else partial(_proved, job, skip_transformers=skip_transformers)
+            return _written(job, out, weights, layers, prove, started)
 
 
 def _writable(prepared: Prepared) -> Prepared:
@@ -184,7 +178,6 @@ def _job(
     trust_remote_code: bool,
     allow_partial: bool = False,
 ) -> _Job:
-    tell.on_plan(prepared.plan)
     code = remote_tokenizer(prepared.checkpoint.path) if trust_remote_code and recipe.calibration else []
     sequences = _sequences(prepared, recipe, trust_remote_code)
     return _Job(prepared, recipe, sequences, device, tell, code, allow_partial)
@@ -248,7 +241,7 @@ def _inputs(checkpoint: Checkpoint, recipe: Recipe) -> list[Path]:
 
 @contextmanager
 def _indexers(
-    job: _Job, out: Path, resume: bool, overwrite: bool, shelf: Shelf
+    job: _Job, out: Path, resume: bool, overwrite: bool
 ) -> Iterator[tuple[dict[str, IndexerWeights], tuple[LayerResult, ...]]]:
     """(weights by layer name, results of the calibration); what was calibrated is kept until the block ends well."""
     if job.prepared.donor is not None:
@@ -256,7 +249,7 @@ def _indexers(
         return
     store = ProgressStore.open(out, _fingerprint(job), resume, overwrite)
     try:
-        layers = tuple(_calibrated(job, store, shelf))
+        layers = tuple(_calibrated(job, store))
         yield {layer.name: layer.weights for layer in layers}, layers
     except KeyboardInterrupt:
         if count := len(store.layers()):
@@ -270,16 +263,7 @@ def _indexers(
     store.remove()
 
 
-@contextmanager
-def _shelf(out: Path, needed: Resources) -> Iterator[Shelf]:
-    """Where hidden states wait: beside `out`. Raises UserError when there, or in memory, is no room for what is needed."""
-    parent = existing_parent(out.parent)
-    refuse_conversion(needed, parent)
-    with private_folder(parent, SHELF) as folder:
-        yield Shelf(folder)
-
-
-def _calibrated(job: _Job, store: ProgressStore, shelf: Shelf) -> Iterator[LayerResult]:
+def _calibrated(job: _Job, store: ProgressStore) -> Iterator[LayerResult]:
     recipe, tell, finished = job.recipe, job.tell, store.load()
     schedule = (
         DistilSchedule(recipe.distil.steps, recipe.distil.lr, seed=recipe.seed) if recipe.indexer == "distil" else None
@@ -288,7 +272,7 @@ def _calibrated(job: _Job, store: ProgressStore, shelf: Shelf) -> Iterator[Layer
         WeightSource(job.prepared.checkpoint, job.prepared.capture, job.device),
         job.sequences.calibration, job.sequences.selection,
         Calibration(job.prepared.plan.indexer, recipe.rows, schedule, recipe.seed, job.allow_partial), finished, tell.on_step,
-        lambda done, total: tell.on_progress("calibrate", done, total), shelf,
+        lambda done, total: tell.on_progress("calibrate", done, total),
     )  # fmt: skip
     for result in results:
         resumed = result.name in finished
@@ -298,7 +282,7 @@ def _calibrated(job: _Job, store: ProgressStore, shelf: Shelf) -> Iterator[Layer
         yield result
 
 
-def _proved(job: _Job, folder: Path, skip_transformers: bool, shelf: Shelf) -> Verification:
+def _proved(job: _Job, folder: Path, skip_transformers: bool) -> Verification:
     """Raises UserError naming the first check that does not hold."""
     checkpoint = job.prepared.checkpoint
     stale = bool(_dropped(checkpoint))
@@ -307,7 +291,7 @@ def _proved(job: _Job, folder: Path, skip_transformers: bool, shelf: Shelf) -> V
         allow_partial=job.allow_partial,
     )  # fmt: skip
     text, limit = job.sequences, job.recipe.verify.max_loss_delta
-    result = verify(pair, text.proof, text.origin, limit, skip_transformers, job.tell.on_progress, shelf)
+    result = verify(pair, text.proof, text.origin, limit, skip_transformers, job.tell.on_progress)
     if not result.passed:
         raise UserError(result.failure())
     return result
@@ -321,10 +305,10 @@ def _dropped(checkpoint: Checkpoint) -> tuple[str, ...]:
 def _sequences(prepared: Prepared, recipe: Recipe, trust_remote_code: bool) -> _Sequences:
     """Cut the text: most of it calibrates; sequences spread over it choose the snapshot and prove the result."""
     topk, context = prepared.plan.indexer.index_topk, prepared.plan.context
-    length = prepared.plan.resources.sequence_length
+    length = recipe.sequence_length or min(context, max(1024, 4 * topk))
     if fault := length_fault(length, topk, context):
         raise UsageError(fault)
-    wanted = recipe.tokens or length * default_sequences(recipe)
+    wanted = recipe.tokens or length * (DISTIL_SEQUENCES if recipe.indexer == "distil" else CLOSED_FORM_SEQUENCES)
     held = recipe.verify.sequences + MOST_HELD_OUT
     count = wanted + held * length
     text = model_tokens(prepared.checkpoint, recipe.calibration, count, recipe.seed, trust_remote_code)

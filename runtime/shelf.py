@@ -6,15 +6,16 @@ map, so that only what is read of them takes memory, and only while it is used.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..files.temporary import remove_file, scratch_folder
+from ..files.temporary import scratch_folder
 from ..files.writing import write_new
 
 # benchmarks/memory.py: files take no time that can be measured beside the model's, so the budget is what a small machine spares.
@@ -41,9 +42,9 @@ class Shelf:
         file = self._folder / str(self._count)
         self._count += 1
         plain = tensor.detach().cpu().contiguous()
-        write_new(file, plain.flatten().view(torch.uint8).numpy().data)
+        write_new(file, memoryview(plain.flatten().view(torch.uint8).numpy()))
         kept = Kept(tensor.new_empty(0), file, tuple(tensor.shape))
-        weakref.finalize(kept, remove_file, file)
+        weakref.finalize(kept, _remove, file)
         return kept
 
     def _release(self, size: int) -> None:
@@ -70,3 +71,8 @@ def temporary_shelf() -> Iterator[Shelf]:
     """A shelf whose files are where the system keeps temporary ones, until the block ends."""
     with scratch_folder("shelf") as folder:
         yield Shelf(folder)
+
+
+def _remove(file: Path) -> None:
+    with suppress(OSError):  # the folder may be gone by now
+        os.unlink(file)

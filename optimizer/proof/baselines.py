@@ -13,7 +13,7 @@ from torch import Tensor
 from ...kernels import ops  # noqa: F401  (registers torch.ops.mla2dsa)
 from ..indexer.indexer_math import SINKS
 
-# benchmarks/memory.py --rows: 512 to 2048 take about the same time, fewer take longer; at 32K keys a tile's mass has 64 MiB.
+# benchmarks/memory.py --rows: 256 to 2048 take the same time; at 32K keys a tile's mass has 64 MiB.
 QUERY_ROWS = 512
 
 
@@ -37,8 +37,7 @@ def oracle(q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_rank: i
     def choose(rows: slice, end: Tensor) -> Tensor:
         mass = torch.ops.mla2dsa.attention_mass(q[:, rows], kv, torch.zeros_like(end), end, scale)
         best = mass.topk(indices.shape[-1], dim=-1)
-        chosen: Tensor = best.indices.masked_fill(best.values <= 0, -1)
-        return chosen
+        return best.indices.masked_fill(best.values <= 0, -1)
 
     return _attended(q, kv, indices, scale, kv_lora_rank, choose)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,6 @@ from torch import Tensor
 from ...compat.torch_private import topk_rule
 from ...errors import UserError
 from ..model.checkpoint import Checkpoint
-from ..model.free_memory import free_memory
 from .check import difference
 
 
@@ -95,7 +96,7 @@ class SameSelection:
 def refuse_if_too_large(checkpoint: Checkpoint) -> None:
     """Raises UserError when the float32 models would not fit into the memory that is free now."""
     needed = 2 * 4 * sum(math.prod(place.shape) for place in checkpoint.tensors.values())  # dense and DSA side by side
-    free = free_memory()
+    free = _free_memory()
     if needed > 0.9 * free:
         raise UserError(
             f"{checkpoint.path}: comparing with transformers needs {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free; "
@@ -106,6 +107,18 @@ def refuse_if_too_large(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: transformers runs this quantised model on a GPU only; pass --skip-transformers to verify on the "
             "streamed (dequantised) graph only"
         )
+
+
+def _free_memory() -> int:
+    """Bytes, the page cache counted as free where the kernel says so (SC_AVPHYS_PAGES leaves it out)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def load_model(checkpoint: Checkpoint, class_name: str) -> tuple[Any, Mapping[str, Any]]:

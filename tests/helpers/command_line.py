@@ -60,8 +60,8 @@ def mla2dsa(*arguments: object) -> Done:
 
 
 def assert_refused(done: Done, code: int, *parts: object) -> None:
-    """Nothing on stdout, one line on stderr (beside those of progress) that names all `parts`, and the exit code."""
-    lines = [line for line in done.err.splitlines() if ": captures " not in line and not line.startswith("plan: ")]
+    """Nothing on stdout, one line on stderr that names all `parts`, and the exit code."""
+    lines = [line for line in done.err.splitlines() if ": captures " not in line]
     assert len(lines) == 1, done.err
     assert lines[0].startswith("mla2dsa: ")
     assert "internal error" not in lines[0]
