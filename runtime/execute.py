@@ -94,20 +94,18 @@ class PieceRunner:
             weights = {node: self._load(str(self._names[node])) for node in piece.weights}
             for number in range(len(sequences)):
                 seen, carried[number] = self._run_piece(piece, weights, carried[number], watched)
-                found = [Seen(index, number, seen)]
-                del seen  # what is yielded is the caller's alone: to put away before the next sequence runs
-                yield found.pop()
+                yield Seen(index, number, seen)
+                del seen  # the caller may have put it away: it would stay while the next sequence runs
             del weights  # before the next piece's are loaded: two layers would be in memory
 
     def outputs_of(self, sequences: Sequence[Mapping[str, Tensor]]) -> Iterator[list[Any]]:
         """The program's outputs, sequence by sequence (one sequence's outputs in memory at a time)."""
         final: dict[int, dict[str, Any]] = {}
         for seen in self.run(sequences):
-            number, done = seen.sequence, seen.piece == len(self.pieces) - 1
-            final.setdefault(number, {}).update(seen.values)
-            del seen  # the outputs are the caller's alone
-            if done:
-                yield list(map(final.pop(number).__getitem__, self.outputs))
+            final.setdefault(seen.sequence, {}).update(seen.values)
+            if seen.piece == len(self.pieces) - 1:
+                values = final.pop(seen.sequence)
+                yield [values[name] for name in self.outputs]
 
     def _start(self, sequence: Mapping[str, Tensor]) -> dict[Node, Any]:
         unknown = set(sequence) - {node.name for node in self._inputs}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -22,12 +21,11 @@ from ...kernels.spec import IndexerConfig, IndexerWeights
 from ...passes.matching.sites import MlaSite
 from ...passes.tap import ROWS_INPUT, SITE_TAPS, TABLE_TAPS, Tapped, tap
 from ...runtime.execute import PieceRunner
-from ...runtime.shelf import Kept, Shelf, temporary_shelf
 from ..model.weights import WeightSource
 from .closed_form import closed_form
 from .distil import DistilSchedule, distil
 from .indexer_math import index_scores, mean_recall, oracle_scores, window_scores
-from .samples import ShelvedSamples, SiteMaps, SiteSample
+from .samples import SiteMaps, SiteSample
 from .site_maps import check_maps, read_maps
 
 
@@ -75,14 +73,13 @@ def calibrate(
     done: Mapping[str, LayerResult] | None = None,
     on_step: OnStep | None = None,
     on_sequence: OnSequence | None = None,
-    shelf: Shelf | None = None,
 ) -> Iterator[LayerResult]:
     """Yield every MLA layer's result, in graph order. sequences, held_out: [L] token ids, L > index_topk.
 
     done: results of an earlier run, passed through. Raises UserError naming the layer when something cannot be read or
-    does not converge. shelf: as for `layer_samples`.
+    does not converge.
     """
-    for site, samples, maps in layer_samples(source, [*sequences, *held_out], how, on_sequence, shelf):
+    for site, samples, maps in layer_samples(source, [*sequences, *held_out], how, on_sequence):
         if done is not None and site.name in done:
             result = done[site.name]
         else:
@@ -95,51 +92,39 @@ def calibrate(
 
 
 def layer_samples(
-    source: WeightSource, sequences: Sequence[Tensor], how: Calibration, on_sequence: OnSequence | None = None,
-    shelf: Shelf | None = None,
-) -> Iterator[tuple[MlaSite, Sequence[SiteSample], Callable[[], SiteMaps]]]:  # fmt: skip
-    """Stream the dense model; yield (site, a sample per sequence, its checked linear maps on demand), layer by layer.
-
-    shelf: where samples and hidden states wait (None: in files of a temporary folder, beyond what a shelf holds)."""
+    source: WeightSource, sequences: Sequence[Tensor], how: Calibration, on_sequence: OnSequence | None = None
+) -> Iterator[tuple[MlaSite, list[SiteSample], Callable[[], SiteMaps]]]:
+    """Stream the dense model; yield (site, a sample per sequence, its checked linear maps on demand), layer by layer."""
     length = min(len(s) for s in sequences)
     if length <= how.config.index_topk:
         raise UserError(
             f"sequences have {length} tokens, expected more than index_topk {how.config.index_topk}; give longer text"
         )
-    with nullcontext(shelf) if shelf is not None else temporary_shelf() as used:
-        yield from _layer_samples(source, sequences, how, on_sequence, used)
-
-
-def _layer_samples(
-    source: WeightSource, sequences: Sequence[Tensor], how: Calibration, on_sequence: OnSequence | None, shelf: Shelf
-) -> Iterator[tuple[MlaSite, Sequence[SiteSample], Callable[[], SiteMaps]]]:
-    tapped = tap(source.capture.program, min(how.rows, *map(len, sequences)), how.allow_partial)
+    tapped = tap(source.capture.program, min(how.rows, length), how.allow_partial)
     load = source.loader(tapped.program)
     names = tapped.program.graph_signature.inputs_to_parameters
-    sites = {tapped.taps[f"{site.name}.mass"]: site for site in tapped.found.sites}
-    runner = PieceRunner(tapped.program, load, [site.core.out.name for site in sites.values()], shelf=shelf)
+    sites = {site.core.out.name: site for site in tapped.found.sites}
+    runner = PieceRunner(tapped.program, load, list(sites))
     inputs = [_inputs(ids, tapped, how, number, source.device) for number, ids in enumerate(sequences)]
-    gathered: list[dict[str, Kept]] = [{} for _ in inputs]
-    for seen in runner.run(inputs, [node for name, node in tapped.taps.items() if not name.endswith(".attention")]):
-        gathered[seen.sequence] |= {name: shelf.put(tensor[0].float()) for name, tensor in seen.values.items()}
-        here, number, piece = [sites[name] for name in seen.values if name in sites], seen.sequence, seen.piece
-        del seen  # the next sequence needs the room
+    gathered: list[dict[str, Tensor]] = [{} for _ in inputs]
+    for seen in runner.run(inputs, list(tapped.taps.values())):
+        gathered[seen.sequence].update(seen.values)
         if on_sequence is not None:
-            on_sequence(piece * len(inputs) + number + 1, len(runner.pieces) * len(inputs))
-        if number < len(inputs) - 1:
+            on_sequence(seen.piece * len(inputs) + seen.sequence + 1, len(runner.pieces) * len(inputs))
+        if seen.sequence < len(inputs) - 1:
             continue
-        for site in here:
-            samples = ShelvedSamples([_sample(site, tapped, kept, inputs[i], shelf) for i, kept in enumerate(gathered)])
+        for site in [sites[name] for name in seen.values if name in sites]:
+            samples = [_sample(site, tapped, values, inputs[i]) for i, values in enumerate(gathered)]
             _forget(site, tapped, gathered)
-            yield site, samples, partial(_checked_maps, site, samples, names, load)
+            yield site, samples, partial(_checked_maps, site, samples[0], names, load)
             del samples  # before the next layer's are gathered
 
 
 def _checked_maps(
-    site: MlaSite, samples: Sequence[SiteSample], names: Mapping[str, str], load: Callable[[str], Tensor]
+    site: MlaSite, sample: SiteSample, names: Mapping[str, str], load: Callable[[str], Tensor]
 ) -> SiteMaps:
     maps = read_maps(site, names, load)
-    check_maps(site, maps, samples[0])
+    check_maps(site, maps, sample)
     return maps
 
 
@@ -158,21 +143,18 @@ def _inputs(ids: Tensor, tapped: Tapped, how: Calibration, number: int, device: 
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _sample(
-    site: MlaSite, tapped: Tapped, kept: Mapping[str, Kept], inputs: Mapping[str, Tensor], shelf: Shelf
-) -> dict[str, Kept]:
-    def tapped_value(name: str) -> Kept:
-        return kept[tapped.taps[f"{site.name}.{name}"]]
+def _sample(site: MlaSite, tapped: Tapped, values: dict[str, Tensor], inputs: dict[str, Tensor]) -> SiteSample:
+    def tapped_value(name: str) -> Tensor:
+        return values[tapped.taps[f"{site.name}.{name}"]][0].float()
 
-    named = {name: tapped_value(name) for name in ("hidden", "q_resid", "query", "key", "mass")}
-    if site.rope is not None:
-        return {**named, **{name: tapped_value(name) for name in TABLE_TAPS}, "rows": shelf.put(inputs[ROWS_INPUT])}
-    hidden = named["hidden"].get()
-    empty = shelf.put(hidden.new_zeros(len(hidden), 0))
-    return {**named, **dict.fromkeys(TABLE_TAPS, empty), "rows": shelf.put(inputs[ROWS_INPUT])}
+    hidden = tapped_value("hidden")
+    empty = hidden.new_zeros(len(hidden), 0)
+    tables = [tapped_value(name) if site.rope is not None else empty for name in TABLE_TAPS]
+    named = {name: tapped_value(name) for name in ("q_resid", "query", "key", "mass")}
+    return SiteSample(hidden=hidden, cos=tables[0], sin=tables[1], rows=inputs[ROWS_INPUT], **named)
 
 
-def _forget(site: MlaSite, tapped: Tapped, gathered: list[dict[str, Kept]]) -> None:
+def _forget(site: MlaSite, tapped: Tapped, gathered: list[dict[str, Tensor]]) -> None:
     """Drop what only this site needed; the rotary table is shared by all."""
     for values in gathered:
         for name in SITE_TAPS:
@@ -182,8 +164,8 @@ def _forget(site: MlaSite, tapped: Tapped, gathered: list[dict[str, Kept]]) -> N
 def _fit(
     site: MlaSite,
     maps: SiteMaps,
-    samples: Sequence[SiteSample],
-    held_out: Sequence[SiteSample],
+    samples: list[SiteSample],
+    held_out: list[SiteSample],
     how: Calibration,
     on_step: OnStep | None,
 ) -> LayerResult:
