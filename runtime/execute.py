@@ -22,7 +22,6 @@ from ..compat.aliasing import Memory
 from ..compat.torch_private import expression, is_metadata_assert
 from ..errors import UserError
 from ..passes.graph.graph_eval import CannotEvaluate, concrete, linear_parts, value
-from .shelf import Kept, Shelf
 
 Loader = Callable[[str], Tensor]
 Override = Callable[..., Any]
@@ -61,15 +60,13 @@ class PieceRunner:
     load: gives a parameter or buffer by name, on the right device; default: the program's own state (in-memory programs).
     cores: names of the nodes that mark layers; one piece holds one of them. None runs the graph in one piece.
     overrides: op -> function(*args) used in its place (baselines, checks).
-    shelf: where what a sequence carries from piece to piece waits; None keeps it in memory.
     Inputs and weights stay as they are, also those that the program writes to.
     """
 
     def __init__(
         self, program: ExportedProgram, load: Loader | None = None, cores: Sequence[str] | None = None,
-        overrides: Mapping[Any, Override] | None = None, shelf: Shelf | None = None,
+        overrides: Mapping[Any, Override] | None = None,
     ) -> None:  # fmt: skip
-        self._shelf = shelf
         self._module, self._overrides = program.graph_module, dict(overrides or {})
         self._load = load or _own_state(program)
         specs = program.graph_signature.input_specs
@@ -79,7 +76,7 @@ class PieceRunner:
         self.outputs = [n.name for n in _flat_outputs(program)]
         memory = Memory(program.graph)
         self.pieces = _cut(program, set(cores or ()), set(self._names), memory)
-        self._written = {n for n in program.graph.nodes if memory.is_written(n)}
+        self._written = {n for n in placeholders if memory.is_written(n)}
         for node in self._written & set(self._names):
             if sum(node in piece.weights for piece in self.pieces) > 1:
                 raise UserError(
@@ -124,8 +121,7 @@ class PieceRunner:
     def _run_piece(
         self, piece: Piece, weights: Mapping[Node, Tensor], carried: Mapping[Node, Any], watched: set[str]
     ) -> tuple[dict[str, Any], dict[Node, Any]]:
-        env: dict[Node, Any] = {node: self._own(node, weight) for node, weight in weights.items()}
-        env |= {node: kept.get() if isinstance(kept, Kept) else kept for node, kept in carried.items()}
+        env: dict[Node, Any] = {**{node: self._own(node, weight) for node, weight in weights.items()}, **carried}
         device = next((carried[node].device for node in self._inputs if node in carried), None)
         seen: dict[str, Any] = {}
         for node in piece.nodes:
@@ -135,13 +131,7 @@ class PieceRunner:
             for done in piece.last_use[node]:
                 env.pop(done, None)
         inputs = {node: carried[node] for node in self._inputs if node in carried}
-        put = {node: carried[node] if node in carried else self._put_away(node, env[node]) for node in piece.alive}
-        return seen, {**inputs, **put}
-
-    def _put_away(self, node: Node, found: Any) -> Any:
-        if self._shelf is None or not isinstance(found, Tensor) or node in self._written:
-            return found
-        return self._shelf.put(found)
+        return seen, {**inputs, **{node: env[node] for node in piece.alive}}
 
     def _call(self, node: Node, env: Mapping[Node, Any], device: torch.device | None) -> Any:
         """The node's value. `device`, that of the inputs, stands in for the one the graph was captured on."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...kernels import ops  # noqa: F401  (registers torch.ops.mla2dsa)
 from ..indexer.indexer_math import SINKS
 
+
 def _ranges(q: Tensor) -> tuple[Tensor, Tensor]:
     """Causal key ranges [B, T] of unpadded sequences."""
     batch, tokens = q.shape[:2]
