@@ -57,6 +57,7 @@ LINES := .coverage.json
 test: install lean
 	$(BIN)/python -P -m slipcover --source $(ROOMS) --json --out $(LINES) -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 	$(if $(PYTEST_ARGS),,$(BIN)/python tests/helpers/coverage_by_room.py $(LINES))
+	$(if $(PYTEST_ARGS),,$(BIN)/pytest -q tests/optimizer/indexer/test_calibrate.py -k keeps_no_samples)
 
 # The interpreter and the compiler lean on parts of Triton that it promises to nobody, and a user's torch brings its own
 # Triton: 3.6 with torch 2.11, tomorrow a newer one. `make test` runs the pinned version (torch 2.13's); here are the oldest

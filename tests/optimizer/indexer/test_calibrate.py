@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,8 @@ def test_one_layers_samples_at_a_time(source: WeightSource) -> None:
     assert checked.count(2) >= 6  # the sequences of the two layers that come after one
 
 
+# SlipCover changes code while it runs, and what that code has dropped may live on: `make test` runs this one again without it.
+@pytest.mark.skipif("SLIPCOVER_ENABLED" in os.environ, reason="measures what is alive, which measuring lines changes")
 def test_calibrate_keeps_no_samples_while_it_streams(source: WeightSource) -> None:
     def alive() -> int:
         gc.collect()
