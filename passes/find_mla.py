@@ -35,6 +35,7 @@ from .matching.layout import behind_keys_and_values, prove_layout
 from .matching.mask import MaskProver
 from .matching.rope import read_k_pe
 from .matching.sites import Core, Found, Miss, MlaDims, MlaSite, NoMatch
+from .matching.strides import StrideGuard
 from .matching.writes import WriteGuard
 
 
@@ -85,7 +86,7 @@ def find_mla_in(graph: Graph, signature: ExportGraphSignature, constants: Mappin
         if isinstance(value := constants.get(constant_names.get(n.name, "")), Tensor) and value.device.type != "meta"
     }
     writes = WriteGuard(graph)
-    matcher = _Matcher(MaskProver(user_inputs, lifted), writes, names)
+    matcher = _Matcher(MaskProver(user_inputs, lifted), writes, StrideGuard(graph), names)
     sites: list[MlaSite] = []
     misses: list[Miss] = []
     for index, core in enumerate(find_cores(graph)):
@@ -107,14 +108,15 @@ def _module_path(node: Node, index: int) -> str:
 
 
 class _Matcher:
-    def __init__(self, masks: MaskProver, writes: WriteGuard, names: Mapping[str, str]) -> None:
-        self._masks, self._writes, self._names = masks, writes, names
+    def __init__(self, masks: MaskProver, writes: WriteGuard, strides: StrideGuard, names: Mapping[str, str]) -> None:
+        self._masks, self._writes, self._strides, self._names = masks, writes, strides, names
 
     def match(self, core: Core, index: int) -> MlaSite:
         for operand in (core.q, core.k, core.v):
             if len(shape(operand)) != 4:
                 raise NoMatch("queries, keys and values are not [batch, heads, tokens, channels]", operand)
         self._writes.check(core)
+        self._strides.check(core)
         behind = behind_keys_and_values(core)
         latent, weight = behind.latent, behind.weight
         layout = prove_layout(core, behind)

@@ -137,3 +137,9 @@ def test_the_verdict_is_that_of_torch(
     got, wanted = torch.tensor(values, dtype=torch.float64).unbind(-1)
     expected = torch.allclose(got, wanted, rtol, atol, equal_nan)
     assert (compare(got, wanted, rtol, atol, equal_nan).wrong == 0) == expected
+
+
+@pytest.mark.parametrize("offset", [0, 1, -1], ids=str)
+def test_integers_that_float64_cannot_hold_are_told_apart(offset: int) -> None:
+    large = torch.tensor([2**53, 7])
+    assert compare(large + torch.tensor([offset, 0]), large).wrong == abs(offset)

@@ -21,6 +21,9 @@ FEW_STEPS = 16  # up to here the peak is capped: too few steps to mend what a hi
 FEW_STEPS_LR = 1e-3  # swept by benchmarks/constants.py
 CLIP = 1.0  # gradient norm of the layer; swept by benchmarks/constants.py
 ROW_RMS = 0.05  # of every row of wk while training; swept by benchmarks/constants.py
+ZERO_ROW = (
+    1e-6  # of the largest row's rms: below it a row is zero but for rounding (float32 has 1e-7), and is not scaled up
+)
 # Swept by benchmarks/constants.py.
 PLATEAU_STEPS = 64  # recall has settled when its best gained less than PLATEAU_GAIN over this many steps
 PLATEAU_GAIN = 0.002  # swept by benchmarks/constants.py
@@ -63,14 +66,12 @@ class CurvePoint:
 class Distilled:
     """weights: the best snapshot (float32), the start itself if nothing beat it.
 
-    recall_start, recall_best: held out, at index_topk; best_step: 0 for the start; steps: how many were taken, fewer
-    than scheduled where recall settled.
+    recall_best: held out, at index_topk; steps: how many were taken, fewer than scheduled where recall settled; curve: from
+    the start on.
     """
 
     weights: IndexerWeights
-    recall_start: float
     recall_best: float
-    best_step: int
     steps: int
     curve: tuple[CurvePoint, ...]
 
@@ -122,17 +123,16 @@ class _Course:
 
     def __init__(self, start: IndexerWeights, recall: float) -> None:
         self.curve = [CurvePoint(0, math.nan, recall)]
-        self._best, self._best_step = start, 0
+        self._best = start
 
     def add(self, step: int, loss: float, snapshot: IndexerWeights, recall: float) -> None:
         if recall > max(point.recall for point in self.curve):
-            self._best, self._best_step = snapshot, step
+            self._best = snapshot
         self.curve.append(CurvePoint(step, loss, recall))
 
     def result(self) -> Distilled:
-        recalls = [point.recall for point in self.curve]
-        last = self.curve[-1].step
-        return Distilled(_detached(self._best), recalls[0], max(recalls), self._best_step, last, tuple(self.curve))
+        best = max(point.recall for point in self.curve)
+        return Distilled(_detached(self._best), best, self.curve[-1].step, tuple(self.curve))
 
 
 def _order(count: int, schedule: DistilSchedule) -> Iterator[int]:
@@ -148,7 +148,7 @@ def _student(start: IndexerWeights) -> tuple[IndexerWeights, Tensor]:
     """Trainable copy with wk's rows at ROW_RMS, and the scale [dI, 1] that undoes it. Zero rows stay zero."""
     copy = IndexerWeights(**{name: tensor.detach().float().clone() for name, tensor in vars(start).items()})
     rms = copy.wk.square().mean(-1, keepdim=True).sqrt()
-    row_scale = rms.clamp_min(1e-6 * float(rms.max())) / ROW_RMS
+    row_scale = rms.clamp_min(ZERO_ROW * float(rms.max())) / ROW_RMS
     copy = replace(copy, wk=copy.wk / row_scale)
     for tensor in vars(copy).values():
         tensor.requires_grad_()

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ROUND_OFF = 1e-12  # of the largest moment: float64 has 2e-16, and products of a few hundred terms lose three digits
+
 
 def nnls(gram: Tensor, moment: Tensor) -> Tensor:
     """argmin over x >= 0 of x^T gram x / 2 - moment^T x, [n]; gram: [n, n] positive definite, float64.
 
     Lawson and Hanson's active-set method (Solving Least Squares Problems, 1974, ch. 23) on the normal equations.
     """
-    tolerance = 1e-12 * float(moment.abs().max())
+    tolerance = ROUND_OFF * float(moment.abs().max())
     x, passive = torch.zeros_like(moment), torch.zeros_like(moment, dtype=torch.bool)
     for _ in range(10 * len(moment)):  # finite in exact arithmetic; the bound guards against cycling on round-off
         descent = (moment - gram @ x).masked_fill(passive, -torch.inf)

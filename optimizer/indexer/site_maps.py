@@ -38,6 +38,7 @@ _UNIT = 1e4  # large enough for the norm's epsilon to vanish
 CHECKED_ROWS = 4  # query rows a map is held against, spread over the sequence: some models scale far queries
 # benchmarks/constants.py: good maps pass from 1e-6 on, a gain 1% off and a row off by its last bit from 1e-2 on.
 TOLERANCE = 1e-3  # of the largest value; float32 graphs agree to 1e-6
+ROUND_OFF = 1e-9  # of the largest entry: what a norm evaluated in float64 puts outside of its diagonal is no larger
 
 
 def read_maps(site: MlaSite, names: NameOf, load: Load) -> SiteMaps:
@@ -146,7 +147,7 @@ def _latent_rows(site: MlaSite, names: NameOf, load: Load) -> tuple[Tensor, Tens
     picked = out[rows, torch.arange(rank)]
     rest = out.clone()
     rest[rows, torch.arange(rank)] = 0
-    if bool((rest.abs() > 1e-9 * picked.abs().max()).any()) or len(set(rows.tolist())) != rank:
+    if bool((rest.abs() > ROUND_OFF * picked.abs().max()).any()) or len(set(rows.tolist())) != rank:
         raise CannotEvaluate("the latent is not an RMS norm of the projection's rows")
     return rows, picked / rank**0.5
 

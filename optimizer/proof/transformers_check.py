@@ -17,6 +17,10 @@ from ...errors import UserError
 from ..model.checkpoint import Checkpoint
 from .check import difference
 
+SHARE_OF_MEMORY = (
+    0.9  # of what is free, for both models: their activations and the allocator's rests take the other tenth
+)
+
 
 def lowest_slot_ties() -> AbstractContextManager[None]:
     """transformers' indexer breaks exact ties of its top-k as torch.topk happens to; ours takes the lowest slot.
@@ -97,7 +101,7 @@ def refuse_if_too_large(checkpoint: Checkpoint) -> None:
     """Raises UserError when the float32 models would not fit into the memory that is free now."""
     needed = 2 * 4 * sum(math.prod(place.shape) for place in checkpoint.tensors.values())  # dense and DSA side by side
     free = _free_memory()
-    if needed > 0.9 * free:
+    if needed > SHARE_OF_MEMORY * free:
         raise UserError(
             f"{checkpoint.path}: comparing with transformers needs {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free; "
             "pass --skip-transformers to verify on the streamed graph only"

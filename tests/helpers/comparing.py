@@ -53,7 +53,10 @@ class Comparison:
 def compare(
     actual: Tensor, expected: Tensor, rtol: float = 0.0, atol: float = 0.0, equal_nan: bool = False
 ) -> Comparison:
-    """In float64, a complex value as two, along a last axis. Equal infinities are equal; NaN equals NaN only if `equal_nan`."""
+    """In float64, a complex value as two, along a last axis; integers without a tolerance as they are.
+
+    Equal infinities are equal; NaN equals NaN only if `equal_nan`.
+    """
     got, wanted = (_in_float64(x, actual.is_complex() or expected.is_complex()) for x in (actual, expected))
     same = (got == wanted) & got.isinf()
     if equal_nan:
@@ -62,6 +65,9 @@ def compare(
     stray = ~finite & ~same
     error = torch.where(finite, (got - wanted).abs(), 0.0)
     beyond = torch.where(finite, error - (atol + rtol * torch.where(finite, wanted.abs(), 0.0)), -torch.inf)
+    if not (rtol or atol or actual.is_floating_point() or expected.is_floating_point() or actual.is_complex()):
+        unequal = actual.detach().cpu() != expected.detach().cpu()  # float64 holds no integer beyond 2^53
+        beyond = torch.where(unequal & (beyond <= 0), torch.finfo(torch.float64).tiny, beyond)
     size = torch.where(finite, wanted, 0.0).norm()
     return Comparison(
         count=got.numel(),

@@ -278,6 +278,30 @@ class MaskStrided(Mla):
         return visible
 
 
+class OutStrided(Mla):
+    """What attention gives is read by its place in memory, which is another for a rewritten one."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+        out = super().attend(q, k, v, visible).transpose(1, 2)
+        return out.as_strided(out.shape, out.stride()).transpose(1, 2)
+
+
+class OutStridedCopy(Mla):
+    """The same after an op that keeps strides, and as a copy."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+        out = super().attend(q, k, v, visible) * 2.0
+        return torch.as_strided_copy(out, (out.shape[0], self.d.heads, out.shape[2], self.d.v), out.stride())
+
+
+class ProjectedStrided(Mla):
+    """A linear layer's result lies in memory as it does whatever attention gives."""
+
+    def forward(self, x: Tensor, mask: Tensor, pos: Tensor) -> Any:
+        y = super().forward(x, mask, pos)
+        return y.as_strided(y.shape, y.stride())
+
+
 class ScoresWritten(Mla):
     """What eager attention's softmax reads has lost its first key, through a view."""
 

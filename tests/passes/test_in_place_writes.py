@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -35,8 +36,11 @@ from writing_variants import (
     NarrowedKeys,
     NormInPlace,
     OperandsWritten,
+    OutStrided,
+    OutStridedCopy,
     OutWritten,
     PositionsWritten,
+    ProjectedStrided,
     QueriesForeach,
     QueryWritten,
     ScaleWritten,
@@ -88,6 +92,7 @@ REACHING = [
 ]  # fmt: skip
 HARMLESS = [
     OutWritten, OperandsWritten, MaskWrittenAfter, HiddenWrittenAfter, CountsCalls, BranchWritesAfter, StatisticsAfter,
+    ProjectedStrided,
 ]  # fmt: skip
 
 
@@ -166,3 +171,12 @@ def test_taps_are_what_attention_read() -> None:
         out, taps = tapped.program.module()(x, mask, pos, **{ROWS_INPUT: torch.tensor([1, 4])})
         torch.testing.assert_close(out, model(x, mask, pos))
     torch.testing.assert_close(taps[f"{ATTENTION}.hidden"], x * 1.5)
+
+
+@pytest.mark.parametrize("attention", [OutStrided, OutStridedCopy], ids=lambda a: a.__name__)
+def test_who_reads_the_memory_layout_of_an_attention_is_refused(attention: type[Mla]) -> None:
+    (miss,) = find_mla(export(build(attention))).misses
+    assert re.fullmatch(
+        r"as_strided(_copy)? \(aten.as_strided(_copy)?.default\) reads the memory layout of what the attention gives: index by dimensions",
+        miss.reason,
+    )
