@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,8 @@ TRANSFORMERS = Library(
     "transformers",
     ">=5.23,<5.25",
     names={
+        "transformers.conversion_mapping:get_model_conversion_mapping": "names in files become names of the model",
+        "transformers.core_model_loading:WeightConverter": "several tensors in files become one of the model",
         "transformers.integrations.moe:ALL_EXPERTS_FUNCTIONS": "experts stay one node of a captured graph",
         "transformers.integrations.moe:_default_apply_gate": "which experts have a gate of their own",
         "transformers.masking_utils:ALL_MASK_ATTENTION_FUNCTIONS": "the mask of a captured graph",
@@ -34,9 +37,60 @@ TRANSFORMERS = Library(
         "Experts.is_transposed": "how the weights of experts lie",
         "PreTrainedConfig._attn_implementation": "which attention a model is built with",
         "PreTrainedConfig._experts_implementation": "which experts a model is built with",
+        "WeightTransform.operations": "several tensors in files become one of the model",
+        "WeightTransform.rename_source_key": "names in files become names of the model",
+        "WeightTransform.source_patterns": "several tensors in files become one of the model",
+        "WeightTransform.target_patterns": "several tensors in files become one of the model",
         "PreTrainedModel._init_weights": "buffers that are not in checkpoints are computed",
     },
 )
+
+
+@dataclass(frozen=True)
+class Join:
+    """Tensors of files that become one of the model: how their names end, and how its name ends.
+
+    sources: in the order in which they come; `*` stands for the number of an expert, and each expert's come together.
+    operations: what transformers does with them, by the names of its classes.
+    """
+
+    target: str
+    sources: tuple[str, ...]
+    operations: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How transformers finds a model's tensors in files. renamings: applied in turn to each name in the files, before any join."""
+
+    renamings: tuple[Callable[[str], str], ...] = ()
+    joins: tuple[Join, ...] = ()
+
+    def renamed(self, name: str) -> str:
+        for rename in self.renamings:
+            name = rename(name)
+        return name
+
+
+def naming_of(model: torch.nn.Module) -> Naming:
+    """transformers' own mapping from names in checkpoints to those of `model`."""
+    mapping = TRANSFORMERS.find("transformers.conversion_mapping:get_model_conversion_mapping")(model)
+    converter = TRANSFORMERS.find("transformers.core_model_loading:WeightConverter")
+    renamings = tuple(_renaming(each) for each in mapping if not isinstance(each, converter))
+    return Naming(renamings, tuple(_join(each) for each in mapping if isinstance(each, converter)))
+
+
+def _renaming(transform: Any) -> Callable[[str], str]:
+    rename = TRANSFORMERS.get(transform, "WeightTransform.rename_source_key")
+    return lambda name: str(rename(name)[0])
+
+
+def _join(transform: Any) -> Join:
+    def plain(patterns: str) -> tuple[str, ...]:
+        return tuple(it.replace("\\.", ".") for it in TRANSFORMERS.get(transform, f"WeightTransform.{patterns}"))
+
+    operations = tuple(type(each).__name__ for each in TRANSFORMERS.get(transform, "WeightTransform.operations"))
+    return Join(plain("target_patterns")[0], plain("source_patterns"), operations)
 
 
 def register(name: str, attention: Callable[..., Any], mask: Callable[..., Any], experts: Callable[..., Any]) -> None:

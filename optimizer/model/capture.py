@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,12 +30,14 @@ class Capture:
     program: parameters and persistent buffers are meta tensors, to be loaded by name; computed buffers (rotary
     frequencies) are real. Inputs: input_ids, attention_mask, position_ids, each [batch, sequence] int64.
     shapes: what each parameter and persistent buffer must be, by name. tied: name -> name of the tensor it shares.
+    naming: how transformers finds them in files.
     """
 
     program: ExportedProgram
     shapes: Mapping[str, tuple[int, ...]]
     tied: Mapping[str, str]
     max_length: int
+    naming: transformers_private.Naming = field(default_factory=transformers_private.Naming)
 
 
 def capture(
@@ -56,7 +58,7 @@ def capture(
         program = _export(model, context, device)
         program = _without_fakes(program, _computed_buffers(model))
     shapes = {name: tuple(t.shape) for name, t in program.state_dict.items()}
-    return Capture(program, shapes, _tied(model), context)
+    return Capture(program, shapes, _tied(model), context, transformers_private.naming_of(model))
 
 
 def max_length(hf_config: Any) -> int:

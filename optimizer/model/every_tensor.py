@@ -42,12 +42,12 @@ def check_every_tensor(source: WeightSource, others: Collection[str] = ()) -> No
     """
     checkpoint = source.checkpoint
     read = {*source.expected(), *others}
-    ignored = mtp_tensors(checkpoint.config, checkpoint.tensors)
+    ignored = mtp_tensors(checkpoint.config, checkpoint.tensors) | source.names.surplus()
     unread = [name for name in checkpoint.tensors if name not in read | ignored and not _known(checkpoint, name, read)]
     for name in unread:
-        if (shared := source.capture.tied.get(name)) is not None and _same(checkpoint, name, shared):
+        if (shared := source.shared(name)) is not None and _same(checkpoint, name, shared):
             continue
-        alike = [it for it in unread if it not in source.capture.tied]
+        alike = [it for it in unread if source.shared(it) is None]
         raise UserError(f"{checkpoint.tensors[name].file}: {_fault(checkpoint, name, alike, shared)}")
 
 

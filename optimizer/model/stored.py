@@ -14,8 +14,6 @@ from ...exporters.onnx_model.external_data import Stored
 from ...exporters.onnx_model.to_onnx import Weights
 from .weights import WeightSource
 
-_STACKED = (".experts.gate_up_proj", ".experts.down_proj")
-
 
 def stored_weights(source: WeightSource, program: ExportedProgram) -> Weights:
     """`source`'s tensors by the names of `program`. Values load in the dtype the program declares."""
@@ -25,26 +23,25 @@ def stored_weights(source: WeightSource, program: ExportedProgram) -> Weights:
 
     def stored(name: str) -> Sequence[Stored]:
         declared = program.state_dict[name]
-        parts = source._sources(shared(name), tuple(declared.shape))
-        if list(parts) == [name] and name.endswith(_STACKED):
-            return list(_unstacked(source, name, declared.dtype))
+        parts = source.names.parts(shared(name), tuple(declared.shape))
+        if list(parts.values()) == [tuple(declared.shape)] and source.names.is_stacked(name):
+            return list(_unstacked(source, name, next(iter(parts)), declared.dtype))
         return [_stored(source, part, declared.dtype) for part in parts]
 
     return Weights(shared, stored)
 
 
-def _unstacked(source: WeightSource, name: str, dtype: torch.dtype) -> Iterator[Stored]:
-    """The experts of a tensor that is stored as the model stacks them: gate and up of each in turn, or down of each."""
-    place = source.checkpoint.tensors[name]
+def _unstacked(source: WeightSource, name: str, held: str, dtype: torch.dtype) -> Iterator[Stored]:
+    """The experts of a tensor that is stored (as `held`) as the model stacks them: gate and up of each in turn, or down of each."""
+    place = source.checkpoint.tensors[held]
     prefix, _, kind = name.rpartition(".")
     names = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
     rows, columns = place.shape[1] // len(names), place.shape[2]
     nbytes = place.nbytes // (place.shape[0] * len(names))
-    experts = source.capture.shapes[f"{prefix}.down_proj"][0]  # LongCat's experts that do nothing have no weights
-    for number in range(experts * len(names)):
+    for number in range(source.names.experts(name) * len(names)):
         expert, part = divmod(number, len(names))
         here = replace(place, shape=(rows, columns), offset=place.offset + number * nbytes, nbytes=nbytes)
-        load = partial(_part, source, name, expert, slice(part * rows, (part + 1) * rows), dtype)
+        load = partial(_part, source, held, expert, slice(part * rows, (part + 1) * rows), dtype)
         yield Stored(f"{prefix}.{expert}.{names[part]}.weight", here, load)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,17 +13,15 @@ from torch.export import ExportedProgram
 from ...kernels.spec import IndexerWeights
 from .capture import Capture
 from .checkpoint import Checkpoint
-
-_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)$")
-_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+from .stored_names import StoredNames
 
 
 @dataclass(frozen=True)
 class WeightSource:
     """Loads what `program` needs from `checkpoint`, in the dtype the program declares, onto `device`.
 
-    transformers stacks a layer's experts into one tensor; checkpoints hold them one by one. Tied tensors are looked up
-    under the name they share. `indexers` gives indexer weights that are not in the checkpoint, by layer name.
+    Which of its tensors those are: `names`. Tied tensors are looked up under the name they share.
+    `indexers` gives indexer weights that are not in the checkpoint, by layer name.
     """
 
     checkpoint: Checkpoint
@@ -40,17 +38,18 @@ class WeightSource:
         found: dict[str, tuple[int, ...]] = {}
         for name, shape in self.capture.shapes.items():
             if name not in self.capture.tied:
-                found |= self._sources(name, shape)
+                found |= self.names.parts(name, shape)
         return found
 
-    def _sources(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        match = _EXPERTS.match(name)
-        if match is None or name in self.checkpoint.tensors:
-            return {name: shape}
-        parts = _PARTS[match[2]]
-        rows = shape[1] // len(parts)
-        count = self.capture.shapes.get(f"{match[1]}.down_proj", shape)[0]  # LongCat's zero experts have no weights
-        return {f"{match[1]}.{e}.{part}.weight": (rows, shape[2]) for e in range(count) for part in parts}
+    def shared(self, stored: str) -> str | None:
+        """The stored tensor that the model has in the place of this one of the checkpoint (tied embeddings), if it has."""
+        name = self.capture.tied.get(self.capture.naming.renamed(stored))
+        return None if name is None else next(iter(self.names.parts(name, self.capture.shapes[name])))
+
+    @cached_property
+    def names(self) -> StoredNames:
+        """Which tensors of the checkpoint each tensor of the captured model is."""
+        return StoredNames.of(self.capture.naming, self.checkpoint.tensors, self.capture.shapes)
 
 
 @dataclass(frozen=True)
@@ -68,16 +67,17 @@ class _Loader:
         if source.indexers is not None and indexer_tensor and layer in source.indexers:
             return source.indexers[layer].tensors()[indexer_tensor].to(source.device, declared.dtype)
         name = source.capture.tied.get(name, name)
-        parts = source._sources(name, tuple(declared.shape))
-        if list(parts) == [name]:
-            return source.checkpoint.load(name, dtype=declared.dtype, device=source.device)
+        parts = source.names.parts(name, tuple(declared.shape))
+        if list(parts.values()) == [tuple(declared.shape)]:
+            return source.checkpoint.load(next(iter(parts)), dtype=declared.dtype, device=source.device)
         return self._stacked(parts, declared)
 
     def _stacked(self, parts: Mapping[str, tuple[int, ...]], declared: Tensor) -> Tensor:
         stacked = torch.empty(declared.shape, dtype=declared.dtype, device=self.source.device)
-        flat = stacked.view(-1, declared.shape[2])
+        first = next(iter(parts.values()))
+        flat = stacked.view(-1, *first[1:])
         row = 0
-        for part, (rows, _) in parts.items():
+        for part, (rows, *_) in parts.items():
             flat[row : row + rows] = self.source.checkpoint.load(part, dtype=declared.dtype)
             row += rows
         flat[row:] = 0  # the graph does not read what is not in a checkpoint

@@ -76,7 +76,19 @@ def longcat() -> None:
     assert modeling_longcat_flash.LongcatFlashExperts.forward is not ours
 
 
+def naming() -> None:
+    """Its experts, and a renaming that every model has."""
+    found = private.naming_of(model())
+    joins = {join.target: (join.sources, join.operations) for join in found.joins}
+    gate_up = ("mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight")
+    assert joins["mlp.experts.gate_up_proj"] == (gate_up, ("MergeModulelist", "Concatenate"))
+    assert joins["mlp.experts.down_proj"] == (("mlp.experts.*.down_proj.weight",), ("MergeModulelist",))
+    assert found.renamed("a.LayerNorm.gamma") == "a.LayerNorm.weight"
+
+
 CALLS: dict[str, Callable[[], Any]] = {
+    "transformers.conversion_mapping:get_model_conversion_mapping": naming,
+    "transformers.core_model_loading:WeightConverter": naming,
     "transformers.integrations.moe:ALL_EXPERTS_FUNCTIONS": register,
     "transformers.integrations.moe:_default_apply_gate": unusual_experts,
     "transformers.masking_utils:ALL_MASK_ATTENTION_FUNCTIONS": register,
@@ -94,6 +106,10 @@ CALLS: dict[str, Callable[[], Any]] = {
     "PreTrainedConfig._attn_implementation": choose,
     "PreTrainedConfig._experts_implementation": choose,
     "PreTrainedModel._init_weights": initialise,
+    "WeightTransform.operations": naming,
+    "WeightTransform.rename_source_key": naming,
+    "WeightTransform.source_patterns": naming,
+    "WeightTransform.target_patterns": naming,
 }
 LISTED = [*TRANSFORMERS.names, *TRANSFORMERS.attributes]
 

@@ -20,7 +20,7 @@ from mla2dsa.optimizer.model.checkpoint import Checkpoint
 from mla2dsa.optimizer.model.weights import WeightSource
 from mla2dsa.passes.mla_to_dsa import mla_to_dsa
 
-FAMILIES = ("deepseek_v3", "deepseek_v2", "deepseek_v2-lite", "glm4_moe_lite", "minicpm3", "mistral4", "youtu")
+FAMILIES = ("deepseek_v3", "deepseek_v2", "deepseek_v2-lite", "glm4_moe_lite", "minicpm3", "mistral4", "youtu", "axk1")
 CONFIG = IndexerConfig(index_topk=8, index_n_heads=2, index_head_dim=16)
 EXPERTS = "model.layers.1.mlp.experts"
 SITES = ("model.layers.0.self_attn", "model.layers.1.self_attn")
