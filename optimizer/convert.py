@@ -152,6 +152,7 @@ def _written(
     """The checkpoint at `out`, which gets that name once it is proved. started: as time.monotonic() tells it."""
     prepared, proof, reports = job.prepared, list[Verification](), list[Mapping[str, Any]]()
     layout, checkpoint = job.layout, prepared.checkpoint
+    mtp = mtp_tensors(checkpoint.config, checkpoint.tensors)
     assert layout is not None  # `_settled`
 
     def prove(folder: Path) -> Mapping[str, Any]:
@@ -162,7 +163,7 @@ def _written(
 
     write_dsa_checkpoint(
         checkpoint.path, out, weights, prepared.plan.indexer, layout=layout,
-        q_width=prepared.plan.layers[0][1].q_width, mtp=mtp_tensors(checkpoint.config, checkpoint.tensors),
+        q_width=prepared.plan.layers[0][1].q_width, mtp=set(map(checkpoint.stored_name, mtp)),
         manifest={"model": prepared.plan.model, "recipe": job.recipe.model_dump(), "verified": proved is not None,
                   "remote_code": list(job.remote_code), "fingerprint": _fingerprint(job, WRITTEN)},
         dropped=_dropped(checkpoint), prove=prove,
@@ -228,7 +229,7 @@ def _check_before_work(checkpoint: Checkpoint, out: Path, recipe: Recipe, resume
     """Raises UserError / UsageError for what needs no graph to see: the layout and what is in the way at `out`."""
     layout_of(checkpoint, recipe)
     check_target(out, _inputs(checkpoint, recipe), overwrite=overwrite)
-    file_names(checkpoint.path, checkpoint.tensors)
+    file_names(checkpoint.path, checkpoint.whole_tensors)
     if recipe.donor is None:
         ProgressStore.check(out, resume, overwrite)
 
@@ -299,7 +300,7 @@ def _proved(job: _Job, folder: Path, skip_transformers: bool) -> Verification:
 
 def _dropped(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Fields of config.json that `prepare` dropped."""
-    return tuple(name for name in read_json(checkpoint.path / CONFIG) if name not in checkpoint.config)
+    return tuple(name for name in read_json(checkpoint.path / CONFIG) if name not in checkpoint.whole_config)
 
 
 def _sequences(prepared: Prepared, recipe: Recipe, trust_remote_code: bool) -> _Sequences:
@@ -366,7 +367,7 @@ def _report(
         },
         "layers": [layer.summary() for layer in layers],
         "verification": proof[0].to_json() if proof else None,
-        "left_out": left_out(checkpoint.path, checkpoint_files(checkpoint.path, checkpoint.tensors)),
+        "left_out": left_out(checkpoint.path, checkpoint_files(checkpoint.path, checkpoint.whole_tensors)),
         "seconds": round(seconds, 1),
     }
     return {name: finite(entry) for name, entry in report.items()}

@@ -99,7 +99,7 @@ def export(
     _check_usage(format, dtype, max_batch, max_seq)
     checkpoint = Checkpoint.open(model)
     with claim(out, [checkpoint.path], overwrite=overwrite):
-        shards = {place.file.name for place in checkpoint.tensors.values()}
+        shards = {place.file.name for place in checkpoint.whole_tensors.values()}
         refuse_names(checkpoint.path, [] if format == "pt2" or copy_weights else shards, _OURS)
         ready = open_cached(checkpoint, torch_dtype(dtype), last_only)
         context = ready.captured.max_length

@@ -131,7 +131,9 @@ def prepare(
 def layout_of(checkpoint: Checkpoint, recipe: Recipe) -> Layout:
     """The layout that the recipe asks for. Raises UserError when the model cannot be written so."""
     try:
-        return choose(checkpoint.config, checkpoint.tensors, recipe.layout, untie=recipe.untie, mtp=recipe.mtp)
+        return choose(
+            checkpoint.whole_config, checkpoint.whole_tensors, recipe.layout, untie=recipe.untie, mtp=recipe.mtp
+        )
     except UserError as error:
         raise UserError(f"{checkpoint.path}: {error}") from None
 

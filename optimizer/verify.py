@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError, UserError
+from ..files.model.text_model import is_other_part
 from .environment import usable_device
 from .model.capture import model_class_of, read_config
 from .model.stored_formats import mtp_tensors
@@ -157,7 +158,12 @@ def _against_transformers(pair: Pair, sequences: Sequence[Tensor]) -> list[Check
     length = min(pair.config.index_topk, SHORT, len(sequences[0]))
     short = program_inputs(sequences[0][:length])
     sparse_short = hf.logits(model, short)
-    dense_model, _ = hf.load_model(pair.dense.checkpoint, dense_class.__name__)
+    dense_model, info = hf.load_model(pair.dense.checkpoint, dense_class.__name__)
+    if faults := [fault for fault in hf.loading_faults(info) if not fault.startswith("unexpected keys")]:
+        return [
+            *checks,
+            Check("transformers loads the dense model, no key missing", False, len(faults), 0, faults[0], NOT_A_PAIR),
+        ]
     checks.append(_equal(pair, hf.logits(dense_model, short), sparse_short, length))
     del dense_model
     if target is None:
@@ -172,6 +178,8 @@ def _known_to_be_left_over(pair: Pair, fault: str) -> bool:
         return False
     layer, count = _LAYER.search(fault), pair.sparse.checkpoint.config.get("num_hidden_layers")
     after = layer is not None and isinstance(count, int) and int(layer[1]) >= count
+    if pair.dense.checkpoint.whole is not None and is_other_part(fault.partition(": ")[2]):
+        return True
     mtp = after and bool(mtp_tensors(pair.sparse.checkpoint.config, pair.sparse.checkpoint.tensors))
     return mtp or (pair.layout.target is None and ".indexer." in fault)
 

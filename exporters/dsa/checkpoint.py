@@ -39,6 +39,7 @@ from ...files.dtypes import MODEL_DTYPES, element_type, torch_dtype
 from ...files.json_files import read_json
 from ...files.manifests.checkpoint_manifest import FORMAT
 from ...files.model.model_files import CONFIG, left_out
+from ...files.model.text_model import is_wrapper, stored_module, text_config
 from ...files.ownership import write_manifest
 from ...files.safetensors_index import (
     INDEX_FILE,
@@ -109,7 +110,8 @@ def write_dsa_checkpoint(
     _check_entries(manifest)
     given = _opened(source, layout, mtp, dropped)
     plain = _plain_modules(given.folding)
-    settings = dsa_config(given.config, config, weights, given.layout, _mtp_layers(given), plain)
+    modules = [_stored_module(given, module) for module in weights]
+    settings = dsa_config(given.config, config, modules, given.layout, _mtp_layers(given), plain)
     _check_layers(given, settings, weights)
     shapes = _shapes(settings, config, q_width)
     with staged_folder(out, [source], overwrite=overwrite) as folder:
@@ -156,7 +158,8 @@ def _fill(
     derived = write_derived(folder, given.folding)
     if anew:
         write_originals(folder, [given.path / name for name in sorted(anew)], given.folding, aside)
-    added = _write_indexers(folder / INDEXER_SHARD, weights, shapes, dtype, _rotary(given.layout, settings))
+    stored = {module: _stored_module(given, module) for module in weights}
+    added = _write_indexers(folder / INDEXER_SHARD, weights, stored, shapes, dtype, _rotary(given.layout, settings))
     write_json(folder / INDEX_FILE, _index(given, derived, added))
     about = {**_kept_config(given.path), "files": placed, "left_out": left_out(given.path, given.names)}
     indexer = {
@@ -219,8 +222,12 @@ def _rewrite(source: Path, folder: Path, name: str, target: str, gone: set[str])
     return {"name": target, "source_name": name, "placed": "rewritten", **digest, "hashed": digest["size"]}
 
 
+def _stored_module(given: _Source, module: str) -> str:
+    return stored_module(module, given.tensors) if is_wrapper(given.config) else module
+
+
 def _shapes(settings: Mapping[str, Any], indexer: IndexerConfig, q_width: int | None) -> dict[str, tuple[int, ...]]:
-    text = settings.get("text_config") or settings
+    text = text_config(settings)
     latent = text.get("q_lora_rank") or q_width or text["hidden_size"]
     return IndexerWeights.shapes(indexer, text["hidden_size"], latent)
 
@@ -239,16 +246,17 @@ def _rotary(layout: Layout, settings: Mapping[str, Any]) -> Mapping[str, Interle
 def _write_indexers(
     file: Path,
     weights: Mapping[str, IndexerWeights],
+    stored: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
     rotary: Mapping[str, Interleave],
 ) -> dict[str, int]:
-    """Stream the new shard, one layer in memory at a time; returns bytes per tensor name."""
+    """Stream the new shard, one layer in memory at a time; returns bytes per tensor name. stored: what each module is called in it."""
     if dtype not in _INDEXER_DTYPES:
         raise UserError(f"indexer dtype {dtype}: expected one of {', '.join(map(str, _INDEXER_DTYPES))}")
     kept = {name: torch.float32 if name.startswith("k_norm.") else dtype for name in shapes}
     layout = {
-        f"{module}.indexer.{name}": (element_type(kept[name]).safetensors, shape)
+        f"{stored[module]}.indexer.{name}": (element_type(kept[name]).safetensors, shape)
         for module in weights
         for name, shape in shapes.items()
     }
@@ -296,7 +304,7 @@ def _index(given: _Source, derived: Mapping[str, int], added: Mapping[str, int])
 def _bare_mtp(given: _Source, weights: Mapping[str, IndexerWeights]) -> list[str]:
     """MTP layers (after num_hidden_layers) left without an indexer: the model runs, its own speculation does not."""
     names = [name for name in given.tensors if ".self_attn.kv_b_proj." in name and name not in given.folding.dropped]
-    count = given.config.get("num_hidden_layers") or 0
+    count = text_config(given.config).get("num_hidden_layers") or 0
     after = [name for name in names if (layer := _LAYER.search(name)) and int(layer[1]) >= count]
     return sorted({name.rpartition(".kv_b_proj.")[0] for name in after} - set(weights)) if count else []
 

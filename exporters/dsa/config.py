@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
+from ...files.model.text_model import is_wrapper, text_config
 from .folds import Config, bias_rank
 from .layout import SKIP_LISTS, Layout, with_defaults
 
@@ -34,13 +35,27 @@ def dsa_config(
     result = _in_words_of_a_class(config, layout) if layout.family else dict(config)
     if layout.family and ("num_nextn_predict_layers" in config or mtp_layers):
         result["num_nextn_predict_layers"] = mtp_layers
-    elif layout.mtp == "drop" and "num_nextn_predict_layers" in config:
-        result["num_nextn_predict_layers"] = 0
-    _add_indexer(result, indexer, interleaved=layout.target is not None and layout.target.interleaved)
     _drop_remote_code(result)
+    if not is_wrapper(config):
+        _tell(result, indexer, layout, attention_modules, plain)
+        return result
+    inner = dict(result["text_config"])
+    _drop_remote_code(inner)
+    _tell(inner, indexer, layout, attention_modules, plain)
     if result.get("quantization_config") is not None:
         result["quantization_config"] = _skip_indexers(result["quantization_config"], attention_modules, plain)
-    return result
+    return {**result, "text_config": inner}
+
+
+def _tell(
+    text: dict[str, Any], indexer: IndexerConfig, layout: Layout, attention_modules: Iterable[str], plain: Iterable[str]
+) -> None:
+    """What is new, in the part of config.json that is about the text model."""
+    if not layout.family and layout.mtp == "drop" and "num_nextn_predict_layers" in text:
+        text["num_nextn_predict_layers"] = 0
+    _add_indexer(text, indexer, interleaved=layout.target is not None and layout.target.interleaved)
+    if text.get("quantization_config") is not None:
+        text["quantization_config"] = _skip_indexers(text["quantization_config"], attention_modules, plain)
 
 
 def _in_words_of_a_class(config: Config, layout: Layout) -> dict[str, Any]:
@@ -67,18 +82,12 @@ def _query_form(form: str, full: Config) -> dict[str, Any]:
 
 
 def _add_indexer(result: dict[str, Any], indexer: IndexerConfig, interleaved: bool) -> None:
-    """To the part of config.json that is about the text model."""
-    sizes = {
+    result |= {
         "index_n_heads": indexer.index_n_heads,
         "index_head_dim": indexer.index_head_dim,
         "index_topk": indexer.index_topk,
         "indexer_rope_interleave": interleaved,  # runtimes disagree on the default, and the wrong one is silent
     }
-    inner = result.get("text_config")
-    if isinstance(inner, Mapping):
-        result["text_config"] = {**inner, **sizes}
-    else:
-        result |= sizes
 
 
 def _check_indexer(config: Config, indexer: IndexerConfig) -> None:
@@ -86,7 +95,7 @@ def _check_indexer(config: Config, indexer: IndexerConfig) -> None:
         raise UserError(
             "rope_interleave of the indexer is true, expected half-split weights, whatever layout is written"
         )
-    rope = config.get("qk_rope_head_dim", 64)
+    rope = text_config(config).get("qk_rope_head_dim", 64)
     if indexer.index_head_dim < rope:
         raise UserError(f"index_head_dim {indexer.index_head_dim} is smaller than qk_rope_head_dim {rope}")
     if min(indexer.index_topk, indexer.index_n_heads) < 1:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import UserError
+from ...files.model.text_model import is_wrapper, text_config
 from ...files.safetensors_index import TensorLocation
 from .families import FAMILIES, LAYOUTS, NO_CLASS, OWN, QUERY_FORMS, V32, DsaClass, Family, family_of
 from .folds import CannotFold, Config, Folding, Untie
@@ -79,13 +80,13 @@ def choose(
 def can_write(config: Config) -> str | None:
     """Why no DSA checkpoint of any layout can be written for this config.json, in one line; None if one can."""
     model_type, family = config.get("model_type"), family_of(config)
-    if model_type in LAYOUTS or _text(config).get("index_topk") is not None:
-        return f"model_type {model_type} with index_topk {_text(config).get('index_topk')}: already a DSA model"
+    if model_type in LAYOUTS or text_config(config).get("index_topk") is not None:
+        return f"model_type {model_type} with index_topk {text_config(config).get('index_topk')}: already a DSA model"
     if family is not None and (names := config.get("architectures")) and names[0] not in family.architectures:
         return f"architectures {names}: expected {family.architectures[0]}"
     if "transformers_weights" in config:
         return "transformers_weights names the weight files; rename them to the usual names and drop the field"
-    return _quantisation_refusal(config.get("quantization_config"))
+    return _quantisation_refusal(text_config(config).get("quantization_config"))
 
 
 def with_defaults(config: Config, family: Family) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def _fitting(config: Config, tensors: Mapping[str, TensorLocation], asked: str, 
 
 def _no_family(config: Config) -> str:
     model_type = config.get("model_type")
-    if config.get("text_config") is not None:
+    if is_wrapper(config):
         return f"{model_type} is a wrapper, whose tensors lie under another name than those of a text model"
     if reason := NO_CLASS.get(str(model_type)):
         return f"no DSA class fits {model_type}: {reason}"
@@ -147,11 +148,6 @@ def _own(why: str, config: Config, untie: bool, mtp: str) -> Layout:
             "--untie: the own layout keeps the dense model's tensors as they are; pass --layout deepseek_v32"
         )
     return Layout(OWN, why, mtp=mtp)
-
-
-def _text(config: Config) -> Config:
-    inner = config.get("text_config")
-    return inner if isinstance(inner, Mapping) else config
 
 
 def _block(config: Config) -> tuple[int, int]:

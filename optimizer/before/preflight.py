@@ -20,6 +20,7 @@ from ...files.json_files import read_json
 from ...files.manifests.engine_manifest import ENGINE_FILES, ENGINE_MANIFEST
 from ...files.manifests.export_manifest import EXPORT_FILES, EXPORT_MANIFEST, export_folder, is_export, read_export
 from ...files.model.model_files import CONFIG, is_folder
+from ...files.model.text_model import text_config, text_names
 from ...files.ownership import refuse_names
 from ...files.safetensors_index import TensorLocation, read_index
 from ...files.staging import hidden_sibling, resolved
@@ -40,15 +41,18 @@ _KEPT_BYTES, _WRITTEN_BYTES = (
 
 @dataclass(frozen=True)
 class _Model:
-    """A checkpoint's config.json and headers; None where it is not at hand, or damaged."""
+    """A checkpoint's config.json and headers; None where it is not at hand, or damaged. Of a wrapper `config` and `tensors` are the
+    language model's, `whole_...` what is stored."""
 
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorLocation]
+    whole_config: Mapping[str, Any]
+    whole_tensors: Mapping[str, TensorLocation]
 
     def files(self) -> list[Path]:
         """Its weight files."""
-        return sorted({place.file for place in self.tensors.values()})
+        return sorted({place.file for place in self.whole_tensors.values()})
 
     def size(self, dtype: str) -> int:
         """Bytes of what the graph reads, in this dtype."""
@@ -179,7 +183,10 @@ def _model(found: Findings, model: str | Path) -> _Model | None:
     if config is None or tensors is None:
         return None
     fits = found.collect(_fits, folder / CONFIG, config, tensors)
-    return _Model(folder, config, tensors) if fits else None
+    if not fits:
+        return None
+    inside = {name: tensors[stored] for name, stored in text_names(config, tensors).items()}
+    return _Model(folder, text_config(config), inside, config, tensors)
 
 
 def _fits(file: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorLocation]) -> bool:
@@ -198,8 +205,12 @@ def _is_dsa(model: _Model) -> bool:
 
 
 def _without_stale(model: _Model, drop_stale: bool) -> dict[str, Any]:
+    return _dropped(model, model.config, drop_stale)
+
+
+def _dropped(model: _Model, config: Mapping[str, Any], drop_stale: bool) -> dict[str, Any]:
     stale = stale_fields(model.config, model.tensors) if drop_stale else ()
-    return {name: value for name, value in model.config.items() if name not in stale}
+    return {name: value for name, value in config.items() if name not in stale}
 
 
 def _convert(found: Findings, model: _Model, out: Path, recipe: Recipe | None, drop_stale: bool, needs: Needs) -> None:
@@ -207,7 +218,7 @@ def _convert(found: Findings, model: _Model, out: Path, recipe: Recipe | None, d
     if _is_dsa(model):
         found.add(UserError(f"{model.folder}: no DSA checkpoint can be written: already a DSA model"))
         return
-    found.collect(file_names, model.folder, model.tensors)
+    found.collect(file_names, model.folder, model.whole_tensors)
     _check_layout(found, model, out, recipe, drop_stale, needs)
     if recipe is not None:
         _check_dense(found, model, recipe, drop_stale)
@@ -219,14 +230,15 @@ def _check_layout(
     found: Findings, model: _Model, out: Path, recipe: Recipe | None, drop_stale: bool, needs: Needs
 ) -> None:
     """What is asked for fits the model; room for the shards that are written anew."""
-    wanted, config = recipe or Recipe(), _without_stale(model, drop_stale)
+    wanted, config = recipe or Recipe(), _dropped(model, model.whole_config, drop_stale)
+    tensors = model.whole_tensors
     try:
-        layout = choose(config, model.tensors, wanted.layout, untie=wanted.untie, mtp=wanted.mtp)
+        layout = choose(config, tensors, wanted.layout, untie=wanted.untie, mtp=wanted.mtp)
     except UserError as error:
         found.add(UserError(f"{model.folder}: {error}"))
         return
-    folding = layout.folding(config, model.tensors, mtp_tensors(config, model.tensors))
-    anew = {model.tensors[name].file for name in folding.replaced}
+    folding = layout.folding(config, tensors, mtp_tensors(config, tensors))
+    anew = {tensors[name].file for name in folding.replaced}
     needs.add(out, sum(file.stat().st_size for file in anew), "shards that are written anew")
 
 

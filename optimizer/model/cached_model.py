@@ -17,6 +17,7 @@ import torch
 from ...errors import UserError
 from ...exporters.dsa.families import GLM, LAYOUTS, OWN, V32
 from ...files.manifests.checkpoint_manifest import CHECKPOINT_MANIFEST, is_converted, read_checkpoint_manifest
+from ...files.model.text_model import text_config
 from ...kernels.spec import IndexerConfig
 from ...passes.add_cache import Cached, cached_of
 from ...passes.manager import run_passes
@@ -90,11 +91,7 @@ def dense_config(checkpoint: Checkpoint) -> dict[str, Any]:
 def dense_words(dsa: Mapping[str, Any]) -> dict[str, Any]:
     """A DSA checkpoint's config.json, told as its dense base's."""
     if dsa.get("model_type") not in LAYOUTS:
-        config = {name: value for name, value in dsa.items() if name not in INDEXER_FIELDS}
-        inner = config.get("text_config")
-        if isinstance(inner, Mapping):
-            config["text_config"] = {name: value for name, value in inner.items() if name not in INDEXER_FIELDS}
-        return config
+        return {name: value for name, value in text_config(dsa).items() if name not in INDEXER_FIELDS}
     config = {name: value for name, value in dsa.items() if name not in _DSA_ONLY}
     layers = config.pop("mlp_layer_types", None)
     if layers is not None:
@@ -153,9 +150,7 @@ def context_of(checkpoint: Checkpoint) -> int:
 
 def indexer_of(checkpoint: Checkpoint) -> IndexerConfig:
     """Sizes of the indexers in a DSA checkpoint. Raises UserError naming the field that does not say."""
-    whole, file = checkpoint.config, checkpoint.path / checkpoint.config_file
-    inner = whole.get("text_config")
-    config = inner if isinstance(inner, Mapping) and "index_topk" in inner else whole
+    config, file = checkpoint.config, checkpoint.path / checkpoint.config_file
     sizes: dict[str, Any] = {field: config.get(field) for field in ("index_topk", "index_n_heads", "index_head_dim")}
     for field, size in sizes.items():
         if not isinstance(size, int) or size < 1:

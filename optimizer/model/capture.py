@@ -18,8 +18,11 @@ from torch.export import ExportedProgram
 
 from ...compat import torch_private, transformers_private
 from ...errors import UserError, short
+from ...files.model.text_model import text_config
 from . import hf_interfaces
 
+# What the hub calls a model that transformers knows under another name.
+_ALIASES = {"kimi_k2": "deepseek_v3", "sarvam_mla": "deepseek_v3"}
 ATTENTION = ("anchor", "sdpa", "eager")
 
 
@@ -70,8 +73,10 @@ def read_config(config: Mapping[str, Any]) -> Any:
     """The transformers config object. Raises UserError for an unknown model_type or a field transformers refuses."""
     from transformers import CONFIG_MAPPING
 
-    known = dict(config)
+    known = text_config(config)
     model_type = known.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        model_type = _ALIASES.get(str(model_type), model_type)
     known.pop("quantization_config", None)  # the graph is that of the dequantised model
     if model_type not in CONFIG_MAPPING:
         raise UserError(
@@ -88,7 +93,11 @@ def model_class_of(hf_config: Any, config: Mapping[str, Any]) -> Any:
     """The causal language model class of transformers. Raises UserError when it has none."""
     import transformers
 
-    names = [*(config.get("architectures") or []), transformers_private.causal_lm_class_name(hf_config.model_type)]
+    names = [
+        *(text_config(config).get("architectures") or []),
+        transformers_private.causal_lm_class_name(hf_config.model_type),
+        type(hf_config).__name__.removesuffix("Config") + "ForCausalLM",  # in no list: the text models of wrappers
+    ]
     for name in names:
         found = getattr(transformers, name, None) if isinstance(name, str) else None
         if found is not None and name.endswith("ForCausalLM"):

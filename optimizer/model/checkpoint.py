@@ -16,6 +16,7 @@ from ...errors import UserError, short
 from ...files.digests import file_digest
 from ...files.json_files import read_json
 from ...files.model.model_files import is_folder
+from ...files.model.text_model import is_wrapper, text_config, text_names
 from ...files.safetensors_index import INDEX_FILE, SINGLE_FILE, TensorLocation, read_index, some
 from .config_limits import check_config
 from .stored_formats import FP8, PLAIN, SCALES, block_of, format_fault
@@ -24,16 +25,27 @@ _OTHER_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.on
 
 
 @dataclass(frozen=True)
+class Whole:
+    """A wrapper as it is stored: its config.json and all tensors; names: stored ones by those of the text model."""
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorLocation]
+    names: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A folder in Hugging Face's layout. Nothing but headers and config.json is read until `load`.
 
-    path: the folder; config: config.json (or what `config_file` calls it); tensors: every tensor by name.
+    path: the folder; config: config.json (or what `config_file` calls it); tensors: every tensor by name. Of a wrapper both are
+    the language model's, told as a text model's of its own; `whole` is what is stored, None where it is the same.
     """
 
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorLocation]
     config_file: str = "config.json"
+    whole: Whole | None = None
 
     @classmethod
     def open(
@@ -53,7 +65,25 @@ class Checkpoint:
             path = _download(str(model), revision, local_files_only)
         config, tensors = read_json(path / config_file), read_index(path)
         check_config(path / config_file, config, len(tensors))
-        return cls(path, config, tensors, config_file)
+        if not is_wrapper(config):
+            return cls(path, config, tensors, config_file)
+        names = text_names(config, tensors)
+        inside = {name: tensors[stored] for name, stored in names.items()}
+        return cls(path, text_config(config), inside, config_file, Whole(config, tensors, names))
+
+    @property
+    def whole_config(self) -> Mapping[str, Any]:
+        """config.json as it is stored."""
+        return self.config if self.whole is None else self.whole.config
+
+    @property
+    def whole_tensors(self) -> Mapping[str, TensorLocation]:
+        """Every tensor in the files, by its stored name."""
+        return self.tensors if self.whole is None else self.whole.tensors
+
+    def stored_name(self, name: str) -> str:
+        """What the files call a tensor."""
+        return name if self.whole is None else self.whole.names.get(name, name)
 
     def load(
         self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", finite: bool = True
@@ -77,7 +107,7 @@ class Checkpoint:
 
     def source_hashes(self) -> dict[str, dict[str, int | str]]:
         """Digest (`file_digest`) of config.json, the index if there is one, and every shard, by file name."""
-        files = {place.file for place in self.tensors.values()} | {self.path / self.config_file}
+        files = {place.file for place in self.whole_tensors.values()} | {self.path / self.config_file}
         if (self.path / INDEX_FILE).is_file() and not (self.path / SINGLE_FILE).is_file():
             files.add(self.path / INDEX_FILE)
         return {file.name: file_digest(file) for file in sorted(files)}
@@ -91,9 +121,7 @@ class Checkpoint:
 
     def is_dsa(self) -> bool:
         """Whether the checkpoint has indexers, by its tensors or by its config."""
-        inner = self.config.get("text_config")
-        topk = self.config.get("index_topk") or (inner.get("index_topk") if isinstance(inner, Mapping) else None)
-        return topk is not None or any(".indexer." in name for name in self.tensors)
+        return self.config.get("index_topk") is not None or any(".indexer." in name for name in self.tensors)
 
     def check_shapes(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Raises UserError when tensors are missing or shaped otherwise than config.json says (`expected`)."""
@@ -123,7 +151,7 @@ class Checkpoint:
         place = self.tensors[name]
         try:
             with safe_open(place.file, framework="pt", device="cpu") as file:
-                tensor: Tensor = file.get_tensor(name)
+                tensor: Tensor = file.get_tensor(self.stored_name(name))
         except SafetensorError as error:  # a path that is no text, a name or a size that only the library refuses
             raise UserError(f"{place.file}: safetensors does not read {short(name)} ({short(str(error))})") from error
         return tensor

@@ -4,8 +4,9 @@ model."""
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -29,10 +30,15 @@ def with_true_quantisation(checkpoint: Checkpoint, drop_stale: bool = False) -> 
     """
     if drop_stale:
         stale = stale_fields(checkpoint.config, checkpoint.tensors)
-        config = {name: value for name, value in checkpoint.config.items() if name not in stale}
-        checkpoint = replace(checkpoint, config=config)
+        config, whole = _without(checkpoint.config, stale), checkpoint.whole
+        whole = None if whole is None else replace(whole, config=_without(whole.config, stale))
+        checkpoint = replace(checkpoint, config=config, whole=whole)
     check_formats(checkpoint.path, checkpoint.tensors, checkpoint.config, checkpoint.config_file)
     return checkpoint
+
+
+def _without(config: Mapping[str, Any], fields: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in fields}
 
 
 def check_every_tensor(source: WeightSource, others: Collection[str] = ()) -> None:
@@ -66,7 +72,7 @@ def _same(checkpoint: Checkpoint, name: str, other: str) -> bool:
     if one.shape != two.shape or not {one.dtype, two.dtype} <= set(PLAIN):
         return False
     with safe_open(one.file, framework="pt") as first, safe_open(two.file, framework="pt") as second:
-        a, b = first.get_slice(name), second.get_slice(other)
+        a, b = first.get_slice(checkpoint.stored_name(name)), second.get_slice(checkpoint.stored_name(other))
         starts = range(0, one.shape[0], _ROWS)
         return all(torch.equal(a[at : at + _ROWS].double(), b[at : at + _ROWS].double()) for at in starts)
 

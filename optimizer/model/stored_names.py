@@ -17,6 +17,8 @@ from ...errors import UserError
 # each the tensors in turn.
 _ROWS_IN_TURN = {("MergeModulelist",), ("MergeModulelist", "Concatenate"), ("Concatenate",)}
 
+_STACKED = (".experts.gate_up_proj", ".experts.down_proj")  # transformers' own names: Mistral 4 has them in files, too
+
 
 @dataclass(frozen=True)
 class StoredNames:
@@ -50,14 +52,14 @@ class StoredNames:
     def is_stacked(self, name: str) -> bool:
         """Whether `name` holds all experts of a layer."""
         join = self.join_of(name)
-        return join is not None and "*" in join.sources[0]
+        return name.endswith(_STACKED) or (join is not None and "*" in join.sources[0])
 
     def surplus(self) -> set[str]:
         """Stored tensors of experts that the graph does not read: LongCat's experts that do nothing have no weights."""
         found: set[str] = set()
         for name, shape in self.shapes.items():
             join = self.join_of(name)
-            if join is not None and self.is_stacked(name):
+            if join is not None and "*" in join.sources[0]:
                 every = _experts(name, join, range(self.experts(name), shape[0]))
                 found |= {self.stored[part] for part in every if part in self.stored}
         return found

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...compat.torch_private import topk_rule
 from ...errors import UserError
+from ...files.model.text_model import PREFIXES
 from ..model.checkpoint import Checkpoint
 from .check import difference
 
@@ -135,10 +136,14 @@ def load_model(checkpoint: Checkpoint, class_name: str) -> tuple[Any, Mapping[st
     logging.disable_progress_bar()
     try:
         model_class = getattr(transformers, class_name)
-        config = model_class.config_class.from_dict(dict(checkpoint.config))
+        fields = {
+            name: value for name, value in checkpoint.config.items() if name != "model_type"
+        }  # the class knows its own
+        config = model_class.config_class.from_dict(fields)
         model, info = model_class.from_pretrained(
-            checkpoint.path, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True
-        )
+            checkpoint.path, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True,
+            key_mapping=None if checkpoint.whole is None else PREFIXES,
+        )  # fmt: skip
     finally:
         logging.set_verbosity(level)
         if bars:
