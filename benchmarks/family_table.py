@@ -31,6 +31,7 @@ from mla2dsa.optimizer.export import export
 from mla2dsa.optimizer.model.cached_model import open_torch_session
 from mla2dsa.optimizer.model.checkpoint import Checkpoint
 from mla2dsa.optimizer.plan import prepare
+from mla2dsa.optimizer.proof.transformers_check import unreadable
 from mla2dsa.optimizer.recipe import Recipe
 from mla2dsa.optimizer.verify import verify_folders
 from mla2dsa.runtime.generation import prefill
@@ -82,8 +83,8 @@ def _planned(source: Path, found: Row) -> None:
 
 
 def _verified(source: Path, dsa: Path) -> None:
-    quantised = bool(Checkpoint.open(source).config.get("quantization_config"))  # transformers needs a GPU for it
-    result = verify_folders(source, dsa, sequences=2, sequence_length=128, skip_transformers=quantised)
+    skip = unreadable(Checkpoint.open(source)) is not None
+    result = verify_folders(source, dsa, sequences=2, sequence_length=128, skip_transformers=skip)
     bad = [check for check in result.checks if not check.passed and not QUALITY.search(check.name)]
     if bad:
         raise UserError(f"{bad[0].name}: {bad[0].value:.1e}, {bad[0].detail}")

@@ -33,7 +33,6 @@ from .indexer.progress_store import ProgressStore
 from .indexer.query_form import settle
 from .indexer.sizes import length_fault
 from .model.checkpoint import Checkpoint
-from .model.stored_formats import mtp_tensors
 from .model.text import model_tokens
 from .model.weights import WeightSource
 from .plan import Plan, Prepared, layout_of, prepare
@@ -152,7 +151,6 @@ def _written(
     """The checkpoint at `out`, which gets that name once it is proved. started: as time.monotonic() tells it."""
     prepared, proof, reports = job.prepared, list[Verification](), list[Mapping[str, Any]]()
     layout, checkpoint = job.layout, prepared.checkpoint
-    mtp = mtp_tensors(checkpoint.config, checkpoint.tensors)
     assert layout is not None  # `_settled`
 
     def prove(folder: Path) -> Mapping[str, Any]:
@@ -163,7 +161,7 @@ def _written(
 
     write_dsa_checkpoint(
         checkpoint.path, out, weights, prepared.plan.indexer, layout=layout,
-        q_width=prepared.plan.layers[0][1].q_width, mtp=set(map(checkpoint.stored_name, mtp)),
+        q_width=prepared.plan.layers[0][1].q_width, mtp=checkpoint.mtp_tensors(),
         manifest={"model": prepared.plan.model, "recipe": job.recipe.model_dump(), "verified": proved is not None,
                   "remote_code": list(job.remote_code), "fingerprint": _fingerprint(job, WRITTEN)},
         dropped=_dropped(checkpoint), prove=prove,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError, UserError
-from ..files.model.text_model import is_other_part
+from ..files.model.text_model import is_other_part, is_wrapper
 from .environment import usable_device
 from .model.capture import model_class_of, read_config
 from .model.stored_formats import mtp_tensors
@@ -178,7 +178,7 @@ def _known_to_be_left_over(pair: Pair, fault: str) -> bool:
         return False
     layer, count = _LAYER.search(fault), pair.sparse.checkpoint.config.get("num_hidden_layers")
     after = layer is not None and isinstance(count, int) and int(layer[1]) >= count
-    if pair.dense.checkpoint.whole is not None and is_other_part(fault.partition(": ")[2]):
+    if is_wrapper(pair.dense.checkpoint.whole_config) and is_other_part(fault.partition(": ")[2]):
         return True
     mtp = after and bool(mtp_tensors(pair.sparse.checkpoint.config, pair.sparse.checkpoint.tensors))
     return mtp or (pair.layout.target is None and ".indexer." in fault)

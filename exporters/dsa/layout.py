@@ -19,7 +19,7 @@ from .folds import CannotFold, Config, Folding, Untie
 _FP8_BLOCK = (128, 128)  # DeepSeek-V3's weight_block_size, when config.json does not say
 
 # Where a quantisation method lists the modules it leaves alone.
-SKIP_LISTS = {"fp8": "modules_to_not_convert", "compressed-tensors": "ignore"}
+SKIP_LISTS = {"fp8": "modules_to_not_convert", "compressed-tensors": "ignore", "modelopt": "ignore"}
 
 
 @dataclass(frozen=True)

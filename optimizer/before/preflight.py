@@ -26,7 +26,8 @@ from ...files.safetensors_index import TensorLocation, read_index
 from ...files.staging import hidden_sibling, resolved
 from ..indexer.sizes import Sizes, indexer_sizes, parameters, size_faults
 from ..model.config_limits import check_config
-from ..model.stored_formats import check_formats, mtp_tensors, stale_fields
+from ..model.packed_formats import whole_weights
+from ..model.stored_formats import QUANTISED, check_formats, mtp_tensors, stale_fields
 from ..recipe import Recipe
 from .findings import Findings, check_out, check_text
 from .space import Needs
@@ -102,7 +103,7 @@ def check_export(
         else:
             found.collect(refuse_names, opened.folder, [file.name for file in opened.files()], EXPORT_FILES)
             wanted.links(out, opened.files(), _COPIED)
-            blocks = [place for place in opened.tensors.values() if place.dtype.startswith("F8")]
+            blocks = [place for place in opened.tensors.values() if place.dtype in QUANTISED]
             wanted.add(
                 out, sum(math.prod(place.shape) for place in blocks) * _BYTES[dtype], "weights that are dequantised"
             )
@@ -185,7 +186,7 @@ def _model(found: Findings, model: str | Path) -> _Model | None:
     fits = found.collect(_fits, folder / CONFIG, config, tensors)
     if not fits:
         return None
-    inside = {name: tensors[stored] for name, stored in text_names(config, tensors).items()}
+    inside = whole_weights({name: tensors[stored] for name, stored in text_names(config, tensors).items()})
     return _Model(folder, text_config(config), inside, config, tensors)
 
 

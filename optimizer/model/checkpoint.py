@@ -18,15 +18,17 @@ from ...files.json_files import read_json
 from ...files.model.model_files import is_folder
 from ...files.model.text_model import is_wrapper, text_config, text_names
 from ...files.safetensors_index import INDEX_FILE, SINGLE_FILE, TensorLocation, read_index, some
+from . import dequantise
 from .config_limits import check_config
-from .stored_formats import FP8, PLAIN, SCALES, block_of, format_fault
+from .packed_formats import NVFP4, PARTS, whole_weights
+from .stored_formats import FP8, PLAIN, QUANTISED, SCALES, block_of, format_fault, mtp_tensors
 
 _OTHER_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data"]
 
 
 @dataclass(frozen=True)
 class Whole:
-    """A wrapper as it is stored: its config.json and all tensors; names: stored ones by those of the text model."""
+    """A checkpoint as it is stored: its config.json and all tensors; names: those of the text model, by the names they have in it."""
 
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorLocation]
@@ -38,7 +40,8 @@ class Checkpoint:
     """A folder in Hugging Face's layout. Nothing but headers and config.json is read until `load`.
 
     path: the folder; config: config.json (or what `config_file` calls it); tensors: every tensor by name. Of a wrapper both are
-    the language model's, told as a text model's of its own; `whole` is what is stored, None where it is the same.
+    the language model's, told as a text model's of its own, and a weight that is packed into several tensors is told as one;
+    `whole` is what is stored, None where it has the same names.
     """
 
     path: Path
@@ -65,10 +68,10 @@ class Checkpoint:
             path = _download(str(model), revision, local_files_only)
         config, tensors = read_json(path / config_file), read_index(path)
         check_config(path / config_file, config, len(tensors))
-        if not is_wrapper(config):
-            return cls(path, config, tensors, config_file)
         names = text_names(config, tensors)
-        inside = {name: tensors[stored] for name, stored in names.items()}
+        inside = whole_weights({name: tensors[stored] for name, stored in names.items()})
+        if not is_wrapper(config) and inside.keys() == tensors.keys():
+            return cls(path, config, inside, config_file)
         return cls(path, text_config(config), inside, config_file, Whole(config, tensors, names))
 
     @property
@@ -85,22 +88,29 @@ class Checkpoint:
         """What the files call a tensor."""
         return name if self.whole is None else self.whole.names.get(name, name)
 
+    def mtp_tensors(self) -> set[str]:
+        """Stored names of the tensors of multi-token-prediction layers."""
+        if self.whole is None:
+            return mtp_tensors(self.config, self.tensors)
+        return {self.whole.names[name] for name in mtp_tensors(self.config, self.whole.names)}
+
     def load(
         self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", finite: bool = True
     ) -> Tensor:
         """One tensor, read from its file now; `dtype` None keeps the stored one.
 
-        A weight in DeepSeek's FP8 block format (`<name>_scale_inv` beside it) is dequantised, to bfloat16 by default.
+        A weight in DeepSeek's FP8 blocks (`<name>_scale_inv` beside it), in compressed-tensors' INT4 or in ModelOpt's NVFP4 is
+        dequantised, to bfloat16 by default.
         Raises UserError when it is absent, in another quantised format, or (with `finite`) holds NaN or infinities.
         """
         place = self._locate(name)
-        if place.dtype not in PLAIN and (dtype is not None or place.dtype in FP8):
+        if place.dtype not in PLAIN and (dtype is not None or place.dtype in QUANTISED):
             self._check_format(name)
-        tensor = self._read(name)
-        if place.dtype in FP8:
-            tensor = self._dequantise(name, tensor).to(dtype or torch.bfloat16)
-        elif dtype is not None:
-            tensor = tensor.to(dtype)
+        if place.dtype in QUANTISED:
+            tensor = self._dequantised(name, place).to(dtype or torch.bfloat16)
+        else:
+            tensor = self._read(name)
+            tensor = tensor if dtype is None else tensor.to(dtype)
         if finite:
             _check_finite(name, place, tensor)
         return tensor.to(device)
@@ -148,10 +158,11 @@ class Checkpoint:
     def _read(self, name: str) -> Tensor:
         from safetensors import SafetensorError, safe_open
 
-        place = self.tensors[name]
+        stored = self.stored_name(name)
+        place = self.whole_tensors[stored]
         try:
             with safe_open(place.file, framework="pt", device="cpu") as file:
-                tensor: Tensor = file.get_tensor(self.stored_name(name))
+                tensor: Tensor = file.get_tensor(stored)
         except SafetensorError as error:  # a path that is no text, a name or a size that only the library refuses
             raise UserError(f"{place.file}: safetensors does not read {short(name)} ({short(str(error))})") from error
         return tensor
@@ -160,20 +171,18 @@ class Checkpoint:
         if fault := format_fault(self.path, self.tensors, self.config, name):
             raise UserError(fault)
 
-    def _dequantise(self, name: str, weight: Tensor) -> Tensor:
-        return dequantise_blocks(weight, self._read(f"{name}{SCALES}").float(), *block_of(self.config))
-
-
-def dequantise_blocks(weight: Tensor, scale: Tensor, rows: int, columns: int) -> Tensor:
-    """weight [O, I] (float8) times its block scale [ceil(O / rows), ceil(I / columns)] (float32), as float32 [O, I].
-
-    DeepSeek-V3's `weight_dequant` (inference/kernel.py): y = x * scale_inv of the block that holds x.
-    """
-    result = torch.empty(weight.shape, dtype=torch.float32)
-    for block_row, scales in enumerate(scale):
-        part = slice(block_row * rows, (block_row + 1) * rows)
-        result[part] = weight[part].float() * scales.repeat_interleave(columns)[: weight.shape[1]]
-    return result
+    def _dequantised(self, name: str, place: TensorLocation) -> Tensor:
+        if place.dtype in FP8:
+            scale = self._read(f"{name}{SCALES}").float()
+            return dequantise.blocks(self._read(name), scale, *block_of(self.config))
+        packed, scale, third = (self._read(name + part) for part in PARTS[place.dtype])
+        if place.dtype == NVFP4:
+            return dequantise.nvfp4(packed, scale, third)
+        if third.tolist() != list(place.shape):
+            raise UserError(
+                f"{place.file}: {name}_shape says {third.tolist()}, but {name}_packed holds {list(place.shape)}"
+            )
+        return dequantise.int4(packed, scale)
 
 
 def _check_finite(name: str, place: TensorLocation, tensor: Tensor) -> None:

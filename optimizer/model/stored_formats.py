@@ -1,6 +1,7 @@
 """What a checkpoint's weights are stored as. The tensors' dtypes say what is quantised; a config.json that says otherwise is refused.
 
-Read are plain floats, and DeepSeek's FP8 blocks: `X` in float8 with `X_scale_inv` beside it. Everything here reads headers only,
+Read are plain floats, DeepSeek's FP8 blocks (`X` in float8 with `X_scale_inv` beside it), and what `packed_formats.py` tells as one
+tensor: compressed-tensors' INT4 and ModelOpt's NVFP4. Everything here reads headers only,
 and needs no torch.
 """
 
@@ -14,11 +15,14 @@ from typing import Any
 from ...errors import UserError
 from ...files.model.model_files import optional_json
 from ...files.safetensors_index import TensorLocation, some
+from .packed_formats import PACKED, packed_fault
 
 PLAIN = ("F64", "F32", "F16", "BF16")
 FP8 = ("F8_E4M3", "F8_E5M2")
+QUANTISED = (*FP8, *PACKED)
 FP8_BLOCK = (128, 128)  # DeepSeek-V3's weight_block_size, when config.json does not say
 SCALES = "_scale_inv"
+_UE8M0 = "F8_E8M0"  # scales that are powers of two
 QUANTISATION_FIELDS = ("quantization_config", "compression_config")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _MTP_PREFIX = re.compile(r"(?:^|\.)mtp(?:_layers|_block)?\.")
@@ -60,18 +64,19 @@ def format_fault(
 ) -> str | None:
     """Why the values of `name` cannot be read, in one line; None if they can."""
     place = tensors[name]
-    if place.dtype in PLAIN:
+    if place.dtype in (*PLAIN, *PACKED):
         return None
     scale = tensors.get(f"{name}{SCALES}")
     if place.dtype not in FP8 or scale is None:
         cause = _cause(tensors, name, place.dtype)
         return (
             f"{place.file}: {name} is {place.dtype} ({cause}{_sidecar(folder, config)}), which is not read here; "
-            "start from the checkpoint before quantisation, or from DeepSeek's FP8 blocks (weight_scale_inv)"
+            "start from the checkpoint before quantisation, or from DeepSeek's FP8 blocks (weight_scale_inv), symmetric INT4 by "
+            "compressed-tensors or NVFP4 by ModelOpt"
         )
     rows, columns = block_of(config)
     grid = [-(-size // step) for size, step in zip(place.shape, (rows, columns), strict=False)]
-    if len(place.shape) != 2 or list(scale.shape) != grid or scale.dtype not in PLAIN:
+    if len(place.shape) != 2 or list(scale.shape) != grid or scale.dtype not in (*PLAIN, _UE8M0):
         return (
             f"{place.file}: {name}{SCALES} is {scale.dtype} {list(scale.shape)}, expected {grid} for {list(place.shape)} in "
             f"blocks of {[rows, columns]} (quantization_config.weight_block_size)"
@@ -91,20 +96,38 @@ def check_formats(
     """Raises UserError for the first tensor whose values cannot be read, and for a quantization_config that is not about these
     tensors. MTP layers are not looked at: nothing reads them."""
     ignored = mtp_tensors(config, tensors)
-    odd = [name for name, place in tensors.items() if place.dtype not in PLAIN and name not in ignored]
+    odd = [
+        name
+        for name, place in tensors.items()
+        if place.dtype not in PLAIN and name not in ignored and not _scales(tensors, name)
+    ]
     for name in odd:
         if fault := format_fault(folder, tensors, config, name):
             raise UserError(fault)
-    if odd and (fault := _fp8_fault(config)):
-        raise UserError(
-            f"{tensors[odd[0]].file}: {some(odd)} in float8 with block scales, but {folder / config_file}: {fault}"
-        )
+    for kind, names in _by_kind(tensors, odd).items():
+        how = "in float8 with block scales" if kind == "FP8" else f"packed as {kind}"
+        if fault := _fp8_fault(config) if kind == "FP8" else packed_fault(config, kind):
+            raise UserError(f"{tensors[names[0]].file}: {some(names)} {how}, but {folder / config_file}: {fault}")
     if stale := () if odd else stale_fields(config, tensors):
         dtypes = ", ".join(sorted({place.dtype for place in tensors.values()}))
         raise UserError(
             f"{folder / config_file}: {stale[0]} (quant_method {_method(config, stale[0])}) is stale, for every tensor is plain "
             f"({dtypes}); remove the field from config.json, or convert with --drop-stale-quantization"
         )
+
+
+def _scales(tensors: Mapping[str, TensorLocation], name: str) -> bool:
+    """Whether a tensor is the scales, powers of two, of an FP8 weight."""
+    weight = tensors.get(name.removesuffix(SCALES))
+    return tensors[name].dtype == _UE8M0 and name.endswith(SCALES) and weight is not None and weight.dtype in FP8
+
+
+def _by_kind(tensors: Mapping[str, TensorLocation], odd: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in odd:
+        dtype = tensors[name].dtype
+        found.setdefault("FP8" if dtype in FP8 else dtype, []).append(name)
+    return found
 
 
 def stale_fields(config: Mapping[str, Any], tensors: Mapping[str, TensorLocation]) -> tuple[str, ...]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,18 @@ from torch import Tensor
 
 from ...compat.torch_private import topk_rule
 from ...errors import UserError
-from ...files.model.text_model import PREFIXES
+from ...files.model.text_model import PREFIXES, is_wrapper
 from ..model.checkpoint import Checkpoint
+from ..model.stored_formats import FP8, block_of
 from .check import difference
 
 SHARE_OF_MEMORY = (
     0.9  # of what is free, for both models: their activations and the allocator's rests take the other tenth
 )
+
+
+# What transformers needs to dequantise a checkpoint, by quant_method.
+_READERS = {"fp8": ("accelerate",), "compressed-tensors": ("accelerate", "compressed_tensors")}
 
 
 def lowest_slot_ties() -> AbstractContextManager[None]:
@@ -107,11 +114,37 @@ def refuse_if_too_large(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: comparing with transformers needs {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free; "
             "pass --skip-transformers to verify on the streamed graph only"
         )
-    if checkpoint.config.get("quantization_config"):
+    if reason := unreadable(checkpoint):
         raise UserError(
-            f"{checkpoint.path}: transformers runs this quantised model on a GPU only; pass --skip-transformers to verify on the "
-            "streamed (dequantised) graph only"
+            f"{checkpoint.path}: {reason}; or pass --skip-transformers to verify on the streamed (dequantised) graph only"
         )
+
+
+def unreadable(checkpoint: Checkpoint) -> str | None:
+    """Why transformers does not read a quantised checkpoint here, dequantised on the CPU; None if it does."""
+    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+    if method is None:
+        return None
+    if method not in _READERS:
+        return f"transformers does not dequantise {method} on a CPU: verify on a machine where it runs the model"
+    missing = [name for name in _READERS[method] if find_spec(name) is None]
+    packages = " and ".join(missing).replace("_", "-")
+    if missing:
+        return f"transformers needs {packages} for {method} (pip install 'mla2dsa[quantised]')"
+    uneven = next(
+        (name for name, place in checkpoint.tensors.items() if place.dtype in FP8 and _uneven(checkpoint, name)), None
+    )
+    return (
+        None
+        if uneven is None
+        else f"transformers cuts {uneven} into blocks of equal size, but its last ones are smaller"
+    )
+
+
+def _uneven(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether the last FP8 block of a row or column is smaller than the others: transformers 5.23 and 5.24 divide evenly."""
+    sizes, steps = checkpoint.tensors[name].shape, block_of(checkpoint.config)
+    return any(size > step and size % step for size, step in zip(sizes, steps, strict=True))
 
 
 def _free_memory() -> int:
@@ -140,15 +173,34 @@ def load_model(checkpoint: Checkpoint, class_name: str) -> tuple[Any, Mapping[st
             name: value for name, value in checkpoint.config.items() if name != "model_type"
         }  # the class knows its own
         config = model_class.config_class.from_dict(fields)
-        model, info = model_class.from_pretrained(
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on which of two quantization configs counts
+            model, info = model_class.from_pretrained(
             checkpoint.path, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True,
-            key_mapping=None if checkpoint.whole is None else PREFIXES,
+            key_mapping=PREFIXES if is_wrapper(checkpoint.whole_config) else None, **_dequantised(checkpoint),
         )  # fmt: skip
     finally:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-    return model.eval(), info
+    return model.float().eval(), info
+
+
+def _dequantised(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The argument with which transformers dequantises what it loads."""
+    import transformers
+
+    fields = dict(checkpoint.config.get("quantization_config") or {})
+    method = fields.pop("quant_method", None)
+    if method is None:
+        return {}
+    if method == "fp8":
+        return {
+            "quantization_config": transformers.FineGrainedFP8Config(
+                dequantize=True, weight_block_size=block_of(checkpoint.config)
+            )
+        }
+    return {"quantization_config": transformers.CompressedTensorsConfig(**{**fields, "dequantize": True})}
 
 
 def loading_faults(info: Mapping[str, Any]) -> list[str]:

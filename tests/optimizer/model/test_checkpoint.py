@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from mla2dsa.errors import UserError
 from mla2dsa.files.safetensors_index import INDEX_FILE, SINGLE_FILE
-from mla2dsa.optimizer.model.checkpoint import Checkpoint, dequantise_blocks
+from mla2dsa.optimizer.model.checkpoint import Checkpoint
+from mla2dsa.optimizer.model.dequantise import blocks
 
 KV_A = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
 
@@ -168,7 +169,7 @@ def test_fp8_blocks(tmp_path: Path, shape: tuple[int, int], rows: int, columns: 
     checkpoint = Checkpoint.open(tmp_path)
     assert torch.equal(checkpoint.load("x.weight", torch.float32), reference)
     assert torch.equal(checkpoint.load("x.weight"), reference.to(torch.bfloat16))
-    assert torch.equal(dequantise_blocks(stored, scale, rows, columns), reference)
+    assert torch.equal(blocks(stored, scale, rows, columns), reference)
     assert (reference - weight).abs().le(0.07 * weight.abs() + scale.max() * 2**-9).all()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mla2dsa.errors import UserError
 from mla2dsa.files.safetensors_index import read_index
+from mla2dsa.optimizer.model.packed_formats import whole_weights
 from mla2dsa.optimizer.model.stored_formats import check_formats, mtp_tensors, stale_fields
 
 NAME = "model.layers.0.mlp.up_proj"
@@ -21,6 +22,15 @@ INT8, UINT8, INT32 = (torch.zeros(4, 4, dtype=it) for it in (torch.int8, torch.u
 E4M3, E5M2 = (torch.ones(4, 4).to(it) for it in (torch.float8_e4m3fn, torch.float8_e5m2))
 ONE = torch.ones(1, 1)
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+SHAPE = torch.tensor([4, 32])
+PACKED = {"weight_packed": INT32, "weight_scale": torch.ones(4, 1), "weight_shape": SHAPE}
+NVFP4 = {
+    "weight": torch.zeros(4, 8, dtype=torch.uint8), "weight_scale": torch.ones(4, 1).to(torch.float8_e4m3fn),
+    "weight_scale_2": torch.ones(()), "input_scale": torch.ones(()),
+}  # fmt: skip
+INT4 = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+UE8M0 = ONE.to(torch.float8_e8m0fnu)
 
 # Tensors of a module by their last names, other files of the folder, config.json, and what the error says.
 Case = tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], tuple[str, ...]]
@@ -32,7 +42,7 @@ FOREIGN: dict[str, Case] = {
         {"quantization_config": {"quant_method": "w8a8_int8"}},
         ("weight is I8", "quantization_config says w8a8_int8"),
     ),
-    "nvfp4": (
+    "nvfp4-of-another-grid": (
         {"weight": UINT8, "weight_scale": E4M3, "weight_scale_2": ONE},
         {"hf_quant_config.json": {"quantization": {"quant_algo": "NVFP4"}}},
         {},
@@ -43,6 +53,18 @@ FOREIGN: dict[str, Case] = {
     "packed": ({"weight_packed": INT32, "weight_scale": ONE}, {}, {}, ("weight_packed is I32", "compressed-tensors")),
     "bitsandbytes-4bit": ({"weight": UINT8, "weight.absmax": ONE}, {}, {}, ("weight is U8", "bitsandbytes 4-bit")),
     "bitsandbytes-8bit": ({"weight": INT8, "SCB": ONE}, {}, {}, ("weight is I8", "bitsandbytes INT8")),
+    "packed-by-zero-points": (
+        {"weight_packed": INT32, "weight_scale": torch.ones(4, 1), "weight_shape": SHAPE, "weight_zero_point": INT32}, {}, {},
+        ("packed by compressed-tensors",),
+    ),
+    "int4-of-eight-bits": (
+        PACKED, {}, {"quantization_config": {**INT4, "config_groups": {"group_0": {"weights": {"num_bits": 8}}}}},
+        ("up_proj.weight packed as INT4", "config_groups.group_0.weights.num_bits is 8, expected 4"),
+    ),
+    "int4-unsaid": (PACKED, {}, {}, ("packed as INT4", "no quantization_config", "compressed-tensors")),
+    "nvfp4-called-otherwise": (
+        NVFP4, {}, {"quantization_config": FP8}, ("packed as NVFP4", "quant_method is fp8, expected modelopt"),
+    ),
     "mxfp4": ({"up_blocks": UINT8, "up_scales": UINT8}, {}, {}, ("is U8", "MXFP4")),
     "fp8-per-channel": ({"weight": E4M3, "weight_scale": torch.ones(4, 1)}, {}, {}, ("is F8_E4M3", "FP8 with a weight_scale per")),
     "fp8-e5m2-per-tensor": ({"weight": E5M2, "weight_scale": ONE}, {}, {}, ("is F8_E5M2", "per channel or tensor")),
@@ -75,6 +97,9 @@ READ: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {
     "float32": ({"weight": torch.ones(4, 4)}, {}),
     "float16": ({"weight": torch.ones(4, 4).half()}, {"quantization_config": None}),
     "bfloat16": ({"weight": torch.ones(4, 4).bfloat16()}, {}),
+    "fp8-scales-of-two": ({"weight": E4M3, "weight_scale_inv": UE8M0}, {"quantization_config": FP8}),
+    "int4": (PACKED, {"quantization_config": INT4}),
+    "nvfp4": (NVFP4, {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}),
     "fp8-blocks": ({"weight": E4M3, "weight_scale_inv": ONE}, {"quantization_config": FP8}),
 }
 
@@ -83,7 +108,7 @@ def opened(folder: Path, tensors: dict[str, Tensor], files: dict[str, Any], conf
     save_file({f"{NAME}.{name}": tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
-    return folder, read_index(folder), {"num_hidden_layers": 1, **config}
+    return folder, whole_weights(read_index(folder)), {"num_hidden_layers": 1, **config}
 
 
 @pytest.mark.parametrize("case", FOREIGN)
