@@ -130,7 +130,7 @@ def _moments(maps: SiteMaps, samples: Sequence[SiteSample]) -> _Moments:
     resid = maps.latent.new_zeros(q_width, q_width, dtype=torch.float64)
     norms = []
     for sample in samples:
-        latent = (sample.hidden @ maps.latent.T).double()
+        latent = maps.raw_latent(sample.hidden).double()
         norm = latent.square().mean(-1).rsqrt()
         normed = latent * norm[:, None]
         total += normed.sum(0)
@@ -200,6 +200,10 @@ def _key_side(
     gain[:rope] = divided.mean() / divided.square().mean() / ROPE_SHARE  # least squares, as the next line
     gain[rope:end] = relative.mean() / relative.square().mean()
     bias[rope:end] = -(key_rows @ moments.mean)  # centred keys: a query's constant would only move its ReLU threshold
+    if maps.latent_bias is not None:  # wk has none: what the norm makes of it in the mean
+        bias[rope:end] += key_rows @ maps.latent_bias.double() * moments.norm.mean()
+    if maps.k_rope_bias is not None:
+        bias[:rope] = maps.k_rope_bias.double()
     tensors = {"wk": wk.float(), "k_norm_weight": gain.float(), "k_norm_bias": bias.float()}
     return tensors, _variation(relative), _variation(divided)
 

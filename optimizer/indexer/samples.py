@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.nn.functional import linear
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,8 @@ class SiteMaps:
 
     Written with x the layer's normed hidden state [D] and u the query latent `q_resid` [Rq] (x itself without q latent):
     head h's pre-softmax logit is ``scale * (q_absorbed[h] @ u . c_s + rope_t(q_rope[h] @ u) . rope_s(k_rope @ x_s))`` with
-    ``c = latent_gain * (latent @ x) / rms(latent @ x)``.
+    ``c = latent_gain * (latent @ x) / rms(latent @ x)``. Where the projection has a bias, it is added to ``latent @ x`` and to
+    ``k_rope @ x``.
 
     scale: softmax scale of the layer.
     q_absorbed: [H, kv_lora_rank, Rq] = W_UK[h]^T W_q_nope[h].
@@ -21,6 +23,7 @@ class SiteMaps:
     latent: [kv_lora_rank, D], rows of kv_a_proj before the latent norm.
     latent_gain: [kv_lora_rank], gain of the latent norm (with any constant factor the model puts on the latent).
     k_rope: [qk_rope_head_dim, D], half-split rotary order.
+    latent_bias, k_rope_bias: [kv_lora_rank] and [qk_rope_head_dim], None without.
     """
 
     scale: float
@@ -29,6 +32,16 @@ class SiteMaps:
     latent: Tensor
     latent_gain: Tensor
     k_rope: Tensor
+    latent_bias: Tensor | None = None
+    k_rope_bias: Tensor | None = None
+
+    def raw_latent(self, hidden: Tensor) -> Tensor:
+        """hidden: [T, D]. [T, kv_lora_rank] before the latent norm."""
+        return linear(hidden, self.latent, self.latent_bias)
+
+    def raw_k_rope(self, hidden: Tensor) -> Tensor:
+        """hidden: [T, D]. [T, qk_rope_head_dim] before the rotation."""
+        return linear(hidden, self.k_rope, self.k_rope_bias)
 
 
 @dataclass(frozen=True)

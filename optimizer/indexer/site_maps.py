@@ -60,21 +60,27 @@ def _read(site: MlaSite, names: NameOf, load: Load) -> SiteMaps:
     if site.q_b is None:
         raise CannotEvaluate("the query is not one projection's output")
     q_rows, q_factor = _query_rows(site)
-    w_q = _weight(site.q_b, names, load)[q_rows.flatten()].view(*q_rows.shape, -1)
+    w_q, q_bias = _linear(site.q_b, names, load)
+    if q_bias is not None:
+        raise CannotEvaluate("the query's projection has a bias, which the indexer has no place for")
+    w_q = w_q[q_rows.flatten()].view(*q_rows.shape, -1)
     w_q = w_q * q_factor.to(w_q)[..., None]
     nope = slice(dims.qk_rope_head_dim, None) if site.rope_first else slice(0, dims.qk_nope_head_dim)
     rope = slice(0, dims.qk_rope_head_dim) if site.rope_first else slice(dims.qk_nope_head_dim, None)
     w_uk = load(names[site.kv_b_weight.name]).float()[site.uk_rows.flatten()].view(*site.uk_rows.shape, -1)
-    w_kv_a = _weight(site.kv_a, names, load)
+    w_kv_a, bias = _linear(site.kv_a, names, load)
     latent_rows, gain = _latent_rows(site, names, load)
     order = torch.tensor(rope_order(site))
+    k_rope_rows = torch.tensor(site.k_pe_rows)[order]
     return SiteMaps(
         scale=site.core.scale,
         q_absorbed=torch.einsum("hnr,hnq->hrq", w_uk, w_q[:, nope]),
         q_rope=w_q[:, rope][:, order],
         latent=w_kv_a[latent_rows],
         latent_gain=gain.to(w_kv_a),
-        k_rope=w_kv_a[torch.tensor(site.k_pe_rows)[order]],
+        k_rope=w_kv_a[k_rope_rows],
+        latent_bias=None if bias is None else bias[latent_rows],
+        k_rope_bias=None if bias is None else bias[k_rope_rows],
     )
 
 
@@ -85,15 +91,16 @@ def rope_order(site: MlaSite) -> list[int]:
     return [a for a, _ in site.rope.pairs] + [b for _, b in site.rope.pairs]
 
 
-def _weight(projection: Node, names: NameOf, load: Load) -> Tensor:
+def _linear(projection: Node, names: NameOf, load: Load) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias."""
     _, weight, bias = linear_parts(projection)  # type: ignore[misc]
-    if bias is not None:
-        raise CannotEvaluate(
-            f"{names.get(weight.name, weight.name)} comes with a bias, which the indexer has no place for"
-        )
-    while weight.op != "placeholder":
-        weight = weight.all_input_nodes[0]
-    return load(names[weight.name]).float()
+    return _value(weight, names, load), None if bias is None else _value(bias, names, load)
+
+
+def _value(node: Node, names: NameOf, load: Load) -> Tensor:
+    while node.op != "placeholder":
+        node = node.all_input_nodes[0]
+    return load(names[node.name]).float()
 
 
 def _query_rows(site: MlaSite) -> tuple[Tensor, Tensor]:
@@ -159,9 +166,9 @@ def check_maps(site: MlaSite, maps: SiteMaps, sample: SiteSample) -> None:
     at = torch.isin(sample.rows, rows)
     absorbed = torch.einsum("hrq,tq->thr", maps.q_absorbed, sample.q_resid[rows])
     q_rope = torch.einsum("hdq,tq->thd", maps.q_rope, sample.q_resid[rows])
-    raw = sample.hidden @ maps.latent.T
+    raw = maps.raw_latent(sample.hidden)
     latent = maps.latent_gain * raw * raw.pow(2).mean(-1, keepdim=True).rsqrt()
-    k_rope = sample.hidden @ maps.k_rope.T
+    k_rope = maps.raw_k_rope(sample.hidden)
     if site.rope is not None:
         q_rope = rotate(q_rope, sample.cos[rows][:, None], sample.sin[rows][:, None])
         k_rope = rotate(k_rope, sample.cos, sample.sin)

@@ -55,10 +55,12 @@ def capture(
     hf_interfaces.register()
     hf_config = read_config(config)
     model_class = model_class_of(hf_config, config)
+    context = max_length(hf_config)
+    _check_rope(hf_config.get_text_config(), context)
     with _quiet(), hf_interfaces.capturable_experts(hf_config):
         model = _fake_model(model_class, hf_config, attention, dtype, device)
-        context = max_length(hf_config)
-        program = _export(model, context, device)
+        with _short_factors(model):
+            program = _export(model, context, device)
         program = _without_fakes(program, _computed_buffers(model))
     shapes = {name: tuple(t.shape) for name, t in program.state_dict.items()}
     return Capture(program, shapes, _tied(model), context, transformers_private.naming_of(model))
@@ -127,6 +129,36 @@ def _fake_model(model_class: Any, hf_config: Any, attention: str, dtype: torch.d
     finally:
         torch.set_default_dtype(before)
     return model.eval().requires_grad_(False)
+
+
+def _check_rope(hf_config: Any, context: int) -> None:
+    """Raises UserError for rotary frequencies that depend on the longest position of a batch: keys in a cache would keep old ones."""
+    rope = getattr(hf_config, "rope_parameters", None) or {}
+    kind, original = rope.get("rope_type"), rope.get("original_max_position_embeddings")
+    if kind == "dynamic":
+        raise UserError(
+            "config.json: rope_type dynamic (NTK) changes the frequencies with the length of the sequence, so that keys in a cache "
+            "would be wrong: no graph is made of it; remove rope_scaling to convert the model for its trained length"
+        )
+    if kind == "longrope" and isinstance(original, int) and context > original:
+        raise UserError(
+            f"config.json: rope_type longrope takes other factors beyond original_max_position_embeddings ({original}), so that keys in a "
+            f"cache would be wrong; set max_position_embeddings ({context}) to {original} to convert the model for that length"
+        )
+
+
+@contextlib.contextmanager
+def _short_factors(model: torch.nn.Module) -> Iterator[None]:
+    """While it lasts, longrope's frequencies are not chosen anew by the positions: up to max_position_embeddings they are the short
+    ones (`_check_rope`), which are in the buffers."""
+    chosen = [module for module in model.modules() if getattr(module, "rope_type", None) == "longrope"]
+    for module in chosen:
+        setattr(module, "rope_type", "default")  # noqa: B010
+    try:
+        yield
+    finally:
+        for module in chosen:
+            setattr(module, "rope_type", "longrope")  # noqa: B010
 
 
 def _export(model: torch.nn.Module, max_length: int, device: str) -> ExportedProgram:

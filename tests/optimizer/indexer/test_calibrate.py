@@ -5,10 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import weakref
-from pathlib import Path
 from typing import Any
 
-import families
 import pytest
 import torch
 from checkpoints import dense_checkpoint
@@ -233,10 +231,3 @@ def test_the_layer_is_named(source: WeightSource) -> None:
     how = Calibration(IndexerConfig(TOPK, 4, index_head_dim=16), 16)
     with pytest.raises(UserError, match=rf"^{LAYERS[0]}: index_head_dim 16 is too narrow"):
         next(calibrate(source, text(2), text(1), how))
-
-
-def test_a_bias_is_named_once(tmp_path: Path) -> None:
-    families.build("minicpm3", attention_bias=True).save_pretrained(tmp_path)
-    with pytest.raises(UserError) as error:
-        next(calibrate(opened(tmp_path), text(2), text(1), HOW))
-    assert str(error.value).count(LAYERS[0] + ":") == 1

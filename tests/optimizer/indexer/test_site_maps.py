@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import families
@@ -15,9 +16,10 @@ from saved import opened, saved, transformers_model
 from torch import Tensor, nn
 
 from mla2dsa.errors import UserError
-from mla2dsa.kernels.spec import IndexerConfig
+from mla2dsa.kernels.spec import IndexerConfig, IndexerWeights
 from mla2dsa.optimizer.indexer.calibrate import Calibration, layer_samples
-from mla2dsa.optimizer.indexer.indexer_math import rotate
+from mla2dsa.optimizer.indexer.closed_form import closed_form
+from mla2dsa.optimizer.indexer.indexer_math import index_scores, mean_recall, rotate
 from mla2dsa.optimizer.indexer.samples import SiteMaps, SiteSample
 from mla2dsa.optimizer.indexer.site_maps import check_maps, read_maps, rope_order
 from mla2dsa.optimizer.model.weights import WeightSource
@@ -41,12 +43,12 @@ def layers_of(source: WeightSource, length: int = LENGTH) -> list[Layer]:
 
 def attention_mass(maps: SiteMaps, sample: SiteSample) -> Tensor:
     """[R, T], written from the formula in the docstring of SiteMaps."""
-    raw = sample.hidden @ maps.latent.T
+    raw = maps.raw_latent(sample.hidden)
     latent = maps.latent_gain * raw / raw.square().mean(-1, keepdim=True).sqrt()
     u, rows = sample.q_resid[sample.rows], sample.rows
     logits = torch.einsum("hrq,tq,sr->hts", maps.q_absorbed, u, latent)
     turned = rotate(torch.einsum("hdq,tq->thd", maps.q_rope, u), sample.cos[rows][:, None], sample.sin[rows][:, None])
-    logits += torch.einsum("thd,sd->hts", turned, rotate(sample.hidden @ maps.k_rope.T, sample.cos, sample.sin))
+    logits += torch.einsum("thd,sd->hts", turned, rotate(maps.raw_k_rope(sample.hidden), sample.cos, sample.sin))
     future = torch.arange(len(sample.hidden)) > rows[:, None]
     return (maps.scale * logits).masked_fill(future, -torch.inf).softmax(-1).mean(0)
 
@@ -169,14 +171,29 @@ def test_another_layers_sample_does_not_pass(layer: Layer, field: str) -> None:
         check_maps(site, maps, shuffled)
 
 
-def test_attention_bias_is_refused(tmp_path: Path) -> None:
-    families.build("minicpm3", attention_bias=True).save_pretrained(tmp_path)
-    with pytest.raises(UserError) as error:
-        layers_of(opened(tmp_path))
-    message = str(error.value)
-    assert message.startswith("model.layers.0.self_attn: its projections cannot be read off the graph")
-    assert "model.layers.0.self_attn.kv_a_proj_with_mqa.weight comes with a bias" in message
-    assert "use --indexer donor:PATH" in message
+def scores_of(weights: IndexerWeights, sample: SiteSample) -> Tensor:
+    return index_scores(weights, CALIBRATION.config, sample, sample.rows)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "minicpm3"])
+def test_attention_bias_is_read_and_used(family: str, tmp_path: Path) -> None:
+    """The maps have it, and the closed form selects better with it than without."""
+    model = families.build(family, attention_bias=True)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("q_a_proj.bias", "kv_a_proj_with_mqa.bias", "o_proj.bias")):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    recalls = []
+    for _, samples, maps in layers_of(opened(tmp_path)):
+        close(attention_mass(maps, samples[0]), samples[0].mass, of_max=1e-5)
+        assert maps.latent_bias is not None
+        for used in (maps, dataclasses.replace(maps, latent_bias=None, k_rope_bias=None)):
+            weights = closed_form(used, samples, CALIBRATION.config).weights
+            scores = functools.partial(scores_of, weights)
+            recalls.append(mean_recall(scores, samples, CALIBRATION.config.index_topk))
+    assert sum(recalls[::2]) > sum(recalls[1::2])
 
 
 # Attentions of other spellings
