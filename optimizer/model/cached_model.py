@@ -155,8 +155,11 @@ def indexer_of(checkpoint: Checkpoint) -> IndexerConfig:
     for field, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise UserError(f"{file}: {field} is {size!r}, expected a positive number")
-    if set(config.get("indexer_types") or ["full"]) != {"full"}:
-        raise UserError(f"{file}: indexer_types shares indexers between layers, which cannot be exported yet")
+    if set(config.get("indexer_types") or ["full"]) != {"full"} or (config.get("index_topk_freq") or 1) != 1:
+        field = "indexer_types" if config.get("indexer_types") else "index_topk_freq"
+        raise UserError(
+            f"{file}: {field} shares indexers between layers (GLM-5.2), which cannot be exported or run yet"
+        )
     interleaved = config.get("indexer_rope_interleave", config.get("model_type") == GLM.model_type)
     return IndexerConfig(**sizes, rope_interleave=bool(interleaved))
 

@@ -102,6 +102,8 @@ def test_indexer_size_is_wrong(native: Path, tmp_path: Path) -> None:
 def test_shared_indexers(native: Path, tmp_path: Path) -> None:
     edit_config(native, {"indexer_types": ["shared"]})
     refused(UserError, native, tmp_path / "out", "indexer_types")
+    edit_config(native, {"indexer_types": None, "index_topk_freq": 4})
+    refused(UserError, native, tmp_path / "out", "index_topk_freq shares indexers between layers")
 
 
 def test_dense_layers_after_sparse_ones(native: Path, tmp_path: Path) -> None:
