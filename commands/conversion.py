@@ -100,11 +100,11 @@ def _plan(args: argparse.Namespace) -> int:
         check_plan(found, args.model, recipe, args.drop_stale_quantization)
 
     from ..optimizer.plan import prepare
-    from .show.conversion import show_plan
+    from .show.conversion import plan_json, show_plan
     from .show.tables import print_json
 
     plan = prepare(args.model, recipe, args.allow_partial, drop_stale=args.drop_stale_quantization).plan
-    print_json(plan.to_json()) if args.json else show_plan(plan)
+    print_json(plan_json(plan)) if args.json else show_plan(plan)
     return 0
 
 
@@ -155,7 +155,7 @@ def _convert(args: argparse.Namespace) -> int:
     assert recipe is not None  # or its error was raised
 
     from ..optimizer.convert import convert, dry_run
-    from .show.conversion import Progress, show_layers, show_plan, show_verification
+    from .show.conversion import Progress, plan_json, show_layers, show_plan, show_verification
     from .show.tables import print_json
 
     if args.dry_run:
@@ -164,7 +164,7 @@ def _convert(args: argparse.Namespace) -> int:
             trust_remote_code=args.trust_remote_code, drop_stale=args.drop_stale_quantization,
             allow_partial=args.allow_partial,
         )  # fmt: skip
-        print_json(plan.to_json()) if args.json else show_plan(plan)
+        print_json(plan_json(plan)) if args.json else show_plan(plan)
         return 0
     with Progress() as progress:
         outcome = convert(

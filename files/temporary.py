@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from .locks import Held, abandoned, locked
 from .writing import write_new
@@ -27,6 +28,11 @@ Discard = Callable[[Path], None]
 def remove_tree(folder: Path) -> None:
     """Of what was private to us and never published. What cannot be removed now is left to the next run."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def nameless_file(place: Path) -> BinaryIO:
+    """An open file on the file system of `place` that has no name: whatever ends the process, nothing is left of it."""
+    return cast(BinaryIO, tempfile.TemporaryFile(dir=place))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .contracts import check_dense_attention, check_moe_experts
 
-# A tile's mask has 64 MiB in float32 at 32K keys.
+# benchmarks/memory.py --rows: 256 to 2048 take the same time, fewer take longer; at 32K keys a tile's mask has 64 MiB in float32.
 QUERY_ROWS = 512  # of dense attention on the CPU at once
 
 _ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {

@@ -24,8 +24,12 @@ from ..files.json_files import read_json
 from ..files.model.model_files import CONFIG, checkpoint_files, left_out, remote_tokenizer
 from ..files.staging import InTheWay, check_target, claim
 from ..kernels.spec import IndexerWeights
+from ..runtime.shelf import Shelf
 from .before.findings import Findings
 from .before.preflight import check_conversion
+from .before.resources import Resources, default_sequences
+from .before.resources import refuse_if_too_large as refuse_conversion
+from .before.space import existing_parent
 from .environment import usable_device
 from .indexer.calibrate import Calibration, LayerResult, calibrate
 from .indexer.distil import DistilSchedule
@@ -38,7 +42,7 @@ from .model.weights import WeightSource
 from .plan import Plan, Prepared, layout_of, prepare
 from .proof.pair import open_pair
 from .proof.transformers_check import refuse_if_too_large
-from .recipe import CLOSED_FORM_SEQUENCES, DISTIL_SEQUENCES, WRITTEN, Recipe
+from .recipe import WRITTEN, Recipe
 from .verify import Verification, verify
 
 HELD_OUT = 8  # one sequence in so many is kept for choosing the snapshot, as many for the verification
@@ -126,11 +130,12 @@ def convert(
                 refuse_if_too_large(checkpoint)
 
         prepared = _writable(prepare(model, recipe, allow_partial, check=check, drop_stale=drop_stale))
-        (tell := listener or Listener()).on_plan(prepared.plan)
-        job = _settled(_job(prepared, recipe, device, tell, trust_remote_code, allow_partial))
-        with _indexers(job, out, resume, overwrite) as (weights, layers):
-            prove = None if skip_verification else partial(_proved, job, skip_transformers=skip_transformers)
-            return _written(job, out, weights, layers, prove, started)
+        job = _settled(_job(prepared, recipe, device, listener or Listener(), trust_remote_code, allow_partial))
+        shelf = _shelf(out, prepared.plan.resources)
+        job.tell.on_plan(prepared.plan)
+        with _indexers(job, out, resume, overwrite, shelf) as (weights, layers):
+            prove = partial(_proved, job, skip_transformers=skip_transformers, shelf=shelf)
+            return _written(job, out, weights, layers, None if skip_verification else prove, started)
 
 
 def _writable(prepared: Prepared) -> Prepared:
@@ -238,9 +243,17 @@ def _inputs(checkpoint: Checkpoint, recipe: Recipe) -> list[Path]:
     return [checkpoint.path, *([donor] if donor is not None and donor.is_dir() else [])]
 
 
+def _shelf(out: Path, needed: Resources) -> Shelf:
+    """Where hidden states wait: on the file system of `out`. Raises UserError when there, or in memory, is no room for what is
+    needed."""
+    place = existing_parent(out.parent)
+    refuse_conversion(needed, place)
+    return Shelf(place)
+
+
 @contextmanager
 def _indexers(
-    job: _Job, out: Path, resume: bool, overwrite: bool
+    job: _Job, out: Path, resume: bool, overwrite: bool, shelf: Shelf
 ) -> Iterator[tuple[dict[str, IndexerWeights], tuple[LayerResult, ...]]]:
     """(weights by layer name, results of the calibration); what was calibrated is kept until the block ends well."""
     if job.prepared.donor is not None:
@@ -248,7 +261,7 @@ def _indexers(
         return
     store = ProgressStore.open(out, _fingerprint(job), resume, overwrite)
     try:
-        layers = tuple(_calibrated(job, store))
+        layers = tuple(_calibrated(job, store, shelf))
         yield {layer.name: layer.weights for layer in layers}, layers
     except KeyboardInterrupt:
         if count := len(store.layers()):
@@ -262,7 +275,7 @@ def _indexers(
     store.remove()
 
 
-def _calibrated(job: _Job, store: ProgressStore) -> Iterator[LayerResult]:
+def _calibrated(job: _Job, store: ProgressStore, shelf: Shelf) -> Iterator[LayerResult]:
     recipe, tell, finished = job.recipe, job.tell, store.load()
     schedule = (
         DistilSchedule(recipe.distil.steps, recipe.distil.lr, seed=recipe.seed) if recipe.indexer == "distil" else None
@@ -271,7 +284,7 @@ def _calibrated(job: _Job, store: ProgressStore) -> Iterator[LayerResult]:
         WeightSource(job.prepared.checkpoint, job.prepared.capture, job.device),
         job.sequences.calibration, job.sequences.selection,
         Calibration(job.prepared.plan.indexer, recipe.rows, schedule, recipe.seed, job.allow_partial), finished, tell.on_step,
-        lambda done, total: tell.on_progress("calibrate", done, total),
+        lambda done, total: tell.on_progress("calibrate", done, total), shelf,
     )  # fmt: skip
     for result in results:
         resumed = result.name in finished
@@ -281,7 +294,7 @@ def _calibrated(job: _Job, store: ProgressStore) -> Iterator[LayerResult]:
         yield result
 
 
-def _proved(job: _Job, folder: Path, skip_transformers: bool) -> Verification:
+def _proved(job: _Job, folder: Path, skip_transformers: bool, shelf: Shelf) -> Verification:
     """Raises UserError naming the first check that does not hold."""
     checkpoint = job.prepared.checkpoint
     stale = bool(_dropped(checkpoint))
@@ -290,7 +303,7 @@ def _proved(job: _Job, folder: Path, skip_transformers: bool) -> Verification:
         allow_partial=job.allow_partial,
     )  # fmt: skip
     text, limit = job.sequences, job.recipe.verify.max_loss_delta
-    result = verify(pair, text.proof, text.origin, limit, skip_transformers, job.tell.on_progress)
+    result = verify(pair, text.proof, text.origin, limit, skip_transformers, job.tell.on_progress, shelf)
     if not result.passed:
         raise UserError(result.failure())
     return result
@@ -304,10 +317,10 @@ def _dropped(checkpoint: Checkpoint) -> tuple[str, ...]:
 def _sequences(prepared: Prepared, recipe: Recipe, trust_remote_code: bool) -> _Sequences:
     """Cut the text: most of it calibrates; sequences spread over it choose the snapshot and prove the result."""
     topk, context = prepared.plan.indexer.index_topk, prepared.plan.context
-    length = recipe.sequence_length or min(context, max(1024, 4 * topk))
+    length = prepared.plan.resources.sequence_length
     if fault := length_fault(length, topk, context):
         raise UsageError(fault)
-    wanted = recipe.tokens or length * (DISTIL_SEQUENCES if recipe.indexer == "distil" else CLOSED_FORM_SEQUENCES)
+    wanted = recipe.tokens or length * default_sequences(recipe)
     held = recipe.verify.sequences + MOST_HELD_OUT
     count = wanted + held * length
     text = model_tokens(prepared.checkpoint, recipe.calibration, count, recipe.seed, trust_remote_code)

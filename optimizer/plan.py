@@ -12,6 +12,7 @@ from ..exporters.dsa.layout import Layout, choose
 from ..kernels.spec import IndexerConfig, IndexerWeights
 from ..passes.matching.sites import Miss, MlaDims
 from ..passes.mla_to_dsa import Converted, mla_to_dsa
+from .before.resources import Resources, resources, streams
 from .indexer.sizes import indexer_sizes, size_faults
 from .model.capture import Capture, capture
 from .model.checkpoint import Checkpoint
@@ -30,7 +31,7 @@ class Plan:
 
     refusal: why no checkpoint can be written for this model now (None: it can). notes: what the user should know. layout: what it
     is written as, with the reason; query_forms: how a query latent is made for a model without one, the first that is exact
-    enough on the real weights.
+    enough on the real weights. resources: what a conversion with its verification will take.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Plan:
     notes: tuple[str, ...]
     new_parameters: int
     context: int
+    resources: Resources
     layout: str = ""
     layout_reason: str = ""
     query_forms: tuple[str, ...] = ()
@@ -69,6 +71,7 @@ class Plan:
             "misses": [asdict(miss) for miss in self.misses], "refusal": self.refusal, "notes": list(self.notes),
             "layout": self.layout, "layout_reason": self.layout_reason, "query_forms": list(self.query_forms),
             "new_parameters": self.new_parameters, "context": self.context,
+            "resources": asdict(self.resources),
             "decode_attention_flops": {str(n): dict(zip(("dense", "dsa"), self.attention_flops(n), strict=True)) for n in self.lengths},
         }  # fmt: skip
 
@@ -122,10 +125,15 @@ def prepare(
         source=f"donor:{recipe.donor}" if recipe.donor else recipe.indexer, layers=layers,
         misses=converted.found.misses, refusal=refusal,
         notes=tuple(_notes(checkpoint, config, layers, recipe.mtp)), new_parameters=_new_parameters(config, layers),
-        context=captured.max_length, layout=layout.name if layout else "", layout_reason=layout.why if layout else "",
-        query_forms=layout.forms if layout else (),
+        context=captured.max_length, resources=_resources(source, converted, config, recipe),
+        layout=layout.name if layout else "", layout_reason=layout.why if layout else "", query_forms=layout.forms if layout else (),
     )  # fmt: skip
     return Prepared(plan, checkpoint, captured, converted, donor, layout)
+
+
+def _resources(source: WeightSource, converted: Converted, config: IndexerConfig, recipe: Recipe) -> Resources:
+    streamed = streams(source.capture.program, converted, config, recipe.rows, source.checkpoint.tensors)
+    return resources(streamed, recipe, source.capture.max_length)
 
 
 def layout_of(checkpoint: Checkpoint, recipe: Recipe) -> Layout:

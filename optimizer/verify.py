@@ -5,6 +5,7 @@ A check that does not hold makes the verification fail; there are no warnings.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from ..errors import UsageError, UserError
 from ..files.model.text_model import is_other_part, is_wrapper
+from ..kernels.spec import IndexerConfig
+from ..runtime.shelf import Shelf
 from .environment import usable_device
 from .model.capture import model_class_of, read_config
 from .model.stored_formats import mtp_tensors
@@ -35,6 +38,9 @@ FOLDED_TOLERANCE = 1e-5
 # benchmarks/constants.py: 16 tokens do not see one weight off by its last bit, 64 or more do, alike.
 SHORT = 256  # tokens of the exactness check, at most
 PARITY_SEQUENCES = 2  # benchmarks/constants.py: 1, 2 and 4 differ as much
+# benchmarks/memory.py: 64 heads take 2048 tokens, and those of tiny-mla all that its context has.
+PARITY_BYTES = 2 * 2**30  # of transformers' scores
+PARITY_TOKENS = 64  # past index_topk at least; fixed by what the exactness check needs to see one weight's last bit
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 CLASS_REMEDY = "compare both config.json; where they agree, please report it"
 CALIBRATE_BETTER = "calibrate on more text like it, with --indexer distil or a larger --index-topk"
@@ -82,8 +88,11 @@ def verify(
     max_loss_delta: float,
     skip_transformers: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
+    shelf: Shelf | None = None,
 ) -> Verification:
-    """Run every check. sequences: [L] held-out token ids, L > index_topk."""
+    """Run every check. sequences: [L] held-out token ids, L > index_topk. shelf: where hidden states wait (None: one of its
+    own)."""
+    shelf = shelf or Shelf()
     topk = pair.config.index_topk
     if len(sequences[0]) <= topk + 1:
         raise UserError(
@@ -100,11 +109,12 @@ def verify(
         if pair.layout.target is None:
             skipped.append(f"transformers above index_topk (it has no class with an indexer for {_model_type(pair)})")
         report("transformers", 1, 1)
-    dense, selections = pair.runners()
+    dense, selections = pair.runners(shelf)
     text = on_text(
         dense, selections, sequences, topk, pair.dense.device, lambda done, total: report("text", done, total)
     )
-    layers = layer_recalls(pair.sparse, pair.indexers(), pair.config, sequences)
+    del dense, selections
+    layers = layer_recalls(pair.sparse, pair.indexers(), pair.config, sequences, shelf=shelf)
     checks += _quality(text, layers, max_loss_delta)
     return Verification(tuple(checks), tuple(layers), text, origin, tuple(skipped))
 
@@ -168,7 +178,9 @@ def _against_transformers(pair: Pair, sequences: Sequence[Tensor]) -> list[Check
     del dense_model
     if target is None:
         return [*checks, _dense_parity(pair, sparse_short, short)]
-    return checks + _parity(pair, model, name, sequences[:PARITY_SEQUENCES])
+    del sparse_short
+    length = parity_length(pair.config, [site.dims.num_heads for site in pair.converted.found.sites])
+    return checks + _parity(pair, model, name, [ids[:length] for ids in sequences[:PARITY_SEQUENCES]])
 
 
 def _known_to_be_left_over(pair: Pair, fault: str) -> bool:
@@ -211,6 +223,12 @@ def _dense_parity(pair: Pair, expected: Tensor, batch: dict[str, Tensor]) -> Che
         detail,
         CLASS_REMEDY,
     )
+
+
+def parity_length(config: IndexerConfig, heads: Sequence[int]) -> int:
+    """Tokens that transformers' model is given at most: it builds scores [heads, tokens, tokens] in float32, two at a time."""
+    widest = max(config.index_n_heads, *heads)
+    return max(config.index_topk + PARITY_TOKENS, math.isqrt(PARITY_BYTES // (2 * 4 * widest)))
 
 
 def _parity(pair: Pair, model: Any, name: str, sequences: Sequence[Tensor]) -> list[Check]:

@@ -22,6 +22,7 @@ from ..compat.aliasing import Memory
 from ..compat.torch_private import expression, is_metadata_assert
 from ..errors import UserError
 from ..passes.graph.graph_eval import CannotEvaluate, concrete, linear_parts, value
+from .shelf import Kept, Shelf
 
 Loader = Callable[[str], Tensor]
 Override = Callable[..., Any]
@@ -60,13 +61,15 @@ class PieceRunner:
     load: gives a parameter or buffer by name, on the right device; default: the program's own state (in-memory programs).
     cores: names of the nodes that mark layers; one piece holds one of them. None runs the graph in one piece.
     overrides: op -> function(*args) used in its place (baselines, checks).
+    shelf: where what a sequence carries from piece to piece waits; None keeps it in memory.
     Inputs and weights stay as they are, also those that the program writes to.
     """
 
     def __init__(
         self, program: ExportedProgram, load: Loader | None = None, cores: Sequence[str] | None = None,
-        overrides: Mapping[Any, Override] | None = None,
+        overrides: Mapping[Any, Override] | None = None, shelf: Shelf | None = None,
     ) -> None:  # fmt: skip
+        self._shelf = shelf
         self._module, self._overrides = program.graph_module, dict(overrides or {})
         self._load = load or _own_state(program)
         specs = program.graph_signature.input_specs
@@ -76,7 +79,7 @@ class PieceRunner:
         self.outputs = [n.name for n in _flat_outputs(program)]
         memory = Memory(program.graph)
         self.pieces = _cut(program, set(cores or ()), set(self._names), memory)
-        self._written = {n for n in placeholders if memory.is_written(n)}
+        self._written = {n for n in program.graph.nodes if memory.is_written(n)}
         for node in self._written & set(self._names):
             if sum(node in piece.weights for piece in self.pieces) > 1:
                 raise UserError(
@@ -91,18 +94,20 @@ class PieceRunner:
             weights = {node: self._load(str(self._names[node])) for node in piece.weights}
             for number in range(len(sequences)):
                 seen, carried[number] = self._run_piece(piece, weights, carried[number], watched)
-                yield Seen(index, number, seen)
-                del seen  # the caller may have put it away: it would stay while the next sequence runs
+                found = [Seen(index, number, seen)]
+                del seen  # what is yielded is the caller's alone: to put away before the next sequence runs
+                yield found.pop()
             del weights  # before the next piece's are loaded: two layers would be in memory
 
     def outputs_of(self, sequences: Sequence[Mapping[str, Tensor]]) -> Iterator[list[Any]]:
         """The program's outputs, sequence by sequence (one sequence's outputs in memory at a time)."""
         final: dict[int, dict[str, Any]] = {}
         for seen in self.run(sequences):
-            final.setdefault(seen.sequence, {}).update(seen.values)
-            if seen.piece == len(self.pieces) - 1:
-                values = final.pop(seen.sequence)
-                yield [values[name] for name in self.outputs]
+            number, done = seen.sequence, seen.piece == len(self.pieces) - 1
+            final.setdefault(number, {}).update(seen.values)
+            del seen  # the outputs are the caller's alone
+            if done:
+                yield list(map(final.pop(number).__getitem__, self.outputs))
 
     def _start(self, sequence: Mapping[str, Tensor]) -> dict[Node, Any]:
         unknown = set(sequence) - {node.name for node in self._inputs}
@@ -121,7 +126,8 @@ class PieceRunner:
     def _run_piece(
         self, piece: Piece, weights: Mapping[Node, Tensor], carried: Mapping[Node, Any], watched: set[str]
     ) -> tuple[dict[str, Any], dict[Node, Any]]:
-        env: dict[Node, Any] = {**{node: self._own(node, weight) for node, weight in weights.items()}, **carried}
+        env: dict[Node, Any] = {node: self._own(node, weight) for node, weight in weights.items()}
+        env |= {node: kept.get() if isinstance(kept, Kept) else kept for node, kept in carried.items()}
         device = next((carried[node].device for node in self._inputs if node in carried), None)
         seen: dict[str, Any] = {}
         for node in piece.nodes:
@@ -131,7 +137,13 @@ class PieceRunner:
             for done in piece.last_use[node]:
                 env.pop(done, None)
         inputs = {node: carried[node] for node in self._inputs if node in carried}
-        return seen, {**inputs, **{node: env[node] for node in piece.alive}}
+        put = {node: carried[node] if node in carried else self._put_away(node, env[node]) for node in piece.alive}
+        return seen, {**inputs, **put}
+
+    def _put_away(self, node: Node, found: Any) -> Any:
+        if self._shelf is None or not isinstance(found, Tensor) or node in self._written:
+            return found
+        return self._shelf.put(found)
 
     def _call(self, node: Node, env: Mapping[Node, Any], device: torch.device | None) -> Any:
         """The node's value. `device`, that of the inputs, stands in for the one the graph was captured on."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from ...optimizer.before.resources import Machine, Resources, this_machine
 from ...optimizer.convert import Listener
 from ...optimizer.indexer.calibrate import LayerResult
 from ...optimizer.model.text import RANDOM
@@ -36,12 +37,47 @@ def show_plan(plan: Plan) -> None:
             "bias": "biases (transformers only)",
         }
         print(f"query latent, which the model has none of: {', else '.join(forms[form] for form in plan.query_forms)}")
+    for line in resource_lines(plan.resources, this_machine()):
+        print(line)
     for miss in plan.misses:
         print(f"not dense MLA: {miss}")
     for note in plan.notes:
         print(f"note: {note}")
     if plan.refusal is not None:
         print(f"no checkpoint can be written: {plan.refusal}")
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan, and what it takes `here`: the only figures in it that differ from run to run."""
+    here, needed = this_machine(), plan.resources
+    figures = {
+        "resident": here.resident, "flops_per_second": here.rate, "peak_memory": here.peak(needed),
+        "seconds": round(here.seconds(needed), 1),
+    }  # fmt: skip
+    return {**plan.to_json(), "here": figures}
+
+
+def resource_lines(needed: Resources, here: Machine) -> list[str]:
+    """What a conversion will take."""
+    parts = ", ".join(f"{_gib(nbytes)} {what}" for what, nbytes in needed.memory.items())
+    seconds = _duration(here.seconds(needed))
+    return [
+        f"sequences: {needed.sequences} of {needed.sequence_length} tokens",
+        f"predicted memory: {_gib(here.peak(needed))} ({_gib(here.resident)} this process, {parts})",
+        f"comparing with transformers' models: {_gib(needed.transformers)} in place of the last of these",
+        f"predicted disk for hidden states: {_gib(needed.disk)}",
+        f"predicted time: {seconds} ({needed.flops / 1e12:.1f} TFLOP, {here.rate / 1e9:.0f} GFLOP/s measured now)",
+    ]
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _length(tokens: int) -> str:
@@ -163,7 +199,11 @@ class Progress:
         self._bars.update(self._tasks[stage], completed=done, total=total)
 
     def listener(self) -> Listener:
-        return Listener(on_progress=self.advance, on_step=self._step, on_layer=self._layer)
+        return Listener(on_plan=self._plan, on_progress=self.advance, on_step=self._step, on_layer=self._layer)
+
+    def _plan(self, plan: Plan) -> None:
+        lines = resource_lines(plan.resources, this_machine())
+        self._console.print(f"plan: {', '.join(lines)}", soft_wrap=True, markup=False)
 
     def _step(self, layer: str, step: int, loss: float) -> None:
         if "distil" not in self._tasks:

@@ -21,11 +21,12 @@ from ...kernels.spec import IndexerConfig, IndexerWeights
 from ...passes.matching.sites import MlaSite
 from ...passes.tap import ROWS_INPUT, SITE_TAPS, TABLE_TAPS, Tapped, tap
 from ...runtime.execute import PieceRunner
+from ...runtime.shelf import Kept, Shelf
 from ..model.weights import WeightSource
 from .closed_form import closed_form
 from .distil import DistilSchedule, distil
 from .indexer_math import index_scores, mean_recall, oracle_scores, window_scores
-from .samples import SiteMaps, SiteSample
+from .samples import ShelvedSamples, SiteMaps, SiteSample
 from .site_maps import check_maps, read_maps
 
 
@@ -73,13 +74,14 @@ def calibrate(
     done: Mapping[str, LayerResult] | None = None,
     on_step: OnStep | None = None,
     on_sequence: OnSequence | None = None,
+    shelf: Shelf | None = None,
 ) -> Iterator[LayerResult]:
     """Yield every MLA layer's result, in graph order. sequences, held_out: [L] token ids, L > index_topk.
 
     done: results of an earlier run, passed through. Raises UserError naming the layer when something cannot be read or
-    does not converge.
+    does not converge. shelf: as for `layer_samples`.
     """
-    for site, samples, maps in layer_samples(source, [*sequences, *held_out], how, on_sequence):
+    for site, samples, maps in layer_samples(source, [*sequences, *held_out], how, on_sequence, shelf):
         if done is not None and site.name in done:
             result = done[site.name]
         else:
@@ -92,39 +94,45 @@ def calibrate(
 
 
 def layer_samples(
-    source: WeightSource, sequences: Sequence[Tensor], how: Calibration, on_sequence: OnSequence | None = None
-) -> Iterator[tuple[MlaSite, list[SiteSample], Callable[[], SiteMaps]]]:
-    """Stream the dense model; yield (site, a sample per sequence, its checked linear maps on demand), layer by layer."""
+    source: WeightSource, sequences: Sequence[Tensor], how: Calibration, on_sequence: OnSequence | None = None,
+    shelf: Shelf | None = None,
+) -> Iterator[tuple[MlaSite, Sequence[SiteSample], Callable[[], SiteMaps]]]:  # fmt: skip
+    """Stream the dense model; yield (site, a sample per sequence, its checked linear maps on demand), layer by layer.
+
+    shelf: where samples and hidden states wait (None: on one of its own)."""
     length = min(len(s) for s in sequences)
     if length <= how.config.index_topk:
         raise UserError(
             f"sequences have {length} tokens, expected more than index_topk {how.config.index_topk}; give longer text"
         )
+    shelf = shelf or Shelf()
     tapped = tap(source.capture.program, min(how.rows, length), how.allow_partial)
     load = source.loader(tapped.program)
     names = tapped.program.graph_signature.inputs_to_parameters
-    sites = {site.core.out.name: site for site in tapped.found.sites}
-    runner = PieceRunner(tapped.program, load, list(sites))
+    sites = {tapped.taps[f"{site.name}.mass"]: site for site in tapped.found.sites}
+    runner = PieceRunner(tapped.program, load, [site.core.out.name for site in sites.values()], shelf=shelf)
     inputs = [_inputs(ids, tapped, how, number, source.device) for number, ids in enumerate(sequences)]
-    gathered: list[dict[str, Tensor]] = [{} for _ in inputs]
-    for seen in runner.run(inputs, list(tapped.taps.values())):
-        gathered[seen.sequence].update(seen.values)
+    gathered: list[dict[str, Kept]] = [{} for _ in inputs]
+    for seen in runner.run(inputs, [node for name, node in tapped.taps.items() if not name.endswith(".attention")]):
+        gathered[seen.sequence] |= {name: shelf.put(tensor[0].float()) for name, tensor in seen.values.items()}
+        here, number, piece = [sites[name] for name in seen.values if name in sites], seen.sequence, seen.piece
+        del seen  # the next sequence needs the room
         if on_sequence is not None:
-            on_sequence(seen.piece * len(inputs) + seen.sequence + 1, len(runner.pieces) * len(inputs))
-        if seen.sequence < len(inputs) - 1:
+            on_sequence(piece * len(inputs) + number + 1, len(runner.pieces) * len(inputs))
+        if number < len(inputs) - 1:
             continue
-        for site in [sites[name] for name in seen.values if name in sites]:
-            samples = [_sample(site, tapped, values, inputs[i]) for i, values in enumerate(gathered)]
+        for site in here:
+            samples = ShelvedSamples([_sample(site, tapped, kept, inputs[i], shelf) for i, kept in enumerate(gathered)])
             _forget(site, tapped, gathered)
-            yield site, samples, partial(_checked_maps, site, samples[0], names, load)
+            yield site, samples, partial(_checked_maps, site, samples, names, load)
             del samples  # before the next layer's are gathered
 
 
 def _checked_maps(
-    site: MlaSite, sample: SiteSample, names: Mapping[str, str], load: Callable[[str], Tensor]
+    site: MlaSite, samples: Sequence[SiteSample], names: Mapping[str, str], load: Callable[[str], Tensor]
 ) -> SiteMaps:
     maps = read_maps(site, names, load)
-    check_maps(site, maps, sample)
+    check_maps(site, maps, samples[0])
     return maps
 
 
@@ -143,18 +151,21 @@ def _inputs(ids: Tensor, tapped: Tapped, how: Calibration, number: int, device: 
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _sample(site: MlaSite, tapped: Tapped, values: dict[str, Tensor], inputs: dict[str, Tensor]) -> SiteSample:
-    def tapped_value(name: str) -> Tensor:
-        return values[tapped.taps[f"{site.name}.{name}"]][0].float()
+def _sample(
+    site: MlaSite, tapped: Tapped, kept: Mapping[str, Kept], inputs: Mapping[str, Tensor], shelf: Shelf
+) -> dict[str, Kept]:
+    def tapped_value(name: str) -> Kept:
+        return kept[tapped.taps[f"{site.name}.{name}"]]
 
-    hidden = tapped_value("hidden")
-    empty = hidden.new_zeros(len(hidden), 0)
-    tables = [tapped_value(name) if site.rope is not None else empty for name in TABLE_TAPS]
-    named = {name: tapped_value(name) for name in ("q_resid", "query", "key", "mass")}
-    return SiteSample(hidden=hidden, cos=tables[0], sin=tables[1], rows=inputs[ROWS_INPUT], **named)
+    named = {name: tapped_value(name) for name in ("hidden", "q_resid", "query", "key", "mass")}
+    if site.rope is not None:
+        return {**named, **{name: tapped_value(name) for name in TABLE_TAPS}, "rows": shelf.put(inputs[ROWS_INPUT])}
+    hidden = named["hidden"].get()
+    empty = shelf.put(hidden.new_zeros(len(hidden), 0))
+    return {**named, **dict.fromkeys(TABLE_TAPS, empty), "rows": shelf.put(inputs[ROWS_INPUT])}
 
 
-def _forget(site: MlaSite, tapped: Tapped, gathered: list[dict[str, Tensor]]) -> None:
+def _forget(site: MlaSite, tapped: Tapped, gathered: list[dict[str, Kept]]) -> None:
     """Drop what only this site needed; the rotary table is shared by all."""
     for values in gathered:
         for name in SITE_TAPS:
@@ -164,8 +175,8 @@ def _forget(site: MlaSite, tapped: Tapped, gathered: list[dict[str, Tensor]]) ->
 def _fit(
     site: MlaSite,
     maps: SiteMaps,
-    samples: list[SiteSample],
-    held_out: list[SiteSample],
+    samples: Sequence[SiteSample],
+    held_out: Sequence[SiteSample],
     how: Calibration,
     on_step: OnStep | None,
 ) -> LayerResult:

@@ -249,7 +249,9 @@ def _constant_one(samples: Sequence[SiteSample]) -> tuple[Tensor, float, float]:
     regression, as far as it helps on tokens that were not fitted.
     """
     stride = max(1, sum(len(sample.hidden) for sample in samples) // (2 * ONE_TOKENS))
-    tokens = torch.cat([sample.hidden[::stride] for sample in samples]).double()
+    tokens = torch.cat(
+        [sample.hidden[::stride].clone() for sample in samples]
+    ).double()  # clones: no sample stays mapped
     fitted, others = tokens[0::2], tokens[1::2]
     ridge = float(ONE_RIDGE * fitted.square().sum() / fitted.shape[1])
     gram = fitted @ fitted.T if len(fitted) < fitted.shape[1] else None

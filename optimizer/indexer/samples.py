@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 from torch import Tensor
 from torch.nn.functional import linear
+
+from ...runtime.shelf import Kept
 
 
 @dataclass(frozen=True)
@@ -62,3 +66,25 @@ class SiteSample:
     query: Tensor
     key: Tensor
     mass: Tensor
+
+
+class ShelvedSamples(Sequence[SiteSample]):
+    """Samples of one layer, each put together anew when it is asked for: go through them one by one.
+
+    shelved: the fields of every sample.
+    """
+
+    def __init__(self, shelved: Sequence[Mapping[str, Kept]]) -> None:
+        self._shelved = shelved
+
+    def __len__(self) -> int:
+        return len(self._shelved)
+
+    @overload
+    def __getitem__(self, index: int) -> SiteSample: ...
+    @overload
+    def __getitem__(self, index: slice) -> ShelvedSamples: ...
+    def __getitem__(self, index: int | slice) -> SiteSample | ShelvedSamples:
+        if isinstance(index, slice):
+            return ShelvedSamples(self._shelved[index])
+        return SiteSample(**{name: kept.get() for name, kept in self._shelved[index].items()})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +14,15 @@ from torch.export import ExportedProgram
 
 from ...kernels.spec import IndexerConfig, IndexerWeights
 from ...runtime.execute import PieceRunner
+from ...runtime.shelf import Shelf
 from ..indexer.calibrate import Calibration, layer_samples
 from ..indexer.indexer_math import index_scores, mean_recall, oracle_scores, window_scores
 from ..indexer.samples import SiteSample
 from ..model.weights import WeightSource
 from . import baselines
 
+# benchmarks/memory.py --rows: 256 to 2048 take the same time; of 128K tokens in the vocabulary a block has 128 MiB.
+POSITIONS = 256  # whose next-token distributions are compared at once
 SPARSE_MLA = torch.ops.mla2dsa.sparse_mla.default
 
 
@@ -68,7 +73,11 @@ class _Tally:
         self.same: list[Tensor] = []
 
     def add(self, dense: Tensor, sparse: Tensor, targets: Tensor) -> None:
-        """dense, sparse: [N, vocab] log probabilities; targets: [N]."""
+        """dense, sparse: [N, vocab] logits; targets: [N]."""
+        for parts in zip(dense.split(POSITIONS), sparse.split(POSITIONS), targets.split(POSITIONS), strict=True):
+            self._add(_log_probabilities(parts[0]), _log_probabilities(parts[1]), parts[2])
+
+    def _add(self, dense: Tensor, sparse: Tensor, targets: Tensor) -> None:
         self.delta.append(F.nll_loss(sparse, targets, reduction="none") - F.nll_loss(dense, targets, reduction="none"))
         self.kl.append((dense.exp() * (dense - sparse)).sum(-1))
         self.same.append((dense.argmax(-1) == sparse.argmax(-1)).float())
@@ -92,12 +101,13 @@ def on_text(
     streams = {name: runner.outputs_of(inputs) for name, runner in selections.items()}
     tallies = {name: _Tally() for name in selections}
     losses: list[Tensor] = []
-    for number, outputs in enumerate(dense.outputs_of(inputs)):
+    for number, (expected, *_) in enumerate(dense.outputs_of(inputs)):
         targets = sequences[number][index_topk + 1 :].to(device)
-        expected = _log_probabilities(outputs[0], index_topk)
-        losses.append(F.nll_loss(expected, targets, reduction="none"))
+        expected = _judged(expected, index_topk)
+        losses.append(_losses(expected, targets))
         for name, stream in streams.items():
-            tallies[name].add(expected, _log_probabilities(next(stream)[0], index_topk), targets)
+            tallies[name].add(expected, _judged(next(stream)[0], index_topk), targets)
+        del expected  # logits of a large vocabulary are the largest thing here
         if on_sequence is not None:
             on_sequence(number + 1, len(sequences))
     loss = torch.cat(losses)
@@ -105,9 +115,19 @@ def on_text(
     return TextResult(float(loss.double().mean()), len(loss), len(sequences[0]), results)
 
 
-def _log_probabilities(logits: Tensor, index_topk: int) -> Tensor:
+def _judged(logits: Tensor, index_topk: int) -> Tensor:
     """[N, vocab] at the positions that see more than index_topk keys and have a next token."""
-    return torch.log_softmax(logits[0, index_topk:-1].float(), -1)
+    return logits[0, index_topk:-1]
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Nats of every target, [N]."""
+    parts = zip(logits.split(POSITIONS), targets.split(POSITIONS), strict=True)
+    return torch.cat([F.nll_loss(_log_probabilities(part), wanted, reduction="none") for part, wanted in parts])
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    return torch.log_softmax(logits.float(), -1)
 
 
 def program_inputs(ids: Tensor, device: str = "cpu") -> dict[str, Tensor]:
@@ -118,14 +138,22 @@ def program_inputs(ids: Tensor, device: str = "cpu") -> dict[str, Tensor]:
 
 
 def selection_runners(
-    program: ExportedProgram, load: Callable[[str], Tensor], cores: Sequence[str]
+    program: ExportedProgram, load: Callable[[str], Tensor], cores: Sequence[str], shelf: Shelf | None = None
 ) -> dict[str, PieceRunner]:
-    """The converted program as it is, and with its selection replaced by the oracle's and a window's."""
-    return {
-        "dsa": PieceRunner(program, load, cores),
-        "oracle": PieceRunner(program, load, cores, {SPARSE_MLA: baselines.oracle}),
-        "window": PieceRunner(program, load, cores, {SPARSE_MLA: baselines.window}),
-    }
+    """The converted program as it is, and with its selection replaced by the oracle's and a window's.
+
+    A weight that one of them has in memory is not loaded by the others again. shelf: as in `PieceRunner`.
+    """
+    held: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
+
+    def shared(name: str) -> Tensor:
+        tensor = held.get(name)
+        return held.setdefault(name, load(name)) if tensor is None else tensor
+
+    replaced: dict[str, dict[Any, Any]] = {
+        "dsa": {}, "oracle": {SPARSE_MLA: baselines.oracle}, "window": {SPARSE_MLA: baselines.window}
+    }  # fmt: skip
+    return {name: PieceRunner(program, shared, cores, other, shelf) for name, other in replaced.items()}
 
 
 def layer_recalls(
@@ -134,10 +162,11 @@ def layer_recalls(
     config: IndexerConfig,
     sequences: Sequence[Tensor],
     rows: int = Calibration.rows,
+    shelf: Shelf | None = None,
 ) -> list[LayerRecall]:
-    """Recall of every layer's indexer on the dense model's hidden states."""
+    """Recall of every layer's indexer on the dense model's hidden states. shelf: as for `layer_samples`."""
     found = []
-    for site, samples, _ in layer_samples(source, sequences, Calibration(config, rows)):
+    for site, samples, _ in layer_samples(source, sequences, Calibration(config, rows), shelf=shelf):
         weights = indexers[site.name]
         found.append(
             LayerRecall(

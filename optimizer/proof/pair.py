@@ -16,6 +16,7 @@ from ...kernels.spec import IndexerConfig, IndexerWeights
 from ...passes.mla_to_dsa import Converted, mla_to_dsa
 from ...passes.mla_to_dsa import prepare as find_sites
 from ...runtime.execute import PieceRunner
+from ...runtime.shelf import Shelf
 from ..model.cached_model import dense_config, dense_words, indexer_of, layout_name
 from ..model.capture import Capture, capture, read_config
 from ..model.checkpoint import Checkpoint
@@ -50,11 +51,11 @@ class Pair:
     layout: Layout
     folded: bool = False
 
-    def runners(self) -> tuple[PieceRunner, dict[str, PieceRunner]]:
+    def runners(self, shelf: Shelf | None = None) -> tuple[PieceRunner, dict[str, PieceRunner]]:
         dense_program, sparse_program = self.dense.capture.program, self.converted.program
-        dense = PieceRunner(dense_program, self.dense.loader(dense_program), [old for _, old, _ in self.layers])
-        load = self.sparse.loader(sparse_program)
-        return dense, selection_runners(sparse_program, load, [new for _, _, new in self.layers])
+        dense_load, load = self.dense.loader(dense_program), self.sparse.loader(sparse_program)
+        dense = PieceRunner(dense_program, dense_load, [old for _, old, _ in self.layers], shelf=shelf)
+        return dense, selection_runners(sparse_program, load, [new for _, _, new in self.layers], shelf)
 
     def indexers(self) -> dict[str, IndexerWeights]:
         found = {}

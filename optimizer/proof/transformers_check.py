@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from ...compat.torch_private import topk_rule
 from ...errors import UserError
 from ...files.model.text_model import PREFIXES, is_wrapper
 from ..model.checkpoint import Checkpoint
+from ..model.free_memory import free_memory
 from ..model.stored_formats import FP8, block_of
 from .check import difference
 
@@ -108,7 +107,7 @@ class SameSelection:
 def refuse_if_too_large(checkpoint: Checkpoint) -> None:
     """Raises UserError when the float32 models would not fit into the memory that is free now."""
     needed = 2 * 4 * sum(math.prod(place.shape) for place in checkpoint.tensors.values())  # dense and DSA side by side
-    free = _free_memory()
+    free = free_memory()
     if needed > SHARE_OF_MEMORY * free:
         raise UserError(
             f"{checkpoint.path}: comparing with transformers needs {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free; "
@@ -145,18 +144,6 @@ def _uneven(checkpoint: Checkpoint, name: str) -> bool:
     """Whether the last FP8 block of a row or column is smaller than the others: transformers 5.23 and 5.24 divide evenly."""
     sizes, steps = checkpoint.tensors[name].shape, block_of(checkpoint.config)
     return any(size > step and size % step for size, step in zip(sizes, steps, strict=True))
-
-
-def _free_memory() -> int:
-    """Bytes, the page cache counted as free where the kernel says so (SC_AVPHYS_PAGES leaves it out)."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def load_model(checkpoint: Checkpoint, class_name: str) -> tuple[Any, Mapping[str, Any]]:

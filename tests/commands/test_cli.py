@@ -104,6 +104,7 @@ def test_json_is_one_object_from_every_command(tmp_path: Path, tmp_path_factory:
     assert converted == json.loads((dsa / "report.json").read_text())
     assert mla2dsa("plan", TINY, "--index-topk", 64, "--json").json()["model_type"] == "deepseek_v3"
     dry = mla2dsa("convert", TINY, tmp_path / "x", *small_flags(tmp_path_factory), "--dry-run", "--json").json()
+    assert dry.pop("here").keys() == {"resident", "flops_per_second", "peak_memory", "seconds"}
     assert dry == converted["plan"]
     stripped = mla2dsa("strip", dsa, tmp_path / "dense", "--json").json()
     assert stripped == {"out": str(tmp_path / "dense"), "left_out": converted["left_out"]}
@@ -123,7 +124,8 @@ def test_json_is_strict(bad: float) -> None:
 
 
 def test_progress_is_one_unbroken_line_a_layer(tmp_path_factory: pytest.TempPathFactory) -> None:
-    lines = (small_conversion(tmp_path_factory).parent / "stderr.txt").read_text().splitlines()
+    plan, *lines = (small_conversion(tmp_path_factory).parent / "stderr.txt").read_text().splitlines()
+    assert plan.startswith("plan: sequences: ")
     assert [line.partition(":")[0] for line in lines] == list(LAYERS)
     assert all(line.endswith(")") and len(line) > 80 for line in lines)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import (
@@ -36,6 +38,11 @@ def written(folder: Path) -> list[str]:
     return sorted((file.name for file in folder.iterdir()), key=lambda name: (name[:3], "after" in name))
 
 
+def same_anywhere(out: str) -> dict[str, Any]:
+    """A plan without what depends on how busy this machine is."""
+    return {name: value for name, value in json.loads(out).items() if name != "here"}
+
+
 # -v
 
 
@@ -48,7 +55,7 @@ def test_nothing_is_logged_unless_asked() -> None:
 def test_passes_log_to_stderr(flags: str) -> None:
     quiet, done = mla2dsa(*PLAN), mla2dsa(*PLAN, *flags.split())
     assert done.code == 0
-    assert done.out == quiet.out
+    assert same_anywhere(done.out) == same_anywhere(quiet.out)
     lines, details = done.err.splitlines(), flags in ("-vv", "-v -v")
     assert [line.split(": ")[0] for line in lines if " nodes before, " in line] == [
         f"mla2dsa.passes.{name}" for name in DSA

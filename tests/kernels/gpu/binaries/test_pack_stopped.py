@@ -41,7 +41,7 @@ def started(tmp_path: Path) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_workers_end_with_the_build(number: signal.Signals, tmp_path: Path) -> None:
     process = started(tmp_path)
     process.send_signal(number)

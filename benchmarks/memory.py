@@ -1,0 +1,129 @@
+"""Predicted against measured memory and time of whole conversions, on random models with heads as wide as DeepSeek-V3's.
+
+    python benchmarks/memory.py                        # 64 and 128 heads with defaults: hours on two cores
+    python benchmarks/memory.py --heads 64 --tokens 16384 --verify 1    # the same memory, fewer sequences
+    python benchmarks/memory.py --rows                 # the sizes of tiles: time and memory of attention at other values
+
+The models have few and narrow layers: what is large in them is attention, which grows with heads and tokens. Every conversion runs
+in a process of its own, whose peak is what the system says (the largest resident set, with what it maps of files).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+
+
+def make(folder: Path, heads: int, layers: int, context: int) -> None:
+    """A random DeepseekV3ForCausalLM with V3's head widths."""
+    import torch
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        vocab_size=1024, hidden_size=512, intermediate_size=512, moe_intermediate_size=128, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, n_shared_experts=1, n_routed_experts=8, kv_lora_rank=512,
+        q_lora_rank=256, qk_rope_head_dim=64, v_head_dim=128, qk_nope_head_dim=128, n_group=2, topk_group=1,
+        num_experts_per_tok=2, first_k_dense_replace=1, max_position_embeddings=context, rope_theta=10000.0,
+    )  # fmt: skip
+    model = DeepseekV3ForCausalLM(config).to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, parameter.shape[1] ** -0.5)
+    model.save_pretrained(folder)
+
+
+def convert(model: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Figures of one conversion: predicted by its plan, and measured."""
+    fields: dict[str, Any] = {"verify": {"sequences": options.verify, "max_loss_delta": 1e9}}
+    fields |= {
+        name: value
+        for name in ("tokens", "sequence_length", "index_topk")
+        if (value := getattr(options, name)) is not None
+    }
+    recipe = out.parent / "recipe.yaml"
+    recipe.write_text(json.dumps(fields))
+    run = [sys.executable, "-m", "mla2dsa"]
+    plan = json.loads(
+        subprocess.run([*run, "plan", model, "--recipe", recipe, "--json"], check=True, capture_output=True).stdout
+    )
+    started = time.perf_counter()
+    command = [*run, "convert", str(model), str(out), "--recipe", str(recipe), "--overwrite"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = process.stderr.read()
+    _, status, used = os.wait4(process.pid, 0)
+    return {
+        **plan["resources"], **plan["here"], "measured_peak": used.ru_maxrss * 1024, "measured_seconds": time.perf_counter() - started,
+        "exit": os.waitstatus_to_exitcode(status), "said": said.strip().splitlines()[-1:],
+    }  # fmt: skip
+
+
+def rows() -> None:
+    """Seconds of dense attention and the oracle's selection, by the queries of a tile; of distributions, by positions."""
+    import torch
+
+    from mla2dsa.kernels import anchors
+    from mla2dsa.optimizer.proof import baselines, evaluate
+
+    q, k, v = (torch.randn(1, 16, 4096, width) for width in (192, 192, 128))
+    mask = torch.ones(4096, 4096, dtype=torch.bool).tril()[None, None]
+    query, kv = torch.randn(1, 2048, 16, 576), torch.randn(1, 2048, 576)
+    indices = torch.zeros(1, 2048, 512, dtype=torch.int32)
+    logits, targets = torch.randn(2048, 32768), torch.zeros(2048, dtype=torch.int64)
+    for size in (64, 256, 512, 1024, 2048):
+        anchors.QUERY_ROWS = baselines.QUERY_ROWS = evaluate.POSITIONS = size
+        calls = {
+            "dense attention": lambda: anchors.dense_attention(q, k, v, mask, 0.1),
+            "oracle": lambda: baselines.oracle(query, kv, indices, 0.1, 512),
+            "distributions": lambda: evaluate._Tally().add(logits, logits, targets),
+        }
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            print(f"{name:16} {size:5} rows  {time.perf_counter() - started:6.2f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--heads", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--sequence-length", type=int)
+    parser.add_argument("--index-topk", type=int)
+    parser.add_argument("--verify", type=int, default=8, help="sequences of the verification")
+    parser.add_argument("--rows", action="store_true", help="the sizes of tiles instead")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    if options.rows:
+        rows()
+        return
+    for heads in options.heads:
+        with tempfile.TemporaryDirectory() as folder:
+            model = Path(folder) / "model"
+            make(model, heads, options.layers, options.context)
+            found = convert(model, Path(folder) / "out", options)
+        if options.json:
+            print(json.dumps({"heads": heads, **found}), flush=True)
+            continue
+        print(
+            f"{heads} heads, {found['sequences']} x {found['sequence_length']} tokens: predicted {found['peak_memory'] / GIB:.2f} GiB "
+            f"and {found['seconds']:.0f} s, measured {found['measured_peak'] / GIB:.2f} GiB and {found['measured_seconds']:.0f} s, "
+            f"exit {found['exit']} {' '.join(found['said'])}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

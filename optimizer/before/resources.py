@@ -1,0 +1,255 @@
+"""What a conversion will take: memory, room for hidden states, and operations; and how long its sequences may be for it.
+
+Memory is a written-down model: weights of the largest piece, what one sequence needs at the worst moment of a piece
+(`runtime.footprint`), what waits in memory, and what a layer's fit or transformers' models take. All of it follows from the
+model and the recipe alone; what this process holds already, and the time, are this machine's (`Machine`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from ...errors import UserError
+from ...files.safetensors_index import TensorLocation
+from ...kernels.cpu import BUDGET_MB
+from ...kernels.spec import IndexerConfig
+from ...passes.matching.sites import MlaDims
+from ...passes.mla_to_dsa import Converted
+from ...runtime.execute import PieceRunner
+from ...runtime.footprint import Footprint, footprints
+from ...runtime.shelf import BUDGET
+from ..indexer.closed_form import ONE_TOKENS
+from ..indexer.indexer_math import BLOCK_ELEMENTS
+from ..model.free_memory import free_memory
+from ..recipe import CLOSED_FORM_SEQUENCES, DISTIL_SEQUENCES, Recipe
+from ..verify import parity_length
+from .space import Needs
+
+# benchmarks/memory.py: what 64 heads of DeepSeek-V3's width take at 8192 tokens is 2.6 GiB, what 128 take at 6144 is 3.9.
+PASS_BUDGET = 4 * 2**30  # bytes that one sequence may need on its way through a piece, weights aside
+# benchmarks/memory.py: classes that transformers loads later, threads' scratch and what the allocator keeps.
+SLACK = 400 * 2**20
+# benchmarks/memory.py: what gathers, sorts and narrow products reach of the rate of a large one.
+SHARE_OF_RATE = 0.5
+STATES = "hidden states"
+_SHORTEST = 1.25  # of index_topk: sequences shorter than that hardly say anything about what is left out
+_STEP = 256  # tokens that sequences are made shorter by
+_PROBE = 1024  # rows of the matrices whose product is timed
+_HELD_OUT = 4  # sequences that choose a snapshot, at most
+
+
+@dataclass(frozen=True)
+class Resources:
+    """sequence_length: tokens of a sequence; sequences: fitted on, choosing and proving together. Bytes: memory at the worst
+    moment, by what takes it, beyond what the process holds when it begins; transformers: what its models take in the place of
+    the last of these, unless skipped; disk: of hidden states, while it runs. flops: multiplications and additions."""
+
+    sequence_length: int
+    sequences: int
+    memory: dict[str, int]
+    disk: int
+    flops: float
+    transformers: int = 0
+
+    @property
+    def streaming(self) -> int:
+        """The most memory that anything but the comparison with transformers takes."""
+        return sum(self.memory.values())
+
+    @property
+    def most(self) -> int:
+        """The same, with that comparison."""
+        return max(self.streaming, self.memory.get(STATES, 0) + self.transformers)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is so here and now. resident: bytes this process has; rate: floating-point operations a second."""
+
+    resident: int
+    rate: float
+
+    def peak(self, needed: Resources) -> int:
+        """Bytes of memory at the worst moment of a conversion, all in all."""
+        return self.resident + SLACK + needed.most
+
+    def seconds(self, needed: Resources) -> float:
+        return needed.flops / (SHARE_OF_RATE * self.rate)
+
+
+def this_machine() -> Machine:
+    """Takes a tenth of a second."""
+    return Machine(resident(), measured_rate())
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The two programs that are streamed, and the sizes that the rest follows from."""
+
+    dense: PieceRunner
+    sparse: PieceRunner
+    config: IndexerConfig
+    layers: tuple[MlaDims, ...]
+    parameters: int
+    rows: int
+
+    def pieces(self, length: int) -> tuple[list[Footprint], list[Footprint]]:
+        """The dense ones as calibration has them: a layer's samples stay while its piece runs."""
+        rows = min(self.rows, length)
+        samples = max((_sample(dims, length, rows) for dims in self.layers), default=0)
+        dense = [
+            replace(piece, peak=piece.peak + samples + BUDGET_MB * 2**20, watched=samples)
+            for piece in footprints(self.dense, length)
+        ]
+        return dense, footprints(self.sparse, length)
+
+
+def streams(
+    program: ExportedProgram,
+    converted: Converted,
+    config: IndexerConfig,
+    rows: int,
+    tensors: Mapping[str, TensorLocation],
+) -> Streams:
+    """Of a captured program and the one it became. tensors: of the checkpoint."""
+    dense = PieceRunner(program, _nothing, [change.before for change in converted.changes])
+    sparse = PieceRunner(converted.program, _nothing, [change.after for change in converted.changes])
+    count = sum(math.prod(place.shape) for place in tensors.values())
+    return Streams(dense, sparse, config, tuple(site.dims for site in converted.found.sites), count, rows)
+
+
+def _sample(d: MlaDims, length: int, rows: int) -> int:
+    """Bytes of a `SiteSample`, float32."""
+    key = d.kv_lora_rank + d.qk_rope_head_dim
+    every_token = d.hidden_size + d.q_width + key + d.qk_rope_head_dim
+    return 4 * (length * every_token + rows * (d.num_heads * key + length))
+
+
+def _nothing(name: str) -> Any:
+    raise AssertionError(f"{name} is only looked at")
+
+
+def sequence_length(found: Streams, recipe: Recipe, context: int) -> int:
+    """Tokens of a sequence: what the recipe says, or four times index_topk, or as many as PASS_BUDGET has room for."""
+    if recipe.sequence_length:
+        return recipe.sequence_length
+    topk = found.config.index_topk
+    length = min(context, max(1024, 4 * topk))
+    shortest = min(length, math.ceil(topk * _SHORTEST))
+    while length > shortest and _worst(found, length) > PASS_BUDGET:
+        length = max(shortest, length - _STEP)
+    return length
+
+
+def _worst(found: Streams, length: int) -> int:
+    return max(piece.peak for pieces in found.pieces(length) for piece in pieces)
+
+
+def resources(found: Streams, recipe: Recipe, context: int) -> Resources:
+    """For the whole conversion, with its verification."""
+    length = sequence_length(found, recipe, context)
+    dense, sparse = found.pieces(length)
+    fitted = 0 if recipe.donor else max(1, (recipe.tokens or length * default_sequences(recipe)) // length)
+    choosing, proving = _HELD_OUT if fitted else 0, recipe.verify.sequences
+    waiting = max(piece.carried + piece.watched for piece in dense)
+    fitting = (fitted + choosing) * waiting
+    evaluating = proving * sum(max(piece.carried for piece in pieces) for pieces in (dense, sparse, sparse, sparse))
+    shelved = max(fitting, evaluating, proving * waiting)
+    fit = _fit(found, recipe, length, fitted) if fitted else 0
+    stages = {
+        "one sequence, its layer's weights and fit": max(p.weights + max(p.peak, fit if p.watched else 0) for p in dense),
+        "dense and sparse logits": max(p.weights + p.peak for p in sparse) + dense[-1].weights + dense[-1].peak,
+    }  # fmt: skip
+    largest = max(stages, key=lambda name: stages[name])
+    held = min(shelved, BUDGET)
+    memory = {STATES: held, largest: stages[largest]}
+    flops = (fitted + choosing + 2 * proving) * sum(p.flops for p in dense)
+    flops += 3 * proving * sum(p.flops for p in sparse) + proving * _oracles(found, length)
+    if recipe.indexer == "distil":
+        flops += recipe.distil.steps * _distilling(found, recipe, length)
+    return Resources(length, fitted + choosing + proving, memory, shelved - held, flops, _transformers(found, length))
+
+
+def refuse_if_too_large(needed: Resources, place: Path) -> None:
+    """Raises UserError when the memory that is free now, or the disk at `place`, has no room for it."""
+    more, free = needed.streaming, free_memory()
+    if more > free:
+        raise UserError(
+            f"the conversion needs {_gib(more)} more memory, {_gib(free)} are free; set a smaller sequence_length than "
+            f"{needed.sequence_length} in the recipe, or use another machine"
+        )
+    disk = Needs()
+    disk.add(place, needed.disk, "hidden states of the sequences, while it runs")
+    if faults := disk.faults():
+        raise UserError(faults[0])
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB"
+
+
+def default_sequences(recipe: Recipe) -> int:
+    return DISTIL_SEQUENCES if recipe.indexer == "distil" else CLOSED_FORM_SEQUENCES
+
+
+def _fit(found: Streams, recipe: Recipe, length: int, fitted: int) -> int:
+    """The largest layer's maps and moments, and blocks of scores: float32 maps, float64 moments."""
+    config, sizes = found.config, []
+    for d in found.layers:
+        head = d.kv_lora_rank + d.qk_nope_head_dim + d.qk_rope_head_dim
+        maps = 4 * d.num_heads * (d.q_width * (2 * head - d.kv_lora_rank) + 2 * d.kv_lora_rank * d.qk_nope_head_dim)
+        moments = length * (20 * d.kv_lora_rank + 12 * d.q_width + 4 * d.hidden_size)
+        tokens = min(fitted * length, 4 * ONE_TOKENS)
+        smaller = min(tokens // 2, d.hidden_size)
+        one = 16 * tokens * d.hidden_size + 16 * smaller**2
+        sizes.append(maps + max(moments, one))
+    elements = min(recipe.rows, length) * config.index_n_heads * length
+    blocks = 4 * 4 * (elements if recipe.indexer == "distil" else min(elements, BLOCK_ELEMENTS))
+    return max(sizes) + blocks
+
+
+def _transformers(found: Streams, length: int) -> int:
+    """Two float32 models, or one and the two score matrices of its longest sequence."""
+    heads = [d.num_heads for d in found.layers]
+    scores = 2 * 4 * max(found.config.index_n_heads, *heads) * min(length, parity_length(found.config, heads)) ** 2
+    return 4 * found.parameters + max(4 * found.parameters, scores)
+
+
+def _oracles(found: Streams, length: int) -> float:
+    """Attention mass of every query of a sequence."""
+    return sum(2.0 * length**2 * d.num_heads * (d.kv_lora_rank + d.qk_rope_head_dim) for d in found.layers)
+
+
+def _distilling(found: Streams, recipe: Recipe, length: int) -> float:
+    """A step in every layer: forward, and backward to both factors."""
+    config = found.config
+    return len(found.layers) * 6.0 * recipe.rows * length * config.index_n_heads * config.index_head_dim
+
+
+def resident() -> int:
+    """Bytes of memory this process has now; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:")), 0)
+
+
+def measured_rate(dtype: torch.dtype = torch.float32) -> float:
+    """Operations a second of a matrix product on this machine as it is loaded now: the median of five, a tenth of a second in all."""
+    a, b = (torch.ones(_PROBE, _PROBE, dtype=dtype) for _ in range(2))
+    torch.mm(a, b)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        seconds.append(time.perf_counter() - started)
+    return 2.0 * _PROBE**3 / sorted(seconds)[2]

@@ -1,0 +1,64 @@
+"""Footprint: what is counted from a graph is what running it takes."""
+
+from __future__ import annotations
+
+import families
+import pytest
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from mla2dsa.runtime.execute import PieceRunner
+from mla2dsa.runtime.footprint import Footprint, footprints
+
+
+class Doubled(torch.nn.Module):
+    """[B, T, 8] -> [B, T, 4], with a value that lives long and a view that keeps its base alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = torch.nn.Linear(8, 16, bias=False)
+        self.down = torch.nn.Linear(16, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.up(x)  # 64 bytes a token
+        half = wide[..., :8]  # a view
+        again = half.cos()  # 32 bytes
+        both = torch.cat([again, half], -1)  # 64 bytes, while 64 + 32 are alive
+        return self.down(both)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def counted() -> Footprint:
+    shapes = {"x": {0: Dim("batch", min=1, max=8), 1: Dim("seq", min=1, max=4096)}}
+    program = torch.export.export(Doubled().requires_grad_(False), (torch.ones(2, 3, 8),), dynamic_shapes=shapes)
+    return footprints(PieceRunner(program), 100)[0]
+
+
+def test_values_live_as_long_as_their_views(counted: Footprint) -> None:
+    assert counted.peak == 100 * (64 + 32 + 64)
+
+
+def test_weights_and_operations(counted: Footprint) -> None:
+    assert counted.weights == 4 * (8 * 16 + 16 * 4)
+    assert counted.flops == 2 * 100 * (8 * 16 + 16 * 4)
+    assert (counted.carried, counted.watched) == (0, 0)
+
+
+def test_what_is_carried_and_watched_is_counted() -> None:
+    program = families.export(families.build("deepseek_v3", num_hidden_layers=2))
+    plain = footprints(PieceRunner(program), 100)[0]
+    cores = [node.name for node in program.graph.nodes if "scaled_dot_product" in node.name]
+    first, second, _ = footprints(PieceRunner(program, cores=cores), 100, watch=[cores[1]])
+    assert first.carried >= 100 * 64 * 4  # the residual
+    assert first.flops < plain.flops
+    assert (first.watched, second.watched) == (0, 100 * 4 * 12 * 4)  # heads, v_head_dim, float32
+
+
+@pytest.mark.parametrize("length", [50, 400])
+def test_it_grows_with_the_length(length: int) -> None:
+    program = families.export(families.build("deepseek_v3", num_hidden_layers=2))
+    short, long = (footprints(PieceRunner(program), tokens)[0] for tokens in (length, 2 * length))
+    assert short.weights == long.weights
+    assert 1.9 * short.peak < long.peak < 4.1 * short.peak
+    assert 1.9 * short.flops < long.flops
