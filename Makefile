@@ -60,11 +60,11 @@ test: install lean
 	$(if $(PYTEST_ARGS),,$(BIN)/pytest -q tests/optimizer/indexer/test_calibrate.py -k keeps_no_samples)
 
 # The interpreter and the compiler lean on parts of Triton that it promises to nobody, and a user's torch brings its own
-# Triton: 3.6 with torch 2.11, tomorrow a newer one. `make test` runs the pinned version (torch 2.13's); here are the oldest
-# that is supported and the newest there is. Each lies in a folder of its own, put before site-packages, for two of them
-# cannot be installed at once; --no-deps, or pip would look for a torch to go with it. The catalogue's kernels are compiled
-# with the pinned version only.
-TRITONS := triton==3.6.0 triton
+# Triton: 3.6 with torch 2.11, tomorrow a newer one. `make test` runs the pinned version (torch 2.13's), `make test-newest` the
+# newest there is, and here is the oldest that is supported. It lies in a folder of its own, put before site-packages, for two
+# of them cannot be installed at once; --no-deps, or pip would look for a torch to go with it. The catalogue's kernels are
+# compiled with the pinned version only.
+TRITONS := triton==3.6.0
 TRITON_TESTS := tests/kernels/gpu/emulator tests/kernels/gpu/binaries/test_compile.py tests/kernels/gpu/test_gpu_*.py
 
 test-triton: install
