@@ -51,12 +51,12 @@ class Join:
     """Tensors of files that become one of the model: how their names end, and how its name ends.
 
     sources: in the order in which they come; `*` stands for the number of an expert, and each expert's come together.
-    operations: what transformers does with them, by the names of its classes.
+    steps: what transformers does with them, by the names of its classes.
     """
 
     target: str
     sources: tuple[str, ...]
-    operations: tuple[str, ...]
+    steps: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class Naming:
     joins: tuple[Join, ...] = ()
 
     def renamed(self, name: str) -> str:
-        for rename in self.renamings:
-            name = rename(name)
+        for anew in self.renamings:
+            name = anew(name)
         return name
 
 
@@ -81,8 +81,8 @@ def naming_of(model: torch.nn.Module) -> Naming:
 
 
 def _renaming(transform: Any) -> Callable[[str], str]:
-    rename = TRANSFORMERS.get(transform, "WeightTransform.rename_source_key")
-    return lambda name: str(rename(name)[0])
+    anew = TRANSFORMERS.get(transform, "WeightTransform.rename_source_key")
+    return lambda name: str(anew(name)[0])
 
 
 def _join(transform: Any) -> Join:

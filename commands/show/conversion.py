@@ -202,6 +202,8 @@ class Progress:
         return Listener(on_plan=self._plan, on_progress=self.advance, on_step=self._step, on_layer=self._layer)
 
     def _plan(self, plan: Plan) -> None:
+        if not self._console.is_terminal:
+            return  # logs have a line a layer; `plan` says it to whoever asks
         lines = resource_lines(plan.resources, this_machine())
         self._console.print(f"plan: {', '.join(lines)}", soft_wrap=True, markup=False)
 

@@ -109,9 +109,7 @@ def write_dsa_checkpoint(
     """
     _check_entries(manifest)
     given = _opened(source, layout, mtp, dropped)
-    plain = _plain_modules(given.folding)
-    modules = [_stored_module(given, module) for module in weights]
-    settings = dsa_config(given.config, config, modules, given.layout, _mtp_layers(given), plain)
+    settings = _settings(given, config, weights)
     _check_layers(given, settings, weights)
     shapes = _shapes(settings, config, q_width)
     with staged_folder(out, [source], overwrite=overwrite) as folder:
@@ -122,6 +120,12 @@ def write_dsa_checkpoint(
         move_file(folder / UNPROVEN_CONFIG, folder / CONFIG)
         write_manifest(folder, MANIFEST, {**entries, "report": report, **manifest})
     return out
+
+
+def _settings(given: _Source, config: IndexerConfig, weights: Mapping[str, IndexerWeights]) -> dict[str, Any]:
+    """The config.json."""
+    modules, plain = [_stored_module(given, module) for module in weights], _plain_modules(given.folding)
+    return dsa_config(given.config, config, modules, given.layout, _mtp_layers(given), plain)
 
 
 def _proved(folder: Path, prove: Callable[[Path], Mapping[str, object]] | None) -> Mapping[str, object] | None:

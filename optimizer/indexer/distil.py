@@ -21,9 +21,8 @@ FEW_STEPS = 16  # up to here the peak is capped: too few steps to mend what a hi
 FEW_STEPS_LR = 1e-3  # swept by benchmarks/constants.py
 CLIP = 1.0  # gradient norm of the layer; swept by benchmarks/constants.py
 ROW_RMS = 0.05  # of every row of wk while training; swept by benchmarks/constants.py
-ZERO_ROW = (
-    1e-6  # of the largest row's rms: below it a row is zero but for rounding (float32 has 1e-7), and is not scaled up
-)
+# Fixed by float32's rounding (1e-7): below it a row is zero, and is not scaled up.
+ZERO_ROW = 1e-6  # of the largest row's rms
 # Swept by benchmarks/constants.py.
 PLATEAU_STEPS = 64  # recall has settled when its best gained less than PLATEAU_GAIN over this many steps
 PLATEAU_GAIN = 0.002  # swept by benchmarks/constants.py

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ROUND_OFF = 1e-12  # of the largest moment: float64 has 2e-16, and products of a few hundred terms lose three digits
+# Fixed by float64's rounding (2e-16), of which products of a few hundred terms lose three digits.
+ROUND_OFF = 1e-12  # of the largest moment
 
 
 def nnls(gram: Tensor, moment: Tensor) -> Tensor:

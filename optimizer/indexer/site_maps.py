@@ -38,7 +38,8 @@ _UNIT = 1e4  # large enough for the norm's epsilon to vanish
 CHECKED_ROWS = 4  # query rows a map is held against, spread over the sequence: some models scale far queries
 # benchmarks/constants.py: good maps pass from 1e-6 on, a gain 1% off and a row off by its last bit from 1e-2 on.
 TOLERANCE = 1e-3  # of the largest value; float32 graphs agree to 1e-6
-ROUND_OFF = 1e-9  # of the largest entry: what a norm evaluated in float64 puts outside of its diagonal is no larger
+# Fixed by float64's rounding: what a norm puts outside of its diagonal.
+ROUND_OFF = 1e-9  # of the largest entry
 
 
 def read_maps(site: MlaSite, names: NameOf, load: Load) -> SiteMaps:

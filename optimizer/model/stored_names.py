@@ -43,9 +43,9 @@ class StoredNames:
         join = self.join_of(name)
         if join is None:
             return {name: shape}
-        if join.operations not in _ROWS_IN_TURN:
+        if join.steps not in _ROWS_IN_TURN:
             raise UserError(
-                f"{name}: transformers makes it of {join.sources[0]} by {join.operations}, which is not done here"
+                f"{name}: transformers makes it of {join.sources[0]} by {join.steps}, which is not done here"
             )
         return {self.stored.get(part, part): of for part, of in self._rows(name, join, shape).items()}
 

@@ -20,9 +20,8 @@ from ..model.free_memory import free_memory
 from ..model.stored_formats import FP8, block_of
 from .check import difference
 
-SHARE_OF_MEMORY = (
-    0.9  # of what is free, for both models: their activations and the allocator's rests take the other tenth
-)
+# Fixed by what both models need beside their weights: activations, and what the allocator keeps.
+SHARE_OF_MEMORY = 0.9  # of what is free
 
 
 # What transformers needs to dequantise a checkpoint, by quant_method.

@@ -26,7 +26,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("length", [2048])
+@pytest.mark.parametrize("length", [1024])
 def test_a_conversion_keeps_within_its_predicted_memory(length: int) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), *OPTIONS, "--sequence-length", str(length)]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

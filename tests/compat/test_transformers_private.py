@@ -79,7 +79,7 @@ def longcat() -> None:
 def naming() -> None:
     """Its experts, and a renaming that every model has."""
     found = private.naming_of(model())
-    joins = {join.target: (join.sources, join.operations) for join in found.joins}
+    joins = {join.target: (join.sources, join.steps) for join in found.joins}
     gate_up = ("mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight")
     assert joins["mlp.experts.gate_up_proj"] == (gate_up, ("MergeModulelist", "Concatenate"))
     assert joins["mlp.experts.down_proj"] == (("mlp.experts.*.down_proj.weight",), ("MergeModulelist",))

@@ -18,7 +18,7 @@ MAY = {
     Path("files/regular.py"): {OPENING},  # for reading alone, in a way that `open` cannot
     Path("files/locks.py"): {OPENING, REMOVING},  # lock files
     Path("files/system_calls.py"): {RENAMING},
-    Path("files/temporary.py"): {RENAMING, REMOVING},
+    Path("files/temporary.py"): {RENAMING, REMOVING, TEMPORARY},  # a file that has no name
     Path("files/ownership.py"): {REMOVING},
     Path("files/staging.py"): {RENAMING, REMOVING},
     Path("cli.py"): {OPENING},  # the null device, in the place of a stdout that is gone
