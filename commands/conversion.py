@@ -46,6 +46,11 @@ def add_layout(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--untie", action="store_true", default=None, help="write lm_head out where it is tied to the embedding"
     )
+    group.add_argument(
+        "--target", metavar="NAMES",
+        help="runtimes that must load the result, as in vllm,sglang (docs/targets.md): refused at once where one would not; lm_head "
+        "is written out for those that need it",
+    )  # fmt: skip
 
 
 def add_partial(command: argparse.ArgumentParser) -> None:
@@ -71,6 +76,7 @@ def read_recipe_of(args: argparse.Namespace) -> Any:
         "layout",
         "mtp",
         "untie",
+        "target",
     )
     return read_recipe(args.recipe, {name: getattr(args, name, None) for name in fields})
 

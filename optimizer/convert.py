@@ -25,6 +25,7 @@ from ..files.model.model_files import CONFIG, checkpoint_files, left_out, remote
 from ..files.staging import InTheWay, check_target, claim
 from ..kernels.spec import IndexerWeights
 from ..runtime.shelf import Shelf
+from .before.binding import target_verdicts
 from .before.findings import Findings
 from .before.preflight import check_conversion
 from .before.resources import Resources, default_sequences
@@ -197,7 +198,12 @@ def _settled(job: _Job) -> _Job:
         layout = settle(prepared.layout, source, sequence, prepared.plan.indexer, job.recipe.layout)
     except UserError as error:
         raise UserError(f"{prepared.checkpoint.path}: {error}") from None
-    return replace(job, layout=layout)
+    checkpoint, sizes = prepared.checkpoint, prepared.plan.indexer
+    targets = target_verdicts(checkpoint.path, checkpoint.config, checkpoint.tensors, layout, sizes)
+    if unmet := [one for one in targets if one.target in job.recipe.target and not one.loads]:
+        raise UserError(f"--target {unmet[0].target} ({unmet[0].version}): {unmet[0]}")
+    plan = replace(prepared.plan, targets=targets)
+    return replace(job, layout=layout, prepared=replace(prepared, plan=plan))
 
 
 def fingerprint(

@@ -9,9 +9,11 @@ from typing import Any
 
 from ..errors import UsageError, UserError
 from ..exporters.dsa.layout import Layout, choose
+from ..exporters.dsa.targets import Verdict, as_json, for_targets
 from ..kernels.spec import IndexerConfig, IndexerWeights
 from ..passes.matching.sites import Miss, MlaDims
 from ..passes.mla_to_dsa import Converted, mla_to_dsa
+from .before.binding import target_verdicts
 from .before.resources import Resources, resources, streams
 from .indexer.sizes import indexer_sizes, size_faults
 from .model.capture import Capture, capture
@@ -30,8 +32,8 @@ class Plan:
     """What will happen. layers: (name, dims) of every MLA attention; misses: attention that is not dense MLA.
 
     refusal: why no checkpoint can be written for this model now (None: it can). notes: what the user should know. layout: what it
-    is written as, with the reason; query_forms: how a query latent is made for a model without one, the first that is exact
-    enough on the real weights. resources: what a conversion with its verification will take.
+    is written as, with the reason; targets: which runtimes load that; query_forms: how a query latent is made for a model without
+    one, the first that is exact enough on the real weights. resources: what a conversion with its verification will take.
     """
 
     model: str
@@ -48,6 +50,7 @@ class Plan:
     layout: str = ""
     layout_reason: str = ""
     query_forms: tuple[str, ...] = ()
+    targets: tuple[Verdict, ...] = ()
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -70,6 +73,7 @@ class Plan:
             "layers": [{"name": name, **asdict(dims)} for name, dims in self.layers],
             "misses": [asdict(miss) for miss in self.misses], "refusal": self.refusal, "notes": list(self.notes),
             "layout": self.layout, "layout_reason": self.layout_reason, "query_forms": list(self.query_forms),
+            "targets": as_json(self.targets),
             "new_parameters": self.new_parameters, "context": self.context,
             "resources": asdict(self.resources),
             "decode_attention_flops": {str(n): dict(zip(("dense", "dsa"), self.attention_flops(n), strict=True)) for n in self.lengths},
@@ -126,9 +130,17 @@ def prepare(
         misses=converted.found.misses, refusal=refusal,
         notes=tuple(_notes(checkpoint, config, layers, recipe.mtp)), new_parameters=_new_parameters(config, layers),
         context=captured.max_length, resources=_resources(source, converted, config, recipe),
-        layout=layout.name if layout else "", layout_reason=layout.why if layout else "", query_forms=layout.forms if layout else (),
+        **_written_as(checkpoint, layout, config),
     )  # fmt: skip
     return Prepared(plan, checkpoint, captured, converted, donor, layout)
+
+
+def _written_as(checkpoint: Checkpoint, layout: Layout | None, config: IndexerConfig) -> dict[str, Any]:
+    """Fields of a Plan that say what is written."""
+    if layout is None:
+        return {}
+    targets = target_verdicts(checkpoint.path, checkpoint.config, checkpoint.tensors, layout, config)
+    return {"layout": layout.name, "layout_reason": layout.why, "query_forms": layout.forms, "targets": targets}
 
 
 def _resources(source: WeightSource, converted: Converted, config: IndexerConfig, recipe: Recipe) -> Resources:
@@ -139,9 +151,10 @@ def _resources(source: WeightSource, converted: Converted, config: IndexerConfig
 def layout_of(checkpoint: Checkpoint, recipe: Recipe) -> Layout:
     """The layout that the recipe asks for. Raises UserError when the model cannot be written so."""
     try:
-        return choose(
+        layout = choose(
             checkpoint.whole_config, checkpoint.whole_tensors, recipe.layout, untie=recipe.untie, mtp=recipe.mtp
         )
+        return for_targets(layout, checkpoint.whole_config, recipe.target)
     except UserError as error:
         raise UserError(f"{checkpoint.path}: {error}") from None
 

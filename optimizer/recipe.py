@@ -56,7 +56,7 @@ class Verify(_Strict):
     sequences: Count = 8
 
 
-WRITTEN = ("layout", "mtp", "untie")  # how the result is written, which no indexer depends on
+WRITTEN = ("layout", "mtp", "untie", "target")  # how the result is written, which no indexer depends on
 
 
 class Recipe(_Strict):
@@ -77,6 +77,7 @@ class Recipe(_Strict):
     layout: Literal["auto", "deepseek_v32", "glm_moe_dsa", "own"] = "auto"
     mtp: Literal["keep", "drop"] = "keep"
     untie: bool = False
+    target: list[Literal["transformers", "vllm", "sglang", "tensorrt-llm", "mlx-lm", "llama.cpp"]] = []
 
     @model_validator(mode="after")
     def _donor_has_a_path(self) -> Recipe:
@@ -89,6 +90,8 @@ def read_recipe(file: str | None, flags: Mapping[str, Any]) -> Recipe:
     """The recipe in `file` (YAML), overridden by `flags` that are not None. Raises UsageError naming the bad field."""
     fields = _read_yaml(file) if file else {}
     fields |= {name: value for name, value in flags.items() if value is not None}
+    if isinstance(fields.get("target"), str):
+        fields["target"] = fields["target"].split(",")
     source = str(fields.get("indexer", ""))
     if source.startswith("donor:"):
         fields |= {"indexer": "donor", "donor": source.removeprefix("donor:") or None}

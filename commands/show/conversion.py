@@ -43,6 +43,12 @@ def show_plan(plan: Plan) -> None:
         print(f"not dense MLA: {miss}")
     for note in plan.notes:
         print(f"note: {note}")
+    for target in plan.targets:
+        print(f"{target.target} {target.version}: {target}")
+        for note in target.notes:
+            print(f"  {note}")
+        if target.loads:
+            print(f"  {target.start.format(model='OUT')}")
     if plan.refusal is not None:
         print(f"no checkpoint can be written: {plan.refusal}")
 

@@ -7,7 +7,7 @@ fields it does not know and ignores them, and vLLM's deepseek_v2 family looks fo
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ...errors import UserError
 from ...files.model.text_model import is_wrapper, text_config
@@ -19,6 +19,28 @@ if TYPE_CHECKING:  # it would bring torch, and this is asked before torch is loa
 
 _INDEXER_LINEARS = ("wq_b", "wk", "weights_proj")
 _OBEYED_ONLY_BY_DSA = ("index_topk",)
+
+
+class DsaSizes(Protocol):
+    """Sizes of the indexers."""
+
+    @property
+    def index_topk(self) -> int: ...
+    @property
+    def index_n_heads(self) -> int: ...
+    @property
+    def index_head_dim(self) -> int: ...
+
+
+def words_of(config: Config, layout: Layout, sizes: DsaSizes | None, mtp_layers: int = 0) -> dict[str, Any]:
+    """The text model's part of the config.json that `dsa_config` will write, as far as a quantisation is not concerned; sizes:
+    of the indexers, None where they do not matter."""
+    result = _in_words_of_a_class(config, layout) if layout.family else dict(config)
+    if "num_nextn_predict_layers" in config or mtp_layers:
+        result["num_nextn_predict_layers"] = mtp_layers
+    if sizes is not None:
+        _add_indexer(result, sizes, interleaved=layout.target is not None and layout.target.interleaved)
+    return result
 
 
 def dsa_config(
@@ -81,7 +103,7 @@ def _query_form(form: str, full: Config) -> dict[str, Any]:
     return {"q_lora_rank": width} if form == "identity" else {"q_lora_rank": bias_rank(width), "attention_bias": True}
 
 
-def _add_indexer(result: dict[str, Any], indexer: IndexerConfig, interleaved: bool) -> None:
+def _add_indexer(result: dict[str, Any], indexer: DsaSizes, interleaved: bool) -> None:
     result |= {
         "index_n_heads": indexer.index_n_heads,
         "index_head_dim": indexer.index_head_dim,

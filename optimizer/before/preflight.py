@@ -16,6 +16,7 @@ from typing import Any
 from ...errors import UsageError, UserError
 from ...exporters.dsa.layout import choose
 from ...exporters.dsa.names import MANIFEST, file_names
+from ...exporters.dsa.targets import for_targets
 from ...files.json_files import read_json
 from ...files.manifests.engine_manifest import ENGINE_FILES, ENGINE_MANIFEST
 from ...files.manifests.export_manifest import EXPORT_FILES, EXPORT_MANIFEST, export_folder, is_export, read_export
@@ -29,6 +30,7 @@ from ..model.config_limits import check_config
 from ..model.packed_formats import whole_weights
 from ..model.stored_formats import QUANTISED, check_formats, mtp_tensors, stale_fields
 from ..recipe import Recipe
+from .binding import Written, target_verdicts
 from .findings import Findings, check_out, check_text
 from .space import Needs
 
@@ -235,6 +237,7 @@ def _check_layout(
     tensors = model.whole_tensors
     try:
         layout = choose(config, tensors, wanted.layout, untie=wanted.untie, mtp=wanted.mtp)
+        layout = for_targets(layout, config, wanted.target)
     except UserError as error:
         found.add(UserError(f"{model.folder}: {error}"))
         return
@@ -252,6 +255,22 @@ def _check_dense(found: Findings, model: _Model, recipe: Recipe, drop_stale: boo
     context = model.config.get("max_position_embeddings")
     for fault in size_faults(recipe, model.config, context if isinstance(context, int) else None, donor):
         found.add(UsageError(fault))
+    if recipe.target:
+        _check_targets(found, model, recipe, indexer_sizes(recipe, model.config, donor), drop_stale)
+
+
+def _check_targets(found: Findings, model: _Model, recipe: Recipe, sizes: Sizes, drop_stale: bool) -> None:
+    """Every target that was asked for loads what would be written."""
+    config = _dropped(model, model.whole_config, drop_stale)
+    try:
+        layout = choose(config, model.whole_tensors, recipe.layout, untie=recipe.untie, mtp=recipe.mtp)
+    except UserError:
+        return  # said by `_check_layout`, or by the plan
+    layout = for_targets(layout, config, recipe.target)
+    written = Written(*sizes)
+    for verdict in target_verdicts(model.folder, model.config, model.tensors, layout, written, recipe.target):
+        if not verdict.loads:
+            found.add(UserError(f"--target {verdict.target} ({verdict.version}): {verdict}"))
 
 
 def _donor_sizes(found: Findings, recipe: Recipe) -> Sizes | None:
