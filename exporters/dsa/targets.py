@@ -169,7 +169,7 @@ TARGETS = (
     ),
     Target(
         "mlx-lm", "0.32.2", "mlx_lm/models/deepseek_v32.py", "mlx_lm.generate --model {model} --prompt TEXT",
-        (_CLASS, _Q_LATENT, _UNTIED), ties=False,
+        (_CLASS, _Q_LATENT, _UNTIED), ran="yes, on a CPU: logits and greedy text equal ours up to index_topk", ties=False,
     ),
     Target(
         "llama.cpp", "main of 2026-09", "pull requests 23346 and 25407 (DeepSeek-V3.2, GLM-5.2)", "llama-server -m FILE.gguf", (_GGUF,)
