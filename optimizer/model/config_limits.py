@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,12 @@ def check_config(file: Path, config: Mapping[str, Any], tensors: int) -> None:
         for name in _OBJECTS:
             if not isinstance(part.get(name, {}), dict | type(None)):
                 raise UserError(f"{file}: {name} is {short(part[name])}, expected an object")
+        for name, value in part.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{file}: {name} is {value}, expected a finite number")
         _check_counts(file, part, tensors)
+    if len(parts) > 1 and parts[1].get("text_config") is not None:
+        raise UserError(f"{file}: text_config has a text_config of its own, expected the config of a text model")
     _check_quantisation(file, config.get("quantization_config") or {})
     if not isinstance(config.get("model_type", ""), str):
         raise UserError(f"{file}: model_type is {short(config['model_type'])}, expected a name")
