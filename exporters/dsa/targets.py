@@ -58,7 +58,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a target loads a checkpoint. because: why it does not; notes: what to know where it does."""
+    """Whether a target loads a checkpoint. because: why it does not; notes: what to know where it does; ran: whether a result of
+    ours was ever run with it, and what it asks for is not only read."""
 
     target: str
     version: str
@@ -66,9 +67,12 @@ class Verdict:
     because: tuple[str, ...]
     notes: tuple[str, ...]
     start: str
+    ran: bool
 
     def __str__(self) -> str:
-        return "loads" if self.loads else f"does not, because {'; '.join(self.because)}"
+        if not self.loads:
+            return f"does not, because {'; '.join(self.because)}"
+        return "loads" if self.ran else "loads, by what its source says (not run)"
 
 
 def _rope_type(facts: Facts) -> str:
@@ -160,7 +164,7 @@ TARGETS = (
         ran="its config and weight loader only, on a CPU (docs/vllm.txt): every parameter was loaded", ties=False,
     ),
     Target(
-        "sglang", "main of 2026-09", "python/sglang/srt/mem_cache/memory_pool.py, python/sglang/srt/models/deepseek_v2.py",
+        "sglang", "no pinned version", "python/sglang/srt/configs/model_config.py (is_deepseek_dsa), and its reported assertions",
         "python -m sglang.launch_server --model-path {model}", (_CLASS, _Q_LATENT, _INDEX_WIDTH, _INDEX_HEADS, _ROUTER, _MTP),
     ),
     Target(
@@ -172,7 +176,7 @@ TARGETS = (
         (_CLASS, _Q_LATENT, _UNTIED), ran="yes, on a CPU: logits and greedy text equal ours up to index_topk", ties=False,
     ),
     Target(
-        "llama.cpp", "main of 2026-09", "pull requests 23346 and 25407 (DeepSeek-V3.2, GLM-5.2)", "llama-server -m FILE.gguf", (_GGUF,)
+        "llama.cpp", "no pinned version", "pull requests 23346 and 25407 (DeepSeek-V3.2, GLM-5.2)", "llama-server -m FILE.gguf", (_GGUF,)
     ),
 )  # fmt: skip
 NAMES = tuple(target.name for target in TARGETS)
@@ -197,7 +201,9 @@ def _verdict(target: Target, facts: Facts) -> Verdict:
     said = {hard: tuple(_said(one, facts.config) for one in unmet if one.hard is hard) for hard in (True, False)}
     if facts.layout == OWN and said[True]:
         said[True] = said[True][:1]  # the rest is about a class that it does not have
-    return Verdict(target.name, target.version, not said[True], said[True], said[False], target.start)
+    return Verdict(
+        target.name, target.version, not said[True], said[True], said[False], target.start, target.ran != "no"
+    )
 
 
 def _said(requirement: Requirement, config: Config) -> str:
@@ -241,6 +247,7 @@ def as_json(found: Iterable[Verdict]) -> dict[str, Mapping[str, Any]]:
     return {
         one.target: {
             "version": one.version, "loads": one.loads, "because": list(one.because), "notes": list(one.notes), "start": one.start,
+            "ran": one.ran,
         }
         for one in found
     }  # fmt: skip
