@@ -15,18 +15,20 @@ K_NORM_EPS = 1e-6  # the indexer's LayerNorm epsilon, whatever the model's rms_n
 
 @dataclass(frozen=True)
 class IndexerConfig:
-    """Sizes of the indexer, the same for every layer.
+    """Sizes of the indexer, the same for every layer, and which layers have one.
 
     index_topk: past tokens each query attends to.
     index_n_heads: query heads of the indexer (HI).
     index_head_dim: width of a head and of the one shared key (dI).
     rope_interleave: False is DeepSeek-V3.2's half-split rotary layout on the first `qk_rope_head_dim` channels.
+    shared: numbers of the layers without an indexer, which attend to what the last layer before them selected (GLM-5.2).
     """
 
     index_topk: int
     index_n_heads: int
     index_head_dim: int = 128
     rope_interleave: bool = False
+    shared: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ Beside the model lies `mla2dsa-export.json`, the manifest, which is all a runtim
     runs_on         names of the runtimes that have kernels for that dtype: "onnxruntime-cpu", "tensorrt", "torch"
     logits          "last": [batch, 1, vocab] of the token at index `last`; "all": [batch, seq, vocab], no input `last`
     inputs, outputs [{"name", "dtype", "shape"}] in graph order; a shape holds numbers and "batch", "seq", "cache_length"
-    caches          one per layer: {"layer", "latent": {"input", "output", "width"}, "index_key": {the same}}; each cache is
+    caches          one per layer: {"layer", "latent": {"input", "output", "width"}, "index_key": {the same, or null where the
+                    layer attends to what the last one before it with index keys selected}}; each cache is
                     [batch, cache_length, width], starts as zeros, and an output is the next call's input
     limits          {"max_batch", "max_seq"}: max_seq is the most slots a cache may have (and the model's context at most)
     model           {"model_type", "vocab_size", "num_hidden_layers", "context", "bos_token_id",
@@ -131,7 +132,7 @@ def _write_onnx(ready: CachedModel, folder: Path, copy_weights: bool) -> Mapping
     from .model.stored import stored_weights
 
     cached = ready.cached
-    layers = [cache.layer for cache in cached.caches]
+    layers = {cache.layer: cache.index_key is not None for cache in cached.caches}
     weights = stored_weights(ready.source, cached.program)
     placed = export_onnx(cached.program, layers, output_names(cached), weights, folder, copy_weights=copy_weights)
     return placed.summary()
@@ -170,13 +171,14 @@ def _manifest(
         "runs_on": list(_RUNS_ON[format][dtype]), "logits": "last" if cached.last_only else "all",
         "inputs": inputs, "outputs": outputs,
         "caches": [
-            {"layer": c.layer, "latent": _cache(c.latent, c.latent_width), "index_key": _cache(c.index_key, c.index_key_width)}
+            {"layer": c.layer, "latent": _cache(c.latent, c.latent_width),
+             "index_key": _cache(c.index_key, c.index_key_width) if c.index_key and c.index_key_width else None}
             for c in cached.caches
         ],
         "limits": dict(limits),
         "model": {**{f: config.get(f) for f in fields}, "context": ready.captured.max_length,
                   "eos_token_id": stop_tokens(checkpoint.path)},
-        "indexer": asdict(ready.indexer),
+        "indexer": {name: size for name, size in asdict(ready.indexer).items() if name != "shared"},  # `caches` says it
         "source": {"name": short(checkpoint.path.name, 255), "fingerprint": checkpoint.fingerprint(), "files": checkpoint.source_hashes()},
         "weights": dict(written), "versions": _versions(),
     }  # fmt: skip
@@ -188,7 +190,7 @@ def _cache(name: str, width: int) -> dict[str, Any]:
 
 def interface(cached: Cached, vocab_size: int, dtype: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Inputs and outputs of the cached program in graph order, as the manifest lists them."""
-    widths = {c.latent: c.latent_width for c in cached.caches} | {c.index_key: c.index_key_width for c in cached.caches}
+    widths = {name: width for cache in cached.caches for name, width in cache.widths.items()}
     tokens: dict[str, Any] = {"dtype": "int64", "shape": ["batch", "seq"]}
     rows: dict[str, Any] = {"dtype": "int64", "shape": ["batch"]}
 
@@ -207,7 +209,7 @@ def interface(cached: Cached, vocab_size: int, dtype: str) -> tuple[list[dict[st
 
 def output_names(cached: Cached) -> list[str]:
     """Names of the cached program's outputs, in order."""
-    return ["logits", *(f"present_{name}" for c in cached.caches for name in (c.index_key, c.latent))]
+    return ["logits", *(f"present_{name}" for cache in cached.caches for name in cache.widths)]
 
 
 def _versions() -> dict[str, str]:

@@ -42,6 +42,8 @@ def inspect(target: str) -> dict[str, Any]:
 def _checkpoint(target: str) -> dict[str, Any]:
     checkpoint = Checkpoint.open(target)
     indexers = [name for name in checkpoint.tensors if ".indexer." in name]
+    mtp = mtp_tensors(checkpoint.config, checkpoint.tensors)
+    keyed = {name.partition(".indexer.")[0] for name in indexers if name not in mtp}
     total = sum(place.nbytes for place in checkpoint.tensors.values())
     found: dict[str, Any] = {
         "kind": "checkpoint",
@@ -53,8 +55,8 @@ def _checkpoint(target: str) -> dict[str, Any]:
         "dtypes": dict(Counter(place.dtype for place in checkpoint.tensors.values())),
         "indexer_layers": len({name.partition(".indexer.")[0] for name in indexers}),
         "indexer_bytes": sum(checkpoint.tensors[name].nbytes for name in indexers),
-        "mtp_tensors": len(mtp_tensors(checkpoint.config, checkpoint.tensors)),
-        "cache_bytes_per_token": _cache_bytes(checkpoint.config),
+        "mtp_tensors": len(mtp),
+        "cache_bytes_per_token": _cache_bytes(checkpoint.config, len(keyed)),
     }
     if is_converted(checkpoint.path):
         manifest = read_checkpoint_manifest(checkpoint.path)
@@ -66,12 +68,12 @@ def _checkpoint(target: str) -> dict[str, Any]:
     return found
 
 
-def _cache_bytes(config: Mapping[str, Any]) -> dict[str, int]:
-    """bfloat16 bytes of one token in all layers: the latent, and the index key of a DSA model."""
+def _cache_bytes(config: Mapping[str, Any], keyed: int) -> dict[str, int]:
+    """bfloat16 bytes of one token in all layers: the latent, and the index key in the `keyed` layers that have an indexer."""
     layers, rank, rope = (
         int(config.get(name) or 0) for name in ("num_hidden_layers", "kv_lora_rank", "qk_rope_head_dim")
     )
-    return {"latent": 2 * layers * (rank + rope), "index_key": 2 * layers * int(config.get("index_head_dim") or 0)}
+    return {"latent": 2 * layers * (rank + rope), "index_key": 2 * keyed * int(config.get("index_head_dim") or 0)}
 
 
 def _export(path: Path) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def _export(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {name: manifest[name] for name in keys if name in manifest}
     found["export"] = found.pop("kind", None)
     caches = manifest.get("caches", [])
-    row = sum(int(cache[part]["width"]) for cache in caches for part in ("latent", "index_key"))
+    row = sum(int(cache[part]["width"]) for cache in caches for part in ("latent", "index_key") if cache[part])
     found |= {"kind": "export", "path": str(path), "layers": len(caches), "cache_values_per_token": row}
     if manifest.get("kind") == "onnx":
         found["graph"] = _onnx(path / manifest["file"])

@@ -4,6 +4,7 @@
     index keys [B, T, dI]    =>  index_key_i = cache_write(past_index_key_i [B, C, dI], index keys, slots)
     key range                =>  [key_begin, slots + 1)
 
+A layer that shares the selection of an earlier one has no index keys, so it gets a latent cache only.
 After `mla_to_dsa` the two DSA ops are the only ones that mix tokens, so this is all a cache has to touch. Inputs are then
 input_ids, position_ids (rotary), slots (where a token lives in the cache), each [B, T], and key_begin [B] (first real
 slot: 0, or the padding on the left); outputs are the logits and every present cache. attention_mask is gone: a slot above
@@ -33,13 +34,19 @@ dsa = torch.ops.mla2dsa
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """One layer's caches: input and output names, and their row widths."""
+    """One layer's caches: input and output names, and their row widths. index_key: None in a layer without an indexer."""
 
     layer: str
     latent: str
-    index_key: str
+    index_key: str | None
     latent_width: int
-    index_key_width: int
+    index_key_width: int | None
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Row width of each cache by its name, in the order of the outputs."""
+        keys = {} if self.index_key is None or self.index_key_width is None else {self.index_key: self.index_key_width}
+        return {**keys, self.latent: self.latent_width}
 
 
 @dataclass(frozen=True)
@@ -71,31 +78,32 @@ class AddCache(Pass):
     name: ClassVar[str] = "add_cache"
 
     def requires(self, work: Work) -> None:
-        layers, selectors = self._layers(work), _selectors(work.editor)
-        if len(layers) != len(selectors):
-            raise UserError(f"{len(layers)} layers are named, but this program has {len(selectors)} DSA layers")
+        layers, attentions = self._layers(work), _attentions(work.editor)
+        if len(layers) != len(attentions):
+            raise UserError(f"{len(layers)} layers are named, but this program has {len(attentions)} DSA layers")
         if not any(node.name == "input_ids" for node in work.editor.user_inputs):
             raise UserError("this program has no input called input_ids, which the caches take their sizes from")
 
     def run(self, work: Work) -> Report:
         adder = _CacheAdder(work.editor)
-        for number, (layer, selector) in enumerate(zip(self._layers(work), _selectors(work.editor), strict=True)):
-            adder.cache_layer(number, layer, selector)
+        for number, (layer, attend) in enumerate(zip(self._layers(work), _attentions(work.editor), strict=True)):
+            adder.cache_layer(number, layer, attend)
         if self.last_only:
             adder.keep_last()
         adder.drop_mask()
-        widths = sorted({(spec.latent_width, spec.index_key_width) for spec in adder.specs})
+        widths = dict.fromkeys((spec.latent_width, spec.index_key_width) for spec in adder.specs)
+        count = sum(len(spec.widths) for spec in adder.specs)
         return Report(
-            did=(f"{2 * len(adder.specs)} caches added, (latent, index key) {', '.join(map(str, widths))} wide",),
-            details=tuple(f"{spec.layer}: {spec.latent}, {spec.index_key}" for spec in adder.specs),
+            did=(f"{count} caches added, (latent, index key) {', '.join(map(str, widths))} wide",),
+            details=tuple(f"{spec.layer}: {', '.join(reversed(spec.widths))}" for spec in adder.specs),
             fact=Caches(tuple(adder.specs), self.last_only),
         )
 
     def ensures(self, work: Work) -> None:
         """Both DSA ops of every layer read a cache, every cache is given out, and nobody asks for a mask."""
         outputs = set(work.editor.output.all_input_nodes)
-        for selector in _selectors(work.editor):
-            for reader, name in ((selector, "k"), (_attention_of(selector), "kv")):
+        for attend in _attentions(work.editor):
+            for reader, name in ((_selector_of(attend), "k"), (attend, "kv")):
                 cache = node_arg(reader, 1, name)
                 if cache.target is not dsa.cache_write.default or cache not in outputs:
                     raise BrokenPass(self.name, "a DSA op reads no cache, or one that is not given out", reader.name)
@@ -109,12 +117,12 @@ class AddCache(Pass):
         return tuple(change.name for change in work.fact(Rewritten).changes)
 
 
-def _selectors(editor: ProgramEditor) -> list[Node]:
-    return [node for node in editor.graph.nodes if node.target is dsa.lightning_indexer.default]
+def _attentions(editor: ProgramEditor) -> list[Node]:
+    return [node for node in editor.graph.nodes if node.target is dsa.sparse_mla.default]
 
 
-def _attention_of(selector: Node) -> Node:
-    return next(user for user in selector.users if user.target is dsa.sparse_mla.default)
+def _selector_of(attend: Node) -> Node:
+    return node_arg(attend, 2, "indices")
 
 
 class _CacheAdder:
@@ -129,21 +137,28 @@ class _CacheAdder:
         self._slots = editor.add_input("slots", (self._batch, length), torch.int64)
         self._begin = editor.add_input("key_begin", (self._batch,), torch.int64)
         self._ranges: dict[Any, tuple[Node, Node]] = {}
+        self._cached: set[Node] = set()  # indexers that read a cache already
 
-    def cache_layer(self, number: int, layer: str, selector: Node) -> None:
-        build = self._editor.builder(before=selector)
-        attend = _attention_of(selector)
-        query, _, weights, *old_range, topk = selector.args
-        keys, rows = node_arg(selector, 1, "k"), node_arg(attend, 1, "kv")
-        visible = self._range(build, tuple(old_range))
-        index_key = self._write(build, f"index_key_{number}", keys)
-        selector.args = (query, index_key, weights, *visible, topk)
-        _refresh(selector, self._editor)
-        rows_query, _, *others = attend.args
+    def cache_layer(self, number: int, layer: str, attend: Node) -> None:
+        selector, key, width = _selector_of(attend), None, None
+        if selector not in self._cached:
+            key, width = f"index_key_{number}", self._cache_keys(f"index_key_{number}", selector)
+        query, _, *others = attend.args
+        rows = node_arg(attend, 1, "kv")
         latent = self._write(self._editor.builder(before=attend), f"latent_{number}", rows)
-        attend.args = (rows_query, latent, *others)
-        widths = int(shape(rows)[-1]), int(shape(keys)[-1])
-        self.specs.append(CacheSpec(layer, f"latent_{number}", f"index_key_{number}", *widths))
+        attend.args = (query, latent, *others)
+        self.specs.append(CacheSpec(layer, f"latent_{number}", key, int(shape(rows)[-1]), width))
+
+    def _cache_keys(self, name: str, selector: Node) -> int:
+        """The width of the new cache."""
+        build = self._editor.builder(before=selector)
+        query, _, weights, *old_range, topk = selector.args
+        keys = node_arg(selector, 1, "k")
+        visible = self._range(build, tuple(old_range))
+        selector.args = (query, self._write(build, name, keys), weights, *visible, topk)
+        _refresh(selector, self._editor)
+        self._cached.add(selector)
+        return int(shape(keys)[-1])
 
     def _range(self, build: GraphBuilder, old: object) -> tuple[Node, Node]:
         """(key_begin, key_end), [B, T], once for all layers that shared theirs before."""

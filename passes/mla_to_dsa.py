@@ -4,6 +4,7 @@
     after    indices = lightning_indexer(q_resid, hidden);  attended = sparse_mla(q absorbed, [latent | k_pe], indices)
              out = attended W_UV                                                                        O(L index_topk)
 
+A layer that shares (`IndexerConfig.shared`) has no indexer: it attends to the indices of the last layer before it that has.
 With index_topk >= length every key is selected and the result *is* dense attention. The dense attention, its mask and the
 expanded keys and values are gone from the graph; nothing else changes.
 """
@@ -61,7 +62,7 @@ class Converted:
 
 @dataclass(frozen=True)
 class MlaToDsa(Pass):
-    """weights: per layer name, for all layers or for none."""
+    """weights: per layer name, for all layers that have an indexer, or for none."""
 
     config: IndexerConfig
     weights: Mapping[str, IndexerWeights] = field(default_factory=dict, repr=False)
@@ -71,13 +72,16 @@ class MlaToDsa(Pass):
     def requires(self, work: Work) -> None:
         found = work.fact(Found)
         require_sites(found, self.allow_partial)
+        sharing = self._sharing(found)
         unknown = set(self.weights) - {site.name for site in found.sites}
         if unknown:
             raise UserError(
                 f"indexer weights are given for {sorted(unknown)[0]}, which is not an MLA layer of this program"
             )
+        if idle := sorted(sharing & set(self.weights)):
+            raise UserError(f"indexer weights are given for {idle[0]}, which shares the selection of an earlier layer")
         for site in found.sites:
-            if self.weights and site.name not in self.weights:
+            if self.weights and site.name not in self.weights and site.name not in sharing:
                 raise UserError(
                     f"{site.name} has no indexer weights: give weights for every converted layer, or for none"
                 )
@@ -86,22 +90,30 @@ class MlaToDsa(Pass):
         found = work.fact(Found)
         shared: dict[object, Node] = {}
         ranges: dict[Node | None, tuple[Node, Node]] = {}
-        changes = tuple(self._rewrite(work.editor, site, shared, ranges) for site in found.sites)
+        sharing = self._sharing(found)
+        changes: list[Change] = []
+        indices: Node | None = None
+        for site in found.sites:
+            indices = indices if site.name in sharing else None
+            change, indices = self._rewrite(work.editor, site, shared, ranges, indices)
+            changes.append(change)
         removed = work.editor.remove_dead()
         shapes = IndexerWeights.shapes(self.config, 1, 1)
-        added = tuple(f"{site.name}.indexer.{tensor}" for site in found.sites for tensor in shapes)
+        indexed = [site.name for site in found.sites if site.name not in sharing]
+        added = tuple(f"{name}.indexer.{tensor}" for name in indexed for tensor in shapes)
+        without = f", {len(sharing)} of them without an indexer" if sharing else ""
         return Report(
             did=(
-                f"{len(changes)} layers rewritten, {changes[0].name} to {changes[-1].name}",
+                f"{len(changes)} layers rewritten, {changes[0].name} to {changes[-1].name}{without}",
                 f"{removed} nodes of dense attention removed, {len(added)} parameters added",
             ),
             could_not=tuple(f"rewrite {miss}" for miss in found.misses),
             details=tuple(f"{change.name}: {change.before} became {change.after}" for change in changes),
-            fact=Rewritten(changes, removed, added),
+            fact=Rewritten(tuple(changes), removed, added),
         )
 
     def ensures(self, work: Work) -> None:
-        """As many layers are sparse as were found, and no attention core is left but those that were not."""
+        """As many layers are sparse as were found, as many select as do not share, and no other attention core is left."""
         found, changes = work.fact(Found), work.fact(Rewritten).changes
         nodes = {node.name: node for node in work.editor.graph.nodes}
         for change in changes:
@@ -111,10 +123,20 @@ class MlaToDsa(Pass):
         if not len(found.sites) == len(changes) == len(sparse):
             counts = f"{len(found.sites)} sites, {len(changes)} changes, {len(sparse)} sparse attentions"
             raise BrokenPass(self.name, f"layers got lost: {counts}", sparse[-1].name if sparse else None)
+        selectors = [node for node in nodes.values() if node.target is torch.ops.mla2dsa.lightning_indexer.default]
+        if len(selectors) != len(sparse) - len(self._sharing(found)):
+            raise BrokenPass(self.name, f"{len(selectors)} of {len(sparse)} layers select keys", selectors[-1].name)
         dense = list(iter_nodes_of(find_cores(work.editor.graph)))
         if len(dense) > len(found.misses):
             names = ", ".join(node.name for node in dense)
             raise BrokenPass(self.name, f"dense attention is left, expected {len(found.misses)}", names)
+
+    def _sharing(self, found: Found) -> set[str]:
+        """Names of the layers without an indexer. Raises UserError when there is nothing before one that it could share."""
+        shared, last = self.config.shared, len(found.sites) - 1
+        if wrong := [number for number in shared if not 0 < number <= last]:
+            raise UserError(f"layer {wrong[0]} cannot share a selection: expected a number from 1 to {last}")
+        return {found.sites[number].name for number in shared}
 
     def _rewrite(
         self,
@@ -122,12 +144,15 @@ class MlaToDsa(Pass):
         site: MlaSite,
         shared: dict[object, Node],
         ranges: dict[Node | None, tuple[Node, Node]],
-    ) -> Change:
+        indices: Node | None,
+    ) -> tuple[Change, Node]:
+        """The change, and the indices that the layer attends to. indices: those of an earlier layer, None for its own."""
         dense = site.core.out
         build = editor.builder(before=dense)
-        if site.padding not in ranges:
-            ranges[site.padding] = key_range(build, site)
-        indices = select(build, site, self.config, self.weights.get(site.name), ranges[site.padding], shared)
+        if indices is None:
+            if site.padding not in ranges:
+                ranges[site.padding] = key_range(build, site)
+            indices = select(build, site, self.config, self.weights.get(site.name), ranges[site.padding], shared)
         attended = build(
             torch.ops.mla2dsa.sparse_mla.default,
             query_rows(build, site, site.core.q),
@@ -139,7 +164,7 @@ class MlaToDsa(Pass):
         out = value_heads(build, site, attended)
         dense.replace_all_uses_with(out)
         editor.graph.erase_node(dense)  # SDPA counts as impure: dead code elimination alone would keep it
-        return Change(site.name, dense.name, out.name)
+        return Change(site.name, dense.name, out.name), indices
 
 
 def require_sites(found: Found, allow_partial: bool = False) -> None:
@@ -171,7 +196,7 @@ def mla_to_dsa(
 ) -> Converted:
     """Rewrite all MLA attention of `program` (left unchanged) into DSA.
 
-    weights: per layer name; None declares the new parameters without values (meta tensors), to be loaded later.
+    weights: per name of a layer that has an indexer; None declares the new parameters without values (meta tensors), to be loaded later.
     Raises UserError when no core matched, or when one was missed and `allow_partial` is not set.
     """
     from .pipeline import dsa_passes  # the list of passes names this file's

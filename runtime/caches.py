@@ -61,5 +61,6 @@ def outputs_of(manifest: Mapping[str, Any]) -> dict[str, str]:
     return {part["input"]: part["output"] for cache in manifest["caches"] for part in _parts(cache)}
 
 
-def _parts(cache: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    return cache["latent"], cache["index_key"]
+def _parts(cache: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A layer that shares the selection of an earlier one has no index keys."""
+    return [part for part in (cache["latent"], cache["index_key"]) if part is not None]

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ from .translatable import translatable
 MODEL_FILE = "model.onnx"
 LAYER = "mla2dsa.layer"  # metadata key of a node: the module it comes from
 _IR_VERSION = 10
-_LAYER_NODES = {"LightningIndexer": 1, "SparseMLA": 1, "CacheWrite": 2}  # how many a DSA layer has
+_WITHOUT_INDEXER = ("SparseMLA", "CacheWrite_1")  # a layer that attends to what an earlier one selected
+_LAYER_NODES = ("LightningIndexer", "CacheWrite_0", *_WITHOUT_INDEXER)  # index keys are written before latents
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Weights:
 
 def export_onnx(
     program: ExportedProgram,
-    layers: Sequence[str],
+    layers: Mapping[str, bool],
     outputs: Sequence[str],
     weights: Weights,
     folder: Path,
@@ -66,8 +67,9 @@ def export_onnx(
 ) -> Placement:
     """Write `folder`/model.onnx with all it needs beside it; returns where the weights went.
 
-    layers: names of the program's DSA layers in graph order. outputs: names for its outputs. functions: False leaves the local
-    functions out (a runtime then needs kernels for the nodes; TensorRT before 10.7 prefers functions to plugins).
+    layers: names of the program's DSA layers in graph order, and whether each has an indexer. outputs: names for its outputs.
+    functions: False leaves the local functions out (a runtime then needs kernels for the nodes; TensorRT before 10.7 prefers
+    functions to plugins).
     Raises UserError when an op has no ONNX form.
     """
     model = _translate(program)
@@ -127,9 +129,18 @@ def _name_interface(graph: ir.Graph, outputs: Sequence[str]) -> None:
             value.shape = ir.Shape([int(d) if isinstance(d, int) or d.isdigit() else d for d in dims])
 
 
-def _name_nodes(graph: ir.Graph, layers: Sequence[str]) -> None:
+def _names_of_ours(layers: Mapping[str, bool]) -> dict[str, Iterator[tuple[str, str]]]:
+    """(layer, name) of our nodes in graph order, by op."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for layer, indexed in layers.items():
+        for name in _LAYER_NODES if indexed else _WITHOUT_INDEXER:
+            found.setdefault(name.partition("_")[0], []).append((layer, f"{layer}/{name}"))
+    return {op: iter(names) for op, names in found.items()}
+
+
+def _name_nodes(graph: ir.Graph, layers: Mapping[str, bool]) -> None:
     """Nodes are called by module and op; ours also carry the layer as metadata. Everything else about torch goes."""
-    seen: dict[str, int] = {}
+    ours = _names_of_ours(layers)
     for number, node in enumerate(graph):
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
         modules = re.findall(r"'([^']*)'", scopes)[:-1]
@@ -137,11 +148,8 @@ def _name_nodes(graph: ir.Graph, layers: Sequence[str]) -> None:
         node.name = f"{module}/{node.op_type}_{number}" if module else f"{node.op_type}_{number}"
         node.metadata_props.clear()
         if node.domain == DOMAIN:
-            count = _LAYER_NODES.get(node.op_type)
-            if count is not None:
-                position = seen[node.op_type] = seen.get(node.op_type, -1) + 1
-                module = layers[position // count]
-                node.name = f"{module}/{node.op_type}" + (f"_{position % count}" if count > 1 else "")
+            if node.op_type in ours:
+                module, node.name = next(ours[node.op_type])
             node.metadata_props[LAYER] = module
         for output in node.outputs:
             output.metadata_props.clear()

@@ -45,9 +45,15 @@ class CachePart(Strict):
 
 
 class Cache(Strict):
+    """A layer's caches. index_key: null in a layer that attends to what the last layer before it with index keys selected."""
+
     layer: Text
     latent: CachePart
-    index_key: CachePart
+    index_key: CachePart | None
+
+    @property
+    def parts(self) -> list[CachePart]:
+        return [self.latent] if self.index_key is None else [self.latent, self.index_key]
 
 
 class Limits(Strict):
@@ -94,7 +100,9 @@ class Runnable(Manifest):
     def _consistent(self) -> Runnable:
         if len({cache.layer for cache in self.caches}) != len(self.caches):
             raise ValueError("caches: two are of one layer")
-        parts = [part for cache in self.caches for part in (cache.latent, cache.index_key)]
+        if self.caches[0].index_key is None:
+            raise ValueError("caches: the first layer has no index_key, and no layer before it has selected")
+        parts = [part for cache in self.caches for part in cache.parts]
         self._check_values("inputs", self.inputs, {part.input: part.width for part in parts}, self._tokens())
         length: Literal[1, "seq"] = 1 if self.logits == "last" else "seq"
         logits = Value(name="logits", dtype=self.dtype, shape=["batch", length, self.model.vocab_size])

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ...errors import UserError
+from ...errors import UserError, short
 from ...exporters.dsa.families import GLM, LAYOUTS, OWN, V32
 from ...files.manifests.checkpoint_manifest import CHECKPOINT_MANIFEST, is_converted, read_checkpoint_manifest
 from ...files.model.text_model import text_config
@@ -26,12 +26,19 @@ from ...passes.pipeline import cached_passes
 from ...runtime.torch_session import TorchSession
 from .capture import Capture, capture, max_length, read_config
 from .checkpoint import Checkpoint
-from .every_tensor import check_every_tensor, with_true_quantisation
+from .every_tensor import SAME_REVISION, check_every_tensor, with_true_quantisation
 from .weights import WeightSource
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 INDEXER_FIELDS = ("index_topk", "index_n_heads", "index_head_dim", "indexer_rope_interleave")
-_DSA_ONLY = (*INDEXER_FIELDS, "indexer_types", "layer_types", "mlp_bias")
+_SHARING = (
+    "indexer_types",
+    "index_topk_pattern",
+    "index_topk_freq",
+    "index_skip_topk_offset",
+)  # the first that is set counts
+_KINDS = {"F": "full", "S": "shared"}
+_DSA_ONLY = (*INDEXER_FIELDS, *_SHARING, "layer_types", "mlp_bias")
 _MAX_POSITION_EMBEDDINGS = {V32.model_type: 163840, GLM.model_type: 202752}  # their defaults; deepseek_v3's is another
 
 
@@ -155,13 +162,56 @@ def indexer_of(checkpoint: Checkpoint) -> IndexerConfig:
     for field, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise UserError(f"{file}: {field} is {size!r}, expected a positive number")
-    if set(config.get("indexer_types") or ["full"]) != {"full"} or (config.get("index_topk_freq") or 1) != 1:
-        field = "indexer_types" if config.get("indexer_types") else "index_topk_freq"
-        raise UserError(
-            f"{file}: {field} shares indexers between layers (GLM-5.2), which cannot be exported or run yet"
-        )
     interleaved = config.get("indexer_rope_interleave", config.get("model_type") == GLM.model_type)
-    return IndexerConfig(**sizes, rope_interleave=bool(interleaved))
+    return IndexerConfig(**sizes, rope_interleave=bool(interleaved), shared=shared_layers(checkpoint))
+
+
+def shared_layers(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Numbers of the layers without an indexer, which attend to what the last layer before them selected (GLM-5.2).
+
+    Read as transformers' glm_moe_dsa reads it. Raises UserError naming the field when it means no such model.
+    """
+    config, file = checkpoint.config, checkpoint.path / checkpoint.config_file
+    field, kinds = _indexer_kinds(config, file)
+    layers = config.get("num_hidden_layers")
+    kinds = kinds[:layers]
+    shared = tuple(layer for layer, kind in enumerate(kinds) if kind == "shared")
+    if shared and layout_name(config) != GLM.model_type:
+        raise UserError(
+            f"{file}: {field} shares indexers between layers, which of the classes here only {GLM.model_type} does; remove it if "
+            "every layer has an indexer"
+        )
+    if strange := sorted(set(kinds) - {"full", "shared"}):
+        raise UserError(f"{file}: {field} has {short(strange[0])!r}, expected full or shared for every layer")
+    if kinds and len(kinds) != layers:
+        raise UserError(f"{file}: {field} has {len(kinds)} layers, num_hidden_layers is {layers}; {SAME_REVISION}")
+    if shared[:1] == (0,):
+        raise UserError(
+            f"{file}: {field} has the first layer share a selection, and there is none before it; {SAME_REVISION}"
+        )
+    return shared
+
+
+def _indexer_kinds(config: Mapping[str, Any], file: Path) -> tuple[str, list[str]]:
+    """The field that says it, and `full` or `shared` per layer; nothing where every layer is full."""
+    if (listed := config.get("indexer_types")) is not None:
+        return "indexer_types", list(listed)
+    if (pattern := config.get("index_topk_pattern")) is not None:
+        if not isinstance(pattern, str | list):
+            raise UserError(f"{file}: index_topk_pattern is {short(pattern)}, expected a letter a layer, F or S")
+        return "index_topk_pattern", [_KINDS.get(str(kind), str(kind)) for kind in pattern]
+    step, first = (
+        default if (value := config.get(name)) is None else value
+        for name, default in (("index_topk_freq", 1), ("index_skip_topk_offset", 2))
+    )
+    if type(step) is not int or type(first) is not int:
+        raise UserError(
+            f"{file}: index_topk_freq is {short(step)}, index_skip_topk_offset {short(first)}: expected numbers"
+        )
+    if step <= 1:
+        return "index_topk_freq", []
+    layers = range(config.get("num_hidden_layers") or 0)
+    return "index_topk_freq", ["shared" if max(layer - first + 1, 0) % step else "full" for layer in layers]
 
 
 def open_torch_session(
@@ -173,6 +223,5 @@ def open_torch_session(
     if capacity is not None and capacity > context:
         raise UserError(f"a cache of {capacity} tokens is longer than the model's {context} positions")
     program, load = model.cached.program, model.source.loader(model.cached.program)
-    widths = {f"past_{c.latent}": c.latent_width for c in model.cached.caches}
-    widths |= {f"past_{c.index_key}": c.index_key_width for c in model.cached.caches}
+    widths = {f"past_{name}": width for cache in model.cached.caches for name, width in cache.widths.items()}
     return TorchSession(program, load, widths, batch, capacity or context, dtype, device)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...errors import UserError
 from ...kernels.spec import INDEXER_TENSORS, IndexerConfig, IndexerWeights
 from ...passes.matching.sites import MlaSite
+from .cached_model import shared_layers
 from .checkpoint import Checkpoint
 
 _SIZES = ("index_topk", "index_n_heads", "index_head_dim")
@@ -27,13 +28,24 @@ class Donor:
 
     @classmethod
     def open(cls, model: str) -> Donor:
-        """Raises UserError when `model` cannot be opened or has no indexers."""
+        """Raises UserError when `model` cannot be opened, has no indexers, or layers without one.
+
+        What a layer shares is a selection made from another layer's hidden states: there are no weights that would make it
+        from its own, and those of the layer it comes from were trained on other inputs. So none are taken for it.
+        """
         checkpoint = Checkpoint.open(model)
         config: Mapping[str, object] = checkpoint.config
         missing = [name for name in _SIZES if not isinstance(config.get(name), int)]
         if missing or not any(".indexer." in name for name in checkpoint.tensors):
             raise UserError(
                 f"{model}: no donor of indexers ({missing[0] + ' in config.json' if missing else 'indexer tensors'} missing)"
+            )
+        if shared := shared_layers(checkpoint):
+            layers = ", ".join(map(str, shared[:3])) + (" ..." if len(shared) > 3 else "")
+            raise UserError(
+                f"donor {checkpoint.path}: {len(shared)} layers ({layers}) have no indexer and share the selection of an earlier "
+                "layer (GLM-5.2), so there is nothing to take for them; take a donor with an indexer in every layer, or "
+                "--indexer closed-form"
             )
         topk, heads, width = (int(str(config[name])) for name in _SIZES)
         interleaved = bool(config.get("indexer_rope_interleave", config.get("model_type") == "glm_moe_dsa"))

@@ -20,7 +20,7 @@ _ROWS = 4096  # of two tensors that are compared at a time
 _COMPUTED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")  # tables that old checkpoints store
 _CACHE_SCALE = re.compile(r"\.self_attn\.(attn\.)?[kv]_scale$")  # for a runtime that keeps its cache in FP8
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_SAME_REVISION = "fetch config.json and the weights from the same revision"
+SAME_REVISION = "fetch config.json and the weights from the same revision"
 
 
 def with_true_quantisation(checkpoint: Checkpoint, drop_stale: bool = False) -> Checkpoint:
@@ -93,7 +93,7 @@ def _fault(checkpoint: Checkpoint, name: str, unread: list[str], shared: str | N
     )
     layer, layers = _LAYER.search(name), checkpoint.config.get("num_hidden_layers")
     if layer and isinstance(layers, int) and int(layer[1]) >= layers:
-        return f"{found}: num_hidden_layers is {layers}, and layer {layer[1]} is no multi-token-prediction layer; {_SAME_REVISION}"
+        return f"{found}: num_hidden_layers is {layers}, and layer {layer[1]} is no multi-token-prediction layer; {SAME_REVISION}"
     if name.endswith("_proj.bias"):
         return f"{found}: attention_bias is {checkpoint.config.get('attention_bias', False)}; set it to what the weights have"
-    return f"{found}; {_SAME_REVISION}, or remove the tensor if it is none of this model"
+    return f"{found}; {SAME_REVISION}, or remove the tensor if it is none of this model"

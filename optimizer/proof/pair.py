@@ -166,6 +166,8 @@ def _indexer_config(made: Checkpoint) -> IndexerConfig:
         config = indexer_of(made)
     except UserError as error:
         raise UserError(f"{error}; {CONVERT_AGAIN}") from None
+    if config.shared:
+        raise UserError(f"{file}: layers share indexers (GLM-5.2), which no conversion writes; {NOT_A_PAIR}")
     target = LAYOUTS.get(layout_name(made.config))
     interleaved = target is not None and target.interleaved
     if config.rope_interleave != interleaved:

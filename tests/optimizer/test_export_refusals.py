@@ -99,13 +99,6 @@ def test_indexer_size_is_wrong(native: Path, tmp_path: Path) -> None:
     refused(UserError, native, tmp_path / "out", "disagree with config.json", "indexer.wq_b.weight")
 
 
-def test_shared_indexers(native: Path, tmp_path: Path) -> None:
-    edit_config(native, {"indexer_types": ["shared"]})
-    refused(UserError, native, tmp_path / "out", "indexer_types")
-    edit_config(native, {"indexer_types": None, "index_topk_freq": 4})
-    refused(UserError, native, tmp_path / "out", "index_topk_freq shares indexers between layers")
-
-
 def test_dense_layers_after_sparse_ones(native: Path, tmp_path: Path) -> None:
     edit_config(native, {"num_hidden_layers": 2, "mlp_layer_types": ["sparse", "dense"]})
     refused(UserError, native, tmp_path / "out", "mlp_layer_types")
