@@ -176,14 +176,16 @@ def shared_layers(checkpoint: Checkpoint) -> tuple[int, ...]:
     layers = config.get("num_hidden_layers")
     kinds = kinds[:layers]
     shared = tuple(layer for layer, kind in enumerate(kinds) if kind == "shared")
-    if shared and layout_name(config) != GLM.model_type:
-        raise UserError(
-            f"{file}: {field} shares indexers between layers, which of the classes here only {GLM.model_type} does; remove it if "
-            "every layer has an indexer"
-        )
+    if layout_name(config) != GLM.model_type:
+        if shared:
+            raise UserError(
+                f"{file}: {field} shares indexers between layers, which of the classes here only {GLM.model_type} does; remove it "
+                "if every layer has an indexer"
+            )
+        return ()
     if strange := sorted(set(kinds) - {"full", "shared"}):
         raise UserError(f"{file}: {field} has {short(strange[0])!r}, expected full or shared for every layer")
-    if kinds and len(kinds) != layers:
+    if layers is not None and len(kinds) != layers:
         raise UserError(f"{file}: {field} has {len(kinds)} layers, num_hidden_layers is {layers}; {SAME_REVISION}")
     if shared[:1] == (0,):
         raise UserError(
@@ -193,7 +195,7 @@ def shared_layers(checkpoint: Checkpoint) -> tuple[int, ...]:
 
 
 def _indexer_kinds(config: Mapping[str, Any], file: Path) -> tuple[str, list[str]]:
-    """The field that says it, and `full` or `shared` per layer; nothing where every layer is full."""
+    """The field that says it, and `full` or `shared` per layer."""
     if (listed := config.get("indexer_types")) is not None:
         return "indexer_types", list(listed)
     if (pattern := config.get("index_topk_pattern")) is not None:
@@ -208,10 +210,8 @@ def _indexer_kinds(config: Mapping[str, Any], file: Path) -> tuple[str, list[str
         raise UserError(
             f"{file}: index_topk_freq is {short(step)}, index_skip_topk_offset {short(first)}: expected numbers"
         )
-    if step <= 1:
-        return "index_topk_freq", []
     layers = range(config.get("num_hidden_layers") or 0)
-    return "index_topk_freq", ["shared" if max(layer - first + 1, 0) % step else "full" for layer in layers]
+    return "index_topk_freq", ["shared" if max(layer - first + 1, 0) % max(step, 1) else "full" for layer in layers]
 
 
 def open_torch_session(

@@ -150,6 +150,8 @@ FAULTS: dict[str, list[tuple[Edit, str]]] = {
         (put("limits", {}), "limits.max_batch: Field required"),
         (put("model.vocab_size", 10), "outputs: logits is not what"),
         (put("caches", []), "caches: "),
+        (put("caches.0.index_key", None), "caches: the first layer has no index_key"),
+        (lambda it: it["caches"][0].pop("index_key"), "caches.0.index_key: Field required"),
         (put("caches.0.latent.width", 7), "inputs: past_latent_0 is not what"),
         (put("caches.0.latent.input", "past_x"), "not past_X and present_X of one cache"),
         (lambda it: it["caches"].append(it["caches"][0]), "two are of one layer"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import onnx
@@ -13,8 +14,11 @@ HEADS, RANK, ROPE, INDEX_HEADS, INDEX_DIM, TOPK = 128, 512, 64, 64, 128, 2048
 BF16, I64, I32 = TensorProto.BFLOAT16, TensorProto.INT64, TensorProto.INT32
 
 
-def attention_stack(layers: int) -> tuple[onnx.ModelProto, list[dict[str, Any]]]:
-    """The model, and its inputs as an export's manifest lists them. Weightless: what a layer reads is what the last one made."""
+def attention_stack(layers: int, shared: Collection[int] = ()) -> tuple[onnx.ModelProto, list[dict[str, Any]]]:
+    """The model, and its inputs as an export's manifest lists them. Weightless: what a layer reads is what the last one made.
+
+    shared: layers that attend to what the last one before them selected.
+    """
     batch, seq, length = "batch", "seq", "cache_length"
     inputs: list[dict[str, Any]] = [
         {"name": "q", "dtype": BF16, "shape": [batch, seq, HEADS, RANK + ROPE]},
@@ -32,17 +36,19 @@ def attention_stack(layers: int) -> tuple[onnx.ModelProto, list[dict[str, Any]]]
     def value(name: str, kind: int, *shape: int | str) -> None:
         values.append(helper.make_tensor_value_info(name, kind, shape))
 
-    q = "q"
+    q, indices = "q", ""
     for layer in range(layers):
-        for cache, new, width in (("past_latent", "latent", RANK + ROPE), ("past_key", "index_key", INDEX_DIM)):
+        caches = (("past_latent", "latent", RANK + ROPE), ("past_key", "index_key", INDEX_DIM))
+        for cache, new, width in caches[:1] if layer in shared else caches:
             inputs.append({"name": f"{cache}_{layer}", "dtype": BF16, "shape": [batch, length, width]})
             present = f"present_{new}_{layer}"
             ours("CacheWrite", f"layers.{layer}/CacheWrite_{new}", [f"{cache}_{layer}", new, "slots"], present)
             outputs.append(helper.make_tensor_value_info(present, BF16, [batch, length, width]))
-        of = ["index_q", f"present_index_key_{layer}", "weights", "begin", "end"]
-        ours("LightningIndexer", f"layers.{layer}/LightningIndexer", of, f"indices_{layer}", topk=TOPK)
-        value(f"indices_{layer}", I32, batch, seq, "keys")
-        of = [q, f"present_latent_{layer}", f"indices_{layer}"]
+        if layer not in shared:
+            of, indices = ["index_q", f"present_index_key_{layer}", "weights", "begin", "end"], f"indices_{layer}"
+            ours("LightningIndexer", f"layers.{layer}/LightningIndexer", of, indices, topk=TOPK)
+            value(indices, I32, batch, seq, "keys")
+        of = [q, f"present_latent_{layer}", indices]
         ours("SparseMLA", f"layers.{layer}/SparseMLA", of, f"out_{layer}", scale=192**-0.5, kv_lora_rank=RANK)
         value(f"out_{layer}", BF16, batch, seq, HEADS, RANK)
         nodes.append(helper.make_node("Pad", [f"out_{layer}", "pads"], [f"wide_{layer}"], name=f"layers.{layer}/Pad"))

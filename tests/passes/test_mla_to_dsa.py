@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -292,6 +293,22 @@ def wrong(change: str) -> Mapping[str, IndexerWeights]:
 def test_wrong_weights_are_refused(change: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         mla_to_dsa(exported("deepseek_v3", "sdpa")[1], EVERY_KEY, wrong(change))
+
+
+@pytest.mark.parametrize(
+    ("shared", "given", "message"),
+    [
+        ((0,), False, "layer 0 cannot share a selection: expected a number from 1 to 1"),
+        ((2,), False, "layer 2 cannot share a selection: expected a number from 1 to 1"),
+        ((1,), True, r"indexer weights are given for model\.layers\.1\.self_attn, which shares the selection"),
+    ],
+    ids=["first", "beyond the last", "weights"],
+)
+def test_a_layer_that_cannot_share_is_refused(shared: tuple[int, ...], given: bool, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        mla_to_dsa(
+            exported("deepseek_v3", "sdpa")[1], replace(EVERY_KEY, shared=shared), weights(EVERY_KEY) if given else None
+        )
 
 
 def test_an_indexer_too_narrow_for_the_rotary_channels_is_refused() -> None:

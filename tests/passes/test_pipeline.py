@@ -240,6 +240,13 @@ def attend_densely(work: Work) -> None:
     build(aten.scaled_dot_product_attention.default, query, query, query)
 
 
+def share_a_selection(work: Work) -> None:
+    """What a rewrite that reuses the indices of a layer where it must not would leave."""
+    first, second = (node for node in work.editor.graph.nodes if node.target is dsa.lightning_indexer.default)
+    second.replace_all_uses_with(first)
+    work.editor.graph.erase_node(second)
+
+
 def lose_a_change(work: Work) -> None:
     done = work.fact(Rewritten)
     work.add(Rewritten(done.changes[:1], done.nodes_removed, done.added))
@@ -263,6 +270,7 @@ DSA = MlaToDsa(CONFIG)
 BROKEN = [
     (FIND[:1], FindMla(), forget_a_site, "an attention is neither matched nor missed"),
     (FIND, DSA, attend_densely, "dense attention is left, expected 0"),
+    (FIND, DSA, share_a_selection, "1 of 2 layers select keys"),
     (FIND, DSA, lose_a_change, "layers got lost: 2 sites, 1 changes, 2 sparse attentions"),
     ((*FIND, DSA), AddCache(), read_past_the_cache, "a DSA op reads no cache, or one that is not given out"),
     ((*FIND, DSA), AddCache(), ask_for_a_mask, "the attention mask is still an input"),

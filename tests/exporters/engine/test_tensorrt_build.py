@@ -169,7 +169,22 @@ def test_the_plugin_may_be_inside_of_the_plan(exported: Path, tmp_path: Path, mo
 
 def test_a_stack_of_61_layers_of_real_width() -> None:
     """DeepSeek-V3's attention: 128 heads, latents of 576, 64 index heads of 128, top-k 2048."""
-    model, inputs = attention_stack(61)
+    plugins, seconds = stack_plugins(61)
+    assert seconds < 60
+    assert len(plugins) == 2 * 61 * 4
+
+
+def test_layers_that_share_a_selection() -> None:
+    """GLM-5.2: one of them is a cache of latents and an attention, which reads the indices of a layer before it."""
+    plugins, _ = stack_plugins(3, shared=(1, 2))
+    full = ["CacheWrite_latent", "CacheWrite_index_key", "LightningIndexer", "SparseMLA"]
+    names = [f"layers.{layer}/{name}" for layer in range(3) for name in (full if layer == 0 else full[::3])]
+    assert sorted(plugins) == sorted(2 * names)
+
+
+def stack_plugins(layers: int, shared: tuple[int, ...] = ()) -> tuple[list[str], float]:
+    """(ONNX names of the plugin layers of an engine with two profiles, seconds to build it)."""
+    model, inputs = attention_stack(layers, shared)
     nodes = attach(model, (90,), 1)
     backend = open_backend("tensorrt-rtx")
     profile = {"name": "prefill", "batch": [1, 1, 4], "seq": [1, 512, 512], "cache_length": [256, 4096, 131072]}
@@ -177,9 +192,7 @@ def test_a_stack_of_61_layers_of_real_width() -> None:
     plan = build_engine(
         backend, model, Path(), inputs, nodes, build_plugin(), EnginePlan([profile, {**profile, "seq": [1, 1, 1]}], ())
     )
-    assert time.monotonic() - started < 60
-    plugins = [layer for layer in plan.layers if layer.is_plugin]
-    assert len(plugins) == 2 * 61 * 4
+    return [name for layer in plan.layers if layer.is_plugin for name in layer.onnx], time.monotonic() - started
 
 
 def test_a_model_for_trtexec(exported: Path, tmp_path: Path) -> None:
