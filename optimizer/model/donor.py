@@ -43,8 +43,8 @@ class Donor:
         if shared := shared_layers(checkpoint):
             layers = ", ".join(map(str, shared[:3])) + (" ..." if len(shared) > 3 else "")
             raise UserError(
-                f"donor {checkpoint.path}: {len(shared)} layers ({layers}) have no indexer and share the selection of an earlier "
-                "layer (GLM-5.2), so there is nothing to take for them; take a donor with an indexer in every layer, or "
+                f"donor {checkpoint.path}: no indexer in {len(shared)} of its layers ({layers}), which share the selection of an "
+                "earlier one (GLM-5.2), so there is nothing to take for them; take a donor with an indexer in every layer, or "
                 "--indexer closed-form"
             )
         topk, heads, width = (int(str(config[name])) for name in _SIZES)

@@ -189,7 +189,7 @@ def test_an_indexer_in_a_layer_that_shares_is_not_left_out_silently(copy: Path) 
 def test_it_is_no_donor(made: Path) -> None:
     with pytest.raises(UserError) as caught:
         Donor.open(str(made))
-    assert_one_line(caught, made, "2 layers (1, 2) have no indexer", "earlier layer", "--indexer closed-form")
+    assert_one_line(caught, made, "no indexer in 2 of its layers (1, 2)", "an earlier one", "--indexer closed-form")
 
 
 def test_no_conversion_made_it(made: Path, copy: Path) -> None:
