@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,18 +99,23 @@ def _add_plan(commands: Any) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    from ..files.model.hub import planned_folder
     from ..optimizer.before.findings import Findings
     from ..optimizer.before.preflight import check_plan
 
     recipe = read_recipe_of(args)
-    with Findings() as found:  # before torch is imported, which takes seconds
-        check_plan(found, args.model, recipe, args.drop_stale_quantization)
+    with planned_folder(args.model) as folder:
+        with Findings() as found:  # before torch is imported, which takes seconds
+            check_plan(found, folder, recipe, args.drop_stale_quantization)
 
-    from ..optimizer.plan import prepare
+        from ..optimizer.plan import prepare
+
+        plan = prepare(folder, recipe, args.allow_partial, drop_stale=args.drop_stale_quantization).plan
+
     from .show.conversion import plan_json, show_plan
     from .show.tables import print_json
 
-    plan = prepare(args.model, recipe, args.allow_partial, drop_stale=args.drop_stale_quantization).plan
+    plan = replace(plan, model=args.model)
     print_json(plan_json(plan)) if args.json else show_plan(plan)
     return 0
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...errors import UserError, short
 from ...files.digests import file_digest
 from ...files.json_files import read_json
+from ...files.model.hub import download
 from ...files.model.model_files import is_folder
 from ...files.model.text_model import is_wrapper, text_config, text_names
 from ...files.safetensors_index import INDEX_FILE, SINGLE_FILE, TensorLocation, read_index, some
@@ -22,8 +23,6 @@ from . import dequantise
 from .config_limits import check_config
 from .packed_formats import NVFP4, PARTS, whole_weights
 from .stored_formats import FP8, PLAIN, QUANTISED, SCALES, block_of, format_fault, mtp_tensors
-
-_OTHER_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Checkpoint:
         """
         path = Path(model)
         if not is_folder(model):
-            path = _download(str(model), revision, local_files_only)
+            path = download(str(model), revision, local_files_only)
         config, tensors = read_json(path / config_file), read_index(path)
         check_config(path / config_file, config, len(tensors))
         names = text_names(config, tensors)
@@ -190,30 +189,3 @@ def _check_finite(name: str, place: TensorLocation, tensor: Tensor) -> None:
     bad = tensor.numel() - int(torch.isfinite(values).sum())
     if bad:
         raise UserError(f"{place.file}: {name} has {bad} NaN or infinite values; fetch the file again")
-
-
-def _download(model: str, revision: str | None, local_files_only: bool) -> Path:
-    from huggingface_hub import errors, snapshot_download
-
-    where = f"{model} (revision {revision})" if revision else model
-    try:
-        return Path(
-            snapshot_download(
-                model, revision=revision, local_files_only=local_files_only, ignore_patterns=_OTHER_FORMATS
-            )
-        )
-    except errors.GatedRepoError:
-        raise UserError(f"{where}: gated; ask for access on its hub page, then log in (`hf auth login`)") from None
-    except errors.RevisionNotFoundError:
-        raise UserError(f"{where}: the hub has the model but not that revision") from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(f"{where}: no such folder, and not found on the hub (private? `hf auth login`)") from None
-    except errors.HFValidationError:
-        raise UserError(f"{model}: no such folder, and not a hub id (owner/name)") from None
-    except errors.LocalEntryNotFoundError:
-        raise UserError(
-            f"{where}: not a folder, not in the hub cache, hub not reached; check name and network"
-        ) from None
-    except (errors.HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{where}: no such folder, and the hub did not answer ({reason})") from error

@@ -70,7 +70,7 @@ def test_open_names_what_is_missing(
         ("GatedRepoError", "hf auth login"),
         ("RevisionNotFoundError", "not that revision"),
         ("LocalEntryNotFoundError", "check name and network"),
-        ("OfflineModeIsEnabled", "did not answer"),
+        ("OfflineModeIsEnabled", "check name and network"),
     ],
 )
 def test_hub_errors_are_one_line(kind: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
