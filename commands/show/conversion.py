@@ -72,7 +72,7 @@ def resource_lines(needed: Resources, here: Machine) -> list[str]:
         f"predicted memory: {_gib(here.peak(needed))} ({_gib(here.resident)} this process, {parts})",
         f"comparing with transformers' models: {_gib(needed.transformers)} in place of the last of these",
         f"predicted disk for hidden states: {_gib(needed.disk)}",
-        f"predicted time: {seconds} ({needed.flops / 1e12:.1f} TFLOP, {here.rate / 1e9:.0f} GFLOP/s measured now)",
+        f"predicted time of computing: {seconds} ({needed.flops / 1e12:.1f} TFLOP, {here.rate / 1e9:.0f} GFLOP/s measured now)",
     ]
 
 
