@@ -1,4 +1,4 @@
-# mla2dsa: make install | demo | test | test-triton | test-newest | lint | clean. Everything but clean installs first, once.
+# mla2dsa: make install | demo | test | test-triton | test-slow | test-newest | lint | clean. Everything but clean installs first, once.
 # Another Python (3.11 or newer): make install PYTHON=python3.13
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ TYPED := .mypy_cache/package
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo lean test test-triton test-newest lint clean distclean
+.PHONY: install demo lean test test-triton test-slow test-newest lint clean distclean
 
 install: $(INSTALLED)
 
@@ -74,6 +74,10 @@ test-triton: install
 	  PYTHONPATH="$$folder" $(BIN)/python -c 'import triton; print("triton", triton.__version__, triton.__path__[0])'; \
 	  PYTHONPATH="$$folder" $(BIN)/pytest -n 2 -q $(TRITON_TESTS); \
 	done
+
+# What takes minutes and is no part of CI: whole conversions, held to what `plan` says of their memory.
+test-slow: install
+	MLA2DSA_SLOW_TESTS=1 $(BIN)/pytest -q tests/benchmarks/test_memory.py
 
 # The newest release of every library that we build on, whatever constraints.txt pins: what falls here will fall for users next.
 # With all that they need, in a folder put before site-packages; torch alone stays the pinned one (none of these needs it).

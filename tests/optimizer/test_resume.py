@@ -82,8 +82,15 @@ def stopped(
             process.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["ctrl-c", "term", "kill-9"])
-@pytest.mark.parametrize("stage", ["calibrating", "proving"])
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [
+        pytest.param("calibrating", signal.SIGINT, id="calibrating-ctrl-c"),
+        pytest.param("calibrating", signal.SIGKILL, id="calibrating-kill-9"),
+        pytest.param("proving", signal.SIGTERM, id="proving-term"),
+        pytest.param("proving", signal.SIGKILL, id="proving-kill-9"),
+    ],
+)
 def test_stopped_and_resumed(
     stage: str, number: signal.Signals, stopped: Callable[[str, signal.Signals], Done], tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory, fitted: list[str],

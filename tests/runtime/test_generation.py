@@ -92,6 +92,7 @@ def test_left_padding_is_hidden_by_key_begin(converted: Path) -> None:
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("converted", ["moe"], indirect=True)
 def test_bfloat16(converted: Path) -> None:
     """The stated bound: logits within 3% (relative RMS) of float32. Above index_topk for the trained model only: rounding
     changes a few selections there, and in a random model each one shows."""

@@ -50,6 +50,7 @@ def test_greedy_text_is_that_of_torch(pair: tuple[Path, Path], monkeypatch: pyte
     assert texts(session, [prompt(70, 0)], 128) == [torch_text(checkpoint, 0, 70, 128)]
 
 
+@pytest.mark.parametrize("pair", ["moe"], indirect=True)
 def test_a_ragged_batch_in_chunks(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, folder = pair
     monkeypatch.setattr(generation, "PREFILL_CHUNK", 16)
@@ -107,6 +108,7 @@ def test_a_folder_that_is_no_export(tmp_path: Path) -> None:
         OrtSession(tmp_path, batch=1)
 
 
+@pytest.mark.parametrize("pair", ["tiny-mla"], indirect=True)
 def test_pt2_generates_the_same_text(pair: tuple[Path, Path], tmp_path: Path) -> None:
     checkpoint, _ = pair
     folder = export(checkpoint, tmp_path / "pt2", format="pt2", max_seq=256).folder

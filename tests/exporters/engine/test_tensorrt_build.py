@@ -144,6 +144,7 @@ def _own(layer: dict[str, Any]) -> str | None:
     return None if "$$myelin$$" in layer["name"] else json.dumps([layer["onnx"], layer["type"], layer["profile"]])
 
 
+@pytest.mark.parametrize("exported", ["moe"], indirect=True)
 def test_the_plugin_may_be_inside_of_the_plan(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the cache: what is the same is found, what differs in one option is not, what is damaged is built again."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -136,7 +136,7 @@ class Drawn:
         return True
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=24, deadline=None, derandomize=True)
 @given(
     st.builds(
         Drawn,
