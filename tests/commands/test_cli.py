@@ -47,6 +47,7 @@ verify: {max_loss_delta: 0.5, sequences: 3}
 layout: own
 mtp: drop
 untie: true
+target: [transformers]
 """
 
 
