@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -144,9 +145,11 @@ def sequence_length(found: Streams, recipe: Recipe, context: int) -> int:
     topk = found.config.index_topk
     length = min(context, max(1024, 4 * topk))
     shortest = min(length, math.ceil(topk * _SHORTEST))
-    while length > shortest and _worst(found, length) > PASS_BUDGET:
-        length = max(shortest, length - _STEP)
-    return length
+    if _worst(found, length) <= PASS_BUDGET:
+        return length
+    lengths = [*range(length - _STEP, shortest, -_STEP), shortest]  # halving: each look goes through the whole graph
+    fits = bisect_left(lengths[:-1], True, key=lambda tokens: _worst(found, tokens) <= PASS_BUDGET)
+    return lengths[fits]
 
 
 def _worst(found: Streams, length: int) -> int:

@@ -49,7 +49,8 @@ def check_every_tensor(source: WeightSource, others: Collection[str] = ()) -> No
     checkpoint = source.checkpoint
     read = {*source.expected(), *others}
     ignored = mtp_tensors(checkpoint.config, checkpoint.tensors) | source.names.surplus()
-    unread = [name for name in checkpoint.tensors if name not in read | ignored and not _known(checkpoint, name, read)]
+    passed = read | ignored
+    unread = [name for name in checkpoint.tensors if name not in passed and not _known(checkpoint, name, read)]
     for name in unread:
         if (shared := source.shared(name)) is not None and _same(checkpoint, name, shared):
             continue
