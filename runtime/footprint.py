@@ -7,7 +7,7 @@ die, and an op that only looks at memory in another way (a view) is the memory i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..compat.aliasing import shared
 from ..compat.torch_private import expression
 from ..kernels.anchors import QUERY_ROWS
 from ..kernels.cpu import BUDGET_MB
-from ..passes.graph.graph_eval import concrete, linear_parts, symbols, value
+from ..passes.graph.graph_eval import linear_parts, symbols, value
 from .execute import Piece, PieceRunner
 
 aten = torch.ops.aten
@@ -40,37 +40,61 @@ class Footprint:
     flops: float
 
 
-def footprints(runner: PieceRunner, tokens: int, watch: Iterable[str] = ()) -> list[Footprint]:
-    """Of every piece, for one sequence of `tokens`. watch: as for `PieceRunner.run`."""
-    sizes = _Sizes(runner, tokens)
-    names = set(watch)
-    return [_footprint(piece, sizes, names) for piece in runner.pieces]
+class Footprints:
+    """Of every piece, for one sequence of any length: what does not depend on the length is looked at once.
+
+    watch: as for `PieceRunner.run`.
+    """
+
+    def __init__(self, runner: PieceRunner, watch: Iterable[str] = ()) -> None:
+        names = set(watch)
+        self._shapes = _Shapes(runner)
+        self._lives = [_lives(piece, names) for piece in runner.pieces]
+
+    def at(self, tokens: int) -> list[Footprint]:
+        sizes = _Sizes(self._shapes, tokens)
+        return [_footprint(lives, sizes) for lives in self._lives]
 
 
-class _Sizes:
-    """Shapes and bytes for one sequence. The batch is the first dim of an input, and 1; what else is open is the length."""
+class _Shapes:
+    """Shapes as formulae. The batch is the first dim of an input, and 1; what else is open is the length."""
 
-    def __init__(self, runner: PieceRunner, tokens: int) -> None:
+    def __init__(self, runner: PieceRunner) -> None:
         nodes = [node for piece in runner.pieces for node in piece.nodes]
         inputs = {source for node in nodes for source in node.all_input_nodes if source.op == "placeholder"}
         weights = {node for piece in runner.pieces for node in piece.weights}
-        batches = {s for node in inputs - weights for s in _symbols(value(node), first=True)}
-        everything = {s for node in [*nodes, *inputs] for s in _symbols(value(node))}
-        self._env: Mapping[sympy.Symbol, int] = {s: 1 if s in batches else tokens for s in everything}
-        self._known: dict[sympy.Expr, int] = {}
+        self._batches = {s for node in inputs - weights for s in _symbols(value(node), first=True)}
+        self._formulae: dict[int, tuple[Any, ...]] = {}  # by the identity of a tensor, which its node keeps
+
+    def of(self, tensor: Tensor) -> tuple[int | sympy.Expr, ...]:
+        if id(tensor) not in self._formulae:
+            sizes = (expression(size) if isinstance(size, torch.SymInt) else size for size in tensor.shape)
+            self._formulae[id(tensor)] = tuple(sizes)
+        return self._formulae[id(tensor)]
+
+    def put_in(self, formula: sympy.Expr, tokens: int) -> int:
+        env = {s: sympy.Integer(1 if s in self._batches else tokens) for s in formula.free_symbols}
+        return int(formula.xreplace(env))
+
+
+class _Sizes:
+    """Shapes and bytes for one sequence."""
+
+    def __init__(self, shapes: _Shapes, tokens: int) -> None:
+        self._shapes, self._tokens = shapes, tokens
+        self._known: dict[tuple[int | sympy.Expr, ...], list[int]] = {}
 
     def shape(self, tensor: Tensor) -> list[int]:
-        return [self._size(size) if isinstance(size, torch.SymInt) else size for size in tensor.shape]
+        formulae = self._shapes.of(tensor)
+        if formulae not in self._known:
+            self._known[formulae] = [
+                size if isinstance(size, int) else self._shapes.put_in(size, self._tokens) for size in formulae
+            ]
+        return self._known[formulae]
 
     def nbytes(self, found: Any) -> int:
         parts = found if isinstance(found, tuple | list) else (found,)
         return sum(math.prod(self.shape(t)) * t.element_size() for t in parts if isinstance(t, Tensor))
-
-    def _size(self, size: torch.SymInt) -> int:
-        key = expression(size)
-        if key not in self._known:
-            self._known[key] = concrete(size, self._env)
-        return self._known[key]
 
 
 def _symbols(found: Any, first: bool = False) -> set[sympy.Symbol]:
@@ -80,33 +104,57 @@ def _symbols(found: Any, first: bool = False) -> set[sympy.Symbol]:
     return set().union(*map(symbols, dims))
 
 
-def _footprint(piece: Piece, sizes: _Sizes, watch: set[str]) -> Footprint:
-    weights = sum(sizes.nbytes(value(node)) for node in piece.weights)
+@dataclass(frozen=True)
+class _Step:
+    """A node that runs. root: whose memory its value is (None: a weight's or an input's); dead: roots of views that end with it."""
+
+    node: Node
+    root: Node | None
+    dead: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class _Lives:
+    """A piece, and how long its values are alive. given: what it is handed by the piece before."""
+
+    piece: Piece
+    given: tuple[Node, ...]
+    steps: tuple[_Step, ...]
+    watched: tuple[Node, ...]
+
+
+def _lives(piece: Piece, watch: set[str]) -> _Lives:
     own = set(piece.nodes)
-    given = {s for node in piece.nodes for s in node.all_input_nodes if s not in own and s.op != "placeholder"}
+    given = {s: None for node in piece.nodes for s in node.all_input_nodes if s not in own and s.op != "placeholder"}
     roots = _roots([*given, *piece.nodes])
-    watched = {node for node in piece.nodes if node.name in watch and node not in piece.again}
-    users: dict[Node, int] = {}  # by root: how many of its views are alive
-    alive = sum(sizes.nbytes(value(node)) for node in given)
-    for node in given:
-        users[node] = 1
+    watched = {node: None for node in piece.nodes if node.name in watch and node not in piece.again}
+
+    def dead(node: Node) -> tuple[Node, ...]:
+        ended = (roots.get(done) for done in piece.last_use[node] if done not in watched)
+        return tuple(root for root in ended if root is not None)
+
+    return _Lives(piece, tuple(given), tuple(_Step(n, roots[n], dead(n)) for n in piece.nodes), tuple(watched))
+
+
+def _footprint(lives: _Lives, sizes: _Sizes) -> Footprint:
+    users: dict[Node, int] = dict.fromkeys(lives.given, 1)  # by root: how many of its views are alive
+    alive = sum(sizes.nbytes(value(node)) for node in lives.given)
     peak, flops = alive, 0.0
-    for node in piece.nodes:
-        root = roots[node]
-        if root is not None:
-            alive += sizes.nbytes(value(node)) if root is node else 0
-            users[root] = users.get(root, 0) + 1
-        peak = max(peak, alive + _workspace(node, sizes))
-        flops += _flops(node, sizes)
-        for done in piece.last_use[node]:
-            root = roots.get(done)
-            if root is None or done in watched:
-                continue
+    for step in lives.steps:
+        if step.root is not None:
+            alive += sizes.nbytes(value(step.node)) if step.root is step.node else 0
+            users[step.root] = users.get(step.root, 0) + 1
+        peak = max(peak, alive + _workspace(step.node, sizes))
+        flops += _flops(step.node, sizes)
+        for root in step.dead:
             users[root] -= 1
             if not users[root]:
                 alive -= sizes.nbytes(value(root))
-    seen = sum(sizes.nbytes(value(node)) for node in watched)
-    return Footprint(weights, peak, sum(sizes.nbytes(value(node)) for node in piece.alive), seen, flops)
+    weights, carried, seen = (
+        sum(sizes.nbytes(value(node)) for node in nodes)
+        for nodes in (lives.piece.weights, lives.piece.alive, lives.watched)
+    )
+    return Footprint(weights, peak, carried, seen, flops)
 
 
 def _roots(nodes: Iterable[Node]) -> dict[Node, Node | None]:

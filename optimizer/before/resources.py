@@ -25,7 +25,7 @@ from ...kernels.spec import IndexerConfig
 from ...passes.matching.sites import MlaDims
 from ...passes.mla_to_dsa import Converted
 from ...runtime.execute import PieceRunner
-from ...runtime.footprint import Footprint, footprints
+from ...runtime.footprint import Footprint, Footprints
 from ...runtime.shelf import BUDGET
 from ..indexer.closed_form import ONE_TOKENS
 from ..indexer.indexer_math import BLOCK_ELEMENTS
@@ -95,8 +95,8 @@ def this_machine() -> Machine:
 class Streams:
     """The two programs that are streamed, and the sizes that the rest follows from."""
 
-    dense: PieceRunner
-    sparse: PieceRunner
+    dense: Footprints
+    sparse: Footprints
     config: IndexerConfig
     layers: tuple[MlaDims, ...]
     parameters: int
@@ -108,9 +108,9 @@ class Streams:
         samples = max((_sample(dims, length, rows) for dims in self.layers), default=0)
         dense = [
             replace(piece, peak=piece.peak + samples + BUDGET_MB * 2**20, watched=samples)
-            for piece in footprints(self.dense, length)
+            for piece in self.dense.at(length)
         ]
-        return dense, footprints(self.sparse, length)
+        return dense, self.sparse.at(length)
 
 
 def streams(
@@ -124,7 +124,9 @@ def streams(
     dense = PieceRunner(program, _nothing, [change.before for change in converted.changes])
     sparse = PieceRunner(converted.program, _nothing, [change.after for change in converted.changes])
     count = sum(math.prod(place.shape) for place in tensors.values())
-    return Streams(dense, sparse, config, tuple(site.dims for site in converted.found.sites), count, rows)
+    return Streams(
+        Footprints(dense), Footprints(sparse), config, tuple(site.dims for site in converted.found.sites), count, rows
+    )
 
 
 def _sample(d: MlaDims, length: int, rows: int) -> int:
@@ -148,7 +150,7 @@ def sequence_length(found: Streams, recipe: Recipe, context: int) -> int:
     if _worst(found, length) <= PASS_BUDGET:
         return length
     lengths = [*range(length - _STEP, shortest, -_STEP), shortest]  # halving: each look goes through the whole graph
-    fits = bisect_left(lengths[:-1], True, key=lambda tokens: _worst(found, tokens) <= PASS_BUDGET)
+    fits: int = bisect_left(lengths[:-1], True, key=lambda tokens: _worst(found, tokens) <= PASS_BUDGET)
     return lengths[fits]
 
 

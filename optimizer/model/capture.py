@@ -20,6 +20,7 @@ from ...compat import torch_private, transformers_private
 from ...errors import UserError, short
 from ...files.model.text_model import text_config
 from . import hf_interfaces
+from .repeated_layers import NotRepeatable, alike, repeated, shortened
 
 # What the hub calls a model that transformers knows under another name.
 _ALIASES = {"kimi_k2": "deepseek_v3", "sarvam_mla": "deepseek_v3"}
@@ -60,7 +61,7 @@ def capture(
     with _quiet(), hf_interfaces.capturable_experts(hf_config):
         model = _fake_model(model_class, hf_config, attention, dtype, device)
         with _short_factors(model):
-            program = _export(model, context, device)
+            program = _export_layer_by_layer(model, hf_config, context, device)
         program = _without_fakes(program, _computed_buffers(model))
     shapes = {name: tuple(t.shape) for name, t in program.state_dict.items()}
     return Capture(program, shapes, _tied(model), context, transformers_private.naming_of(model))
@@ -159,6 +160,20 @@ def _short_factors(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in chosen:
             setattr(module, "rope_type", "longrope")  # noqa: B010
+
+
+def _export_layer_by_layer(model: torch.nn.Module, hf_config: Any, max_length: int, device: str) -> ExportedProgram:
+    """Exports no more than two of the layers that are alike, where the others can be made of them."""
+    text = hf_config.get_text_config()
+    runs = alike(model, text)
+    if runs:
+        try:
+            with shortened(model, text, runs):
+                program = _export(model, max_length, device)
+            return repeated(program, model, runs)
+        except (NotRepeatable, UserError):  # of the part; the whole says itself what is wrong with it, if anything is
+            pass
+    return _export(model, max_length, device)
 
 
 def _export(model: torch.nn.Module, max_length: int, device: str) -> ExportedProgram:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from mla2dsa.runtime.execute import PieceRunner
-from mla2dsa.runtime.footprint import Footprint, footprints
+from mla2dsa.runtime.footprint import Footprint, Footprints
 
 
 class Doubled(torch.nn.Module):
@@ -32,7 +32,7 @@ class Doubled(torch.nn.Module):
 def counted() -> Footprint:
     shapes = {"x": {0: Dim("batch", min=1, max=8), 1: Dim("seq", min=1, max=4096)}}
     program = torch.export.export(Doubled().requires_grad_(False), (torch.ones(2, 3, 8),), dynamic_shapes=shapes)
-    return footprints(PieceRunner(program), 100)[0]
+    return Footprints(PieceRunner(program)).at(100)[0]
 
 
 def test_values_live_as_long_as_their_views(counted: Footprint) -> None:
@@ -47,9 +47,9 @@ def test_weights_and_operations(counted: Footprint) -> None:
 
 def test_what_is_carried_and_watched_is_counted() -> None:
     program = families.export(families.build("deepseek_v3", num_hidden_layers=2))
-    plain = footprints(PieceRunner(program), 100)[0]
+    plain = Footprints(PieceRunner(program)).at(100)[0]
     cores = [node.name for node in program.graph.nodes if "scaled_dot_product" in node.name]
-    first, second, _ = footprints(PieceRunner(program, cores=cores), 100, watch=[cores[1]])
+    first, second, _ = Footprints(PieceRunner(program, cores=cores), [cores[1]]).at(100)
     assert first.carried >= 100 * 64 * 4  # the residual
     assert first.flops < plain.flops
     assert (first.watched, second.watched) == (0, 100 * 4 * 12 * 4)  # heads, v_head_dim, float32
@@ -58,7 +58,8 @@ def test_what_is_carried_and_watched_is_counted() -> None:
 @pytest.mark.parametrize("length", [50, 400])
 def test_it_grows_with_the_length(length: int) -> None:
     program = families.export(families.build("deepseek_v3", num_hidden_layers=2))
-    short, long = (footprints(PieceRunner(program), tokens)[0] for tokens in (length, 2 * length))
+    both = Footprints(PieceRunner(program))
+    short, long = both.at(length)[0], both.at(2 * length)[0]
     assert short.weights == long.weights
     assert 1.9 * short.peak < long.peak < 4.1 * short.peak
     assert 1.9 * short.flops < long.flops

@@ -1,0 +1,222 @@
+"""Layers that are alike are captured once and repeated in the graph: torch.export takes a third of a second for each of a model's 61.
+
+Of every run of layers that are built alike, two are exported, and what the second one's part of the graph does must be what the
+first one's does, with the first one's results in the place of what that had been given. The others are then copies of the second.
+Where anything is not as simple as that, `NotRepeatable` is raised, and the model has to be exported whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from .program_inputs import Inputs
+
+KEPT = 2  # layers of a run that are exported: one to follow another
+NUMBER = "layer_idx"  # what layers may differ in, as long as nobody reads it
+
+
+class NotRepeatable(Exception):
+    """The layers are not simply repeated."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Layers that are built alike. path: of their list in the model; first: number of the first one."""
+
+    path: str
+    first: int
+    count: int
+
+    @property
+    def exported(self) -> tuple[int, int]:
+        return self.first, self.first + 1
+
+    @property
+    def left_out(self) -> range:
+        return range(self.first + KEPT, self.first + self.count)
+
+
+def alike(model: torch.nn.Module, hf_config: Any) -> list[Run]:
+    """Runs of at least three layers that differ in nothing but their number, in the model's longest list of modules."""
+    lists = {path: module for path, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
+    if not lists:
+        return []
+    path, layers = max(lists.items(), key=lambda item: len(item[1]))
+    given = [values for _, values in _per_layer(hf_config, len(layers))]
+    kinds = [(_kind(layer), [values[number] for values in given]) for number, layer in enumerate(layers)]
+    runs, first = [], 0
+    for number in range(1, len(kinds) + 1):
+        if number == len(kinds) or kinds[number] != kinds[first]:
+            if number - first > KEPT:
+                runs.append(Run(path, first, number - first))
+            first = number
+    return runs
+
+
+def _per_layer(hf_config: Any, count: int) -> list[tuple[str, list[Any] | tuple[Any, ...]]]:
+    """Fields of a config that have a value for each layer."""
+    return [
+        (name, value)
+        for name, value in vars(hf_config).items()
+        if isinstance(value, list | tuple) and len(value) == count
+    ]
+
+
+def _kind(layer: torch.nn.Module) -> list[Any]:
+    """All that tells a layer from others, apart from its number and the values of its weights."""
+    found: list[Any] = []
+    for name, module in layer.named_modules():
+        plain = {key: _comparable(value) for key, value in vars(module).items() if key != NUMBER and key[:1] != "_"}
+        tensors = [
+            (kind, key, None if tensor is None else (tensor.shape, tensor.dtype))
+            for kind, held in (("parameter", module._parameters), ("buffer", module._buffers))
+            for key, tensor in held.items()
+        ]
+        found.append((name, type(module), plain, tensors, sorted(module._non_persistent_buffers_set)))
+    return found
+
+
+def _comparable(value: Any) -> Any:
+    """Something that is equal for equal values; objects are equal to themselves alone."""
+    if isinstance(value, int | float | str | bool | type(None) | torch.dtype):
+        return (type(value), value)
+    if isinstance(value, list | tuple):
+        return [_comparable(item) for item in value]
+    return id(value)
+
+
+class _Unread:
+    """The number of a layer that must not matter: whoever looks at it is told so."""
+
+    def _read(self, *_: Any) -> Any:
+        raise NotRepeatable("the layers' numbers are read")
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __index__ = __int__ = __float__ = _read
+    __hash__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __floordiv__ = __str__ = _read
+
+
+@contextlib.contextmanager
+def shortened(model: torch.nn.Module, hf_config: Any, runs: list[Run]) -> Iterator[None]:
+    """While it lasts, `model` has two layers of every run, with the names they have in the whole."""
+    layers = model.get_submodule(runs[0].path)
+    whole = dict(layers._modules)
+    dropped = {number for run in runs for number in run.left_out}
+    numbered = [
+        (module, getattr(module, NUMBER))
+        for run in runs
+        for number in run.exported
+        for module in whole[str(number)].modules()  # type: ignore[union-attr]
+        if hasattr(module, NUMBER)
+    ]
+    fields = _per_layer(hf_config, len(whole))
+    try:
+        for number in dropped:
+            del layers._modules[str(number)]
+        for module, _ in numbered:
+            setattr(module, NUMBER, _Unread())
+        for name, values in fields:
+            vars(hf_config)[name] = type(values)(v for number, v in enumerate(values) if number not in dropped)
+        yield
+    finally:
+        layers._modules.clear()
+        layers._modules.update(whole)
+        for module, number in numbered:
+            setattr(module, NUMBER, number)
+        vars(hf_config).update(fields)
+
+
+def repeated(program: ExportedProgram, model: torch.nn.Module, runs: list[Run]) -> ExportedProgram:
+    """The program of the whole `model`, of what `shortened` left of it. Changes `program`. Raises NotRepeatable."""
+    inputs = Inputs(program)
+    for run in runs:
+        _repeat(program, inputs, run)
+    return inputs.program_of(model)
+
+
+def _repeat(program: ExportedProgram, inputs: Inputs, run: Run) -> None:
+    before, last = (_part(program, f"{run.path}.{number}.") for number in run.exported)
+    names = [f"{run.path}.{number}." for number in run.exported]
+    _check_alike(before, last, names, inputs)
+    outside = [(node, [user for user in node.users if user not in set(last)]) for node in last]
+    template, source = last, names[1]
+    for number in run.left_out:
+        target = f"{run.path}.{number}."
+        own = {node: inputs.renamed(node, source, target) for node in inputs.of(source)}
+        new = dict(zip(before, last, strict=True)) | own  # what one layer had of the one before, the next has of it
+        copies: list[Node] = []
+        with program.graph.inserting_before(last[-1].next):
+            for node in template:
+                copy = program.graph.node_copy(node, lambda arg, new=new: new.get(arg, arg))
+                copy.meta = _moved(node.meta, source, target)
+                new[node] = copy
+                copies.append(copy)
+        last = copies
+    for (_, users), node in zip(outside, last, strict=True):
+        for user in users:
+            user.replace_input_with(template[last.index(node)], node)
+
+
+def _part(program: ExportedProgram, prefix: str) -> list[Node]:
+    """The nodes of one layer. Raises NotRepeatable where they are not one stretch of the graph."""
+    part: list[Node] = []
+    ended = False
+    for node in program.graph.nodes:
+        inside = any(f"{path}.".startswith(prefix) for path, _ in node.meta.get("nn_module_stack", {}).values())
+        if inside and ended:
+            raise NotRepeatable(f"{prefix} is in more than one place")
+        if inside:
+            part.append(node)
+        ended = bool(part) and not inside
+    if not part or any("unbacked_bindings" in node.meta for node in part):
+        raise NotRepeatable(f"{prefix} has nothing to repeat, or sizes that follow from data")
+    return part
+
+
+def _check_alike(first: list[Node], second: list[Node], names: list[str], inputs: Inputs) -> None:
+    """Raises NotRepeatable unless `second` does what `first` does, with results of `first` where that has others."""
+    ours, theirs = ({node: at for at, node in enumerate(part)} for part in (first, second))
+    given: dict[Node, Node] = {}
+
+    def same(a: Node, b: Node) -> bool:
+        if a in ours or b in theirs:
+            return ours.get(a, -1) == theirs.get(b, -2)
+        if b in ours:
+            return given.setdefault(b, a) is a
+        return a is b or inputs.name(a).removeprefix(names[0]) == inputs.name(b).removeprefix(names[1]) != ""
+
+    if [(n.op, n.target) for n in first] != [(n.op, n.target) for n in second]:
+        raise NotRepeatable("layers that are built alike do not run alike")
+    for a, b in zip(first, second, strict=True):
+        if _bare(a) != _bare(b) or not all(map(same, _nodes(a), _nodes(b))):
+            raise NotRepeatable(f"{a.name} and {b.name} differ")
+    if any(user not in ours and user not in theirs for node in first for user in node.users):
+        raise NotRepeatable("what a layer makes is read by more than the next one")
+
+
+def _nodes(node: Node) -> list[Node]:
+    found: list[Node] = []
+    map_arg((node.args, node.kwargs), found.append)
+    return found
+
+
+def _bare(node: Node) -> Any:
+    """The arguments of a node, nodes among them all the same."""
+    return map_arg((node.args, node.kwargs), lambda _: "node")
+
+
+def _moved(meta: Mapping[str, Any], source: str, target: str) -> dict[str, Any]:
+    """What is known of a node, said of another layer."""
+
+    def name(text: str) -> str:
+        return f"{text}.".replace(source, target, 1)[:-1]
+
+    stack = {name(key): (name(path), kind) for key, (path, kind) in meta["nn_module_stack"].items()}
+    return {**meta, "nn_module_stack": stack}

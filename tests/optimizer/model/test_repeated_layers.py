@@ -1,0 +1,153 @@
+"""Layers that are alike: the graph in which they are repeated is the graph that torch.export makes of the whole model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import families
+import pytest
+import torch
+from saved import captured, config_dict
+from torch.export import ExportedProgram
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from mla2dsa.optimizer.model import capture as module
+from mla2dsa.optimizer.model.capture import Capture, capture
+from mla2dsa.optimizer.model.repeated_layers import Run, alike
+
+NAMES = ("deepseek_v3", "deepseek_v2-lite", "longcat_flash", "glm4_moe_lite", "minicpm3", "mistral4", "youtu")
+LAYERS = {"num_hidden_layers": 6}
+PER_LAYER = {"longcat_flash": {"num_layers": 6}, "glm4_moe_lite": {"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 4}}
+
+
+def described(program: ExportedProgram) -> list[Any]:
+    """Every node of a graph, with the numbers of its arguments in the place of their names, and what is known of it."""
+    numbers: dict[Node, int] = {}
+    symbols: dict[str, int] = {}
+
+    def size(found: Any) -> Any:
+        return symbols.setdefault(str(found), len(symbols)) if isinstance(found, torch.SymInt) else found
+
+    found = []
+    for number, node in enumerate(program.graph.nodes):
+        numbers[node] = number
+        value = node.meta.get("val")
+        values = value if isinstance(value, tuple | list) else (value,)
+        shapes = [(tuple(map(size, v.shape)), v.dtype) if isinstance(v, torch.Tensor) else None for v in values]
+        stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+        target = node.target if node.op == "call_function" else node.op
+        found.append((target, map_arg((node.args, node.kwargs), lambda n: ("node", numbers[n])), shapes, stack))
+    return found
+
+
+def inputs(program: ExportedProgram) -> list[Any]:
+    return [(spec.kind, spec.arg.name, spec.target, spec.persistent) for spec in program.graph_signature.input_specs]
+
+
+def whole(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Capture:
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "alike", lambda *_: [])
+        return capture(config)
+
+
+def exported(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Capture, list[int]]:
+    """(capture, how many layers the model had each time torch.export was called)."""
+    seen: list[int] = []
+    export = module._export
+
+    def counting(model: torch.nn.Module, *others: Any) -> ExportedProgram:
+        seen.append(max(len(m) for m in model.modules() if isinstance(m, torch.nn.ModuleList)))
+        return export(model, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_export", counting)
+        return capture(config), seen
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_graph_is_that_of_the_whole_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_dict(name, **LAYERS, **PER_LAYER.get(name, {}))
+    found, seen = exported(config, monkeypatch)
+    expected = whole(config, monkeypatch)
+    assert len(seen) == 1
+    assert seen[0] < 6
+    assert described(found.program) == described(expected.program)
+    assert inputs(found.program) == inputs(expected.program)
+    assert found.shapes == expected.shapes
+    assert list(found.program.state_dict) == list(expected.program.state_dict)
+    assert found.program.constants.keys() == expected.program.constants.keys()
+    assert all(torch.equal(value, expected.program.constants[n]) for n, value in found.program.constants.items())
+    entries = [[entry.fqn for entry in made.program.module_call_graph] for made in (found, expected)]
+    assert entries[0] == entries[1]
+
+
+def test_layers_of_two_kinds_are_two_runs() -> None:
+    model = families.build("deepseek_v3", num_hidden_layers=8, first_k_dense_replace=3, device="meta")
+    assert alike(model, model.config) == [Run("model.layers", 0, 3), Run("model.layers", 3, 5)]
+
+
+def test_two_layers_are_not_worth_it() -> None:
+    model = families.build("deepseek_v3", num_hidden_layers=2, device="meta")
+    assert alike(model, model.config) == []
+
+
+@pytest.mark.parametrize("field", ["layer_types", "anything"])
+def test_what_config_says_of_each_layer_tells_them_apart(field: str) -> None:
+    model = families.build("deepseek_v3", num_hidden_layers=6, first_k_dense_replace=0, device="meta")
+    setattr(model.config, field, [0, 0, 0, 0, 1, 1])
+    assert alike(model, model.config) == [Run("model.layers", 0, 4)]
+
+
+def changed_forward(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
+
+    forward = DeepseekV3Attention.forward
+
+    def changed(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        out, rest = forward(self, hidden_states, *args, **kwargs)
+        return change(self, out), rest
+
+    monkeypatch.setattr(DeepseekV3Attention, "forward", changed)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda self, out: out * (1.0 + self.layer_idx),
+        lambda self, out: out if self.layer_idx in (1, 3) else out * 2.0,
+        lambda self, out: out * 0.5 if self.layer_idx == 4 else out,
+        lambda self, out: out * {3: 0.5}.get(self.layer_idx, 1.0),
+    ],
+    ids=["factor", "in", "equal", "key"],
+)
+def test_layers_that_read_their_number_are_all_exported(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed_forward(monkeypatch, change)
+    config = config_dict("deepseek_v3", **LAYERS)
+    found, seen = exported(config, monkeypatch)
+    assert seen[1:] == [6]
+    assert described(found.program) == described(whole(config, monkeypatch).program)
+
+
+def test_layers_that_remember_an_earlier_one_are_all_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first of them makes goes into all others: the third gets it from another place than the second."""
+    kept: dict[Any, torch.Tensor] = {}
+
+    def mixed(self: Any, out: torch.Tensor) -> torch.Tensor:
+        if self in kept:  # the next export
+            kept.clear()
+        kept[self] = out
+        return out + next(iter(kept.values()))
+
+    changed_forward(monkeypatch, mixed)
+    _, seen = exported(config_dict("deepseek_v3", **LAYERS, first_k_dense_replace=0), monkeypatch)
+    assert seen == [2, 6]
+
+
+def test_a_model_that_cannot_be_exported_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Any, out: torch.Tensor) -> torch.Tensor:
+        return out * float(out.sum())
+
+    changed_forward(monkeypatch, broken)
+    with pytest.raises(module.UserError, match=r"torch\.export cannot capture DeepseekV3ForCausalLM"):
+        captured(config_dict("deepseek_v3", **LAYERS))
