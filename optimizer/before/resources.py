@@ -149,8 +149,11 @@ def sequence_length(found: Streams, recipe: Recipe, context: int) -> int:
     shortest = min(length, math.ceil(topk * _SHORTEST))
     if _worst(found, length) <= PASS_BUDGET:
         return length
-    lengths = [*range(length - _STEP, shortest, -_STEP), shortest]  # halving: each look goes through the whole graph
-    fits: int = bisect_left(lengths[:-1], True, key=lambda tokens: _worst(found, tokens) <= PASS_BUDGET)
+    lengths: list[int] = [
+        *range(length - _STEP, shortest, -_STEP),
+        shortest,
+    ]  # halving: each look goes through the whole graph
+    fits = bisect_left(lengths[:-1], True, key=lambda tokens: _worst(found, tokens) <= PASS_BUDGET)
     return lengths[fits]
 
 
