@@ -19,8 +19,8 @@ from torch.export import ExportedProgram
 from ...compat import torch_private, transformers_private
 from ...errors import UserError, short
 from ...files.model.text_model import text_config
+from ...passes.graph.repeated_layers import NotRepeatable, alike, repeated, shortened
 from . import hf_interfaces
-from .repeated_layers import NotRepeatable, alike, repeated, shortened
 
 # What the hub calls a model that transformers knows under another name.
 _ALIASES = {"kimi_k2": "deepseek_v3", "sarvam_mla": "deepseek_v3"}

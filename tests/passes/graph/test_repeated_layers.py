@@ -14,7 +14,7 @@ from torch.fx.node import map_arg
 
 from mla2dsa.optimizer.model import capture as module
 from mla2dsa.optimizer.model.capture import Capture, capture
-from mla2dsa.optimizer.model.repeated_layers import Run, alike
+from mla2dsa.passes.graph.repeated_layers import Run, alike
 
 NAMES = ("deepseek_v3", "deepseek_v2-lite", "longcat_flash", "glm4_moe_lite", "minicpm3", "mistral4", "youtu")
 LAYERS = {"num_hidden_layers": 6}
