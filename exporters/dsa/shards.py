@@ -32,7 +32,7 @@ from .names import DERIVED_SHARD, ORIGINALS
 from .steps import Derived
 
 _HEADER = "header/"  # of a shard, in ORIGINALS
-_CHUNK = 16 * 2**20
+_CHUNK = 2**20  # bytes: stays in the cache; 16 MiB took up to twice the time (benchmarks/copying.py)
 
 
 def write_shard(source: Path, target: Path, without: set[str]) -> dict[str, Any]:
