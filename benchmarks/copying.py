@@ -34,7 +34,9 @@ def cp(source: Path, target: Path) -> None:
 def ours(source: Path, target: Path) -> None:
     how = writing.place_file(source, target, link=False)
     if how != "copy":
-        raise SystemExit(f"{target.parent} shares blocks with {source.parent} ({how}): choose a folder on another file system")
+        raise SystemExit(
+            f"{target.parent} shares blocks with {source.parent} ({how}): choose a folder on another file system"
+        )
 
 
 def main() -> None:
