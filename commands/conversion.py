@@ -42,7 +42,9 @@ def add_layout(command: argparse.ArgumentParser) -> None:
         "beside (default auto: deepseek_v32 where the model fits, else own)",
     )  # fmt: skip
     group.add_argument(
-        "--mtp", choices=("keep", "drop"), help="multi-token-prediction layers, which get no indexer (default keep)"
+        "--mtp",
+        choices=("keep", "drop"),
+        help="multi-token-prediction layers; only a donor has indexers for them (default keep)",
     )
     group.add_argument(
         "--untie", action="store_true", default=None, help="write lm_head out where it is tied to the embedding"

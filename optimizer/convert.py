@@ -38,6 +38,7 @@ from .indexer.progress_store import ProgressStore
 from .indexer.query_form import settle
 from .indexer.sizes import length_fault
 from .model.checkpoint import Checkpoint
+from .model.donor import Donor
 from .model.text import model_tokens
 from .model.weights import WeightSource
 from .plan import Plan, Prepared, layout_of, prepare
@@ -199,7 +200,9 @@ def _settled(job: _Job) -> _Job:
     except UserError as error:
         raise UserError(f"{prepared.checkpoint.path}: {error}") from None
     checkpoint, sizes = prepared.checkpoint, prepared.plan.indexer
-    targets = target_verdicts(checkpoint.path, checkpoint.config, checkpoint.tensors, layout, sizes)
+    targets = target_verdicts(
+        checkpoint.path, checkpoint.config, checkpoint.tensors, layout, sizes, mtp_indexers=bool(prepared.mtp_modules)
+    )
     if unmet := [one for one in targets if one.target in job.recipe.target and not one.loads]:
         raise UserError(f"--target {unmet[0].target} ({unmet[0].version}): {unmet[0]}")
     plan = replace(prepared.plan, targets=targets)
@@ -263,7 +266,7 @@ def _indexers(
 ) -> Iterator[tuple[dict[str, IndexerWeights], tuple[LayerResult, ...]]]:
     """(weights by layer name, results of the calibration); what was calibrated is kept until the block ends well."""
     if job.prepared.donor is not None:
-        yield dict(job.prepared.donor.weights(job.prepared.converted.found.sites)), ()
+        yield _donated(job.prepared, job.prepared.donor), ()
         return
     store = ProgressStore.open(out, _fingerprint(job), resume, overwrite)
     try:
@@ -279,6 +282,12 @@ def _indexers(
     finally:
         store.remove_if_empty()
     store.remove()
+
+
+def _donated(prepared: Prepared, donor: Donor) -> dict[str, IndexerWeights]:
+    sites = prepared.converted.found.sites
+    rope = sites[0].dims.qk_rope_head_dim
+    return dict(donor.weights(sites)) | {module: donor.weights_of(module, rope) for module in prepared.mtp_modules}
 
 
 def _calibrated(job: _Job, store: ProgressStore, shelf: Shelf) -> Iterator[LayerResult]:

@@ -83,7 +83,7 @@ class Plan:
 @dataclass(frozen=True)
 class Prepared:
     """A plan and what making it produced: the captured program and the rewritten one (no weights in either). layout: None where
-    the plan has a refusal."""
+    the plan has a refusal. mtp_modules: attention of multi-token-prediction layers that gets an indexer, from the donor."""
 
     plan: Plan
     checkpoint: Checkpoint
@@ -91,6 +91,7 @@ class Prepared:
     converted: Converted
     donor: Donor | None
     layout: Layout | None = None
+    mtp_modules: tuple[str, ...] = ()
 
 
 def prepare(
@@ -124,22 +125,28 @@ def prepare(
         donor.check(converted.found.sites)
     layers = tuple((site.name, site.dims) for site in converted.found.sites)
     layout, refusal = _layout(checkpoint, recipe, converted)
+    donated = donor is not None and layout is not None and layout.target is not None and layout.mtp == "keep"
+    mtp = donor.mtp_modules(checkpoint, converted.found.sites) if donor is not None and donated else ()
     plan = Plan(
         model=str(model), model_type=str(checkpoint.config.get("model_type")), indexer=config,
         source=f"donor:{recipe.donor}" if recipe.donor else recipe.indexer, layers=layers,
         misses=converted.found.misses, refusal=refusal,
-        notes=tuple(_notes(checkpoint, config, layers, recipe.mtp)), new_parameters=_new_parameters(config, layers),
+        notes=tuple(_notes(checkpoint, config, layers, recipe.mtp, bool(mtp))), new_parameters=_new_parameters(config, layers),
         context=captured.max_length, resources=_resources(source, converted, config, recipe),
-        **_written_as(checkpoint, layout, config),
+        **_written_as(checkpoint, layout, config, bool(mtp)),
     )  # fmt: skip
-    return Prepared(plan, checkpoint, captured, converted, donor, layout)
+    return Prepared(plan, checkpoint, captured, converted, donor, layout, mtp)
 
 
-def _written_as(checkpoint: Checkpoint, layout: Layout | None, config: IndexerConfig) -> dict[str, Any]:
+def _written_as(
+    checkpoint: Checkpoint, layout: Layout | None, config: IndexerConfig, mtp_indexers: bool
+) -> dict[str, Any]:
     """Fields of a Plan that say what is written."""
     if layout is None:
         return {}
-    targets = target_verdicts(checkpoint.path, checkpoint.config, checkpoint.tensors, layout, config)
+    targets = target_verdicts(
+        checkpoint.path, checkpoint.config, checkpoint.tensors, layout, config, mtp_indexers=mtp_indexers
+    )
     return {"layout": layout.name, "layout_reason": layout.why, "query_forms": layout.forms, "targets": targets}
 
 
@@ -191,13 +198,19 @@ def _new_parameters(config: IndexerConfig, layers: tuple[tuple[str, MlaDims], ..
 
 
 def _notes(
-    checkpoint: Checkpoint, config: IndexerConfig, layers: tuple[tuple[str, MlaDims], ...], mtp_wanted: str
+    checkpoint: Checkpoint,
+    config: IndexerConfig,
+    layers: tuple[tuple[str, MlaDims], ...],
+    mtp_wanted: str,
+    mtp_indexers: bool,
 ) -> list[str]:
     notes = []
     if config.index_n_heads not in (32, 64):
         notes.append(f"{config.index_n_heads} index heads: DeepGEMM (vLLM and SGLang on SM90) takes 32 or 64 only")
     mtp = mtp_tensors(checkpoint.config, checkpoint.tensors)
-    if mtp:
+    if mtp and mtp_indexers:
+        notes.append(f"{len(mtp)} tensors of multi-token-prediction layers are kept, with the donor's indexers")
+    elif mtp:
         what = "left out" if mtp_wanted == "drop" else "kept without an indexer"
         notes.append(
             f"{len(mtp)} tensors of multi-token-prediction layers are {what}: no speculative decoding with them"

@@ -23,12 +23,14 @@ _TOPK_STEP = 64
 
 @dataclass(frozen=True)
 class Facts:
-    """A checkpoint as it would be written. config: of the text model; chat_template: the model has one of its own."""
+    """A checkpoint as it would be written. config: of the text model; chat_template: the model has one of its own; mtp_indexers: its
+    multi-token-prediction layers have indexers."""
 
     config: Config
     layout: str
     query_form: str = ""
     chat_template: bool = False
+    mtp_indexers: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ _ROUTER = Requirement(
 )
 _MTP = Requirement(
     "no multi-token-prediction layer without an indexer",
-    lambda facts: not facts.config.get("num_nextn_predict_layers"),
+    lambda facts: facts.mtp_indexers or not facts.config.get("num_nextn_predict_layers"),
     "the multi-token-prediction layers have no indexer: start it without speculative decoding, or convert with --mtp drop",
     hard=False,
 )
@@ -183,11 +185,16 @@ NAMES = tuple(target.name for target in TARGETS)
 
 
 def facts_of(
-    config: Config, layout: Layout, sizes: DsaSizes, mtp_layers: int = 0, chat_template: bool = False
+    config: Config,
+    layout: Layout,
+    sizes: DsaSizes,
+    mtp_layers: int = 0,
+    chat_template: bool = False,
+    mtp_indexers: bool = False,
 ) -> Facts:
     """What would be written for a model. config: its config.json, of a wrapper the text model's."""
     words = words_of(config, layout, sizes, mtp_layers)
-    return Facts(words, layout.name, layout.forms[0] if layout.forms else "", chat_template)
+    return Facts(words, layout.name, layout.forms[0] if layout.forms else "", chat_template, mtp_indexers)
 
 
 def verdicts(facts: Facts, names: Iterable[str] = NAMES) -> tuple[Verdict, ...]:

@@ -29,12 +29,13 @@ class Written:
 
 def target_verdicts(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorLocation], layout: Layout, sizes: DsaSizes,
-    names: Iterable[str] = NAMES,
+    names: Iterable[str] = NAMES, mtp_indexers: bool = False,
 ) -> tuple[Verdict, ...]:  # fmt: skip
-    """What the targets make of a model in `folder` written so. config, tensors: its text model's."""
+    """What the targets make of a model in `folder` written so. config, tensors: its text model's; mtp_indexers: the layers of
+    multi-token prediction get indexers."""
     kept = layout.mtp == "keep" and bool(mtp_tensors(config, tensors))
     count = config.get("num_nextn_predict_layers") or 1
-    facts = facts_of(config, layout, sizes, count if kept else 0, has_chat_template(folder))
+    facts = facts_of(config, layout, sizes, count if kept else 0, has_chat_template(folder), mtp_indexers)
     return verdicts(facts, names)
 
 

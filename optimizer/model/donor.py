@@ -67,13 +67,31 @@ class Donor:
                 "layers, the same hidden_size and the same q_lora_rank"
             )
 
+    def mtp_modules(self, checkpoint: Checkpoint, sites: tuple[MlaSite, ...]) -> tuple[str, ...]:
+        """Attention modules of the multi-token-prediction layers of `checkpoint`, if this has an indexer of the right size for each
+        of them; else none. No text goes through those layers here, so there is no other way to give them one."""
+        ends = ".kv_b_proj.weight"
+        found = sorted(
+            name.removesuffix(ends) for name in checkpoint.mtp_tensors() if name.endswith(f".self_attn{ends}")
+        )
+        dims = sites[0].dims
+        shapes = IndexerWeights.shapes(self.config, dims.hidden_size, dims.q_width)
+        tensors = self.checkpoint.tensors
+        needed = [(f"{module}.indexer.{name}", shape) for module in found for name, shape in shapes.items()]
+        fits = all(name in tensors and tensors[name].shape == shape for name, shape in needed)
+        return tuple(found) if fits else ()
+
+    def weights_of(self, module: str, rope: int) -> IndexerWeights:
+        """Of one attention module: float32, half-split. rope: qk_rope_head_dim."""
+        load = partial(self.checkpoint.load, dtype=torch.float32)
+        tensors = {name: load(f"{module}.indexer.{name}") for name in INDEXER_TENSORS.values()}
+        return self._half_split(IndexerWeights.from_tensors(tensors), rope)
+
     def weights(self, sites: tuple[MlaSite, ...]) -> Iterator[tuple[str, IndexerWeights]]:
         """(layer name, float32 weights) of every site, in half-split layout. Raises UserError on a layer that does not fit."""
         self.check(sites)
         for site in sites:
-            load = partial(self.checkpoint.load, dtype=torch.float32)
-            tensors = {name: load(f"{site.name}.indexer.{name}") for name in INDEXER_TENSORS.values()}
-            yield site.name, self._half_split(IndexerWeights.from_tensors(tensors), site.dims.qk_rope_head_dim)
+            yield site.name, self.weights_of(site.name, site.dims.qk_rope_head_dim)
 
     def _half_split(self, weights: IndexerWeights, rope: int) -> IndexerWeights:
         """Interleaved rotary channels (0, 1), (2, 3) ... become (0, dr/2), (1, dr/2 + 1) ...: scores do not change."""

@@ -13,13 +13,16 @@ from safetensors.torch import load_file, save_file
 
 from mla2dsa.exporters.dsa.checkpoint import write_dsa_checkpoint
 from mla2dsa.exporters.dsa.layout import choose
-from mla2dsa.exporters.dsa.names import ORIGINALS
+from mla2dsa.exporters.dsa.names import INDEXER_SHARD, ORIGINALS
 from mla2dsa.exporters.dsa.strip import strip
 from mla2dsa.files.json_files import read_json
 from mla2dsa.files.safetensors_index import INDEX_FILE, read_index
 from mla2dsa.files.writing import write_json
 from mla2dsa.kernels.spec import IndexerConfig
+from mla2dsa.optimizer.convert import convert
 from mla2dsa.optimizer.model.stored_formats import mtp_tensors
+from mla2dsa.optimizer.plan import prepare
+from mla2dsa.optimizer.recipe import Recipe
 
 INDEXER = IndexerConfig(index_topk=48, index_n_heads=4, index_head_dim=16)
 
@@ -50,9 +53,9 @@ def dense(tmp_path: Path) -> Path:
     return folder
 
 
-def written(source: Path, out: Path, mtp: str) -> Path:
+def written(source: Path, out: Path, mtp: str, layers: int = 2) -> Path:
     config, tensors = read_json(source / "config.json"), read_index(source)
-    weights = {f"model.layers.{layer}.self_attn": indexer_weights(INDEXER, 64, 48, layer) for layer in (0, 1)}
+    weights = {f"model.layers.{layer}.self_attn": indexer_weights(INDEXER, 64, 48, layer) for layer in range(layers)}
     return write_dsa_checkpoint(
         source,
         out,
@@ -100,3 +103,19 @@ def test_transformers_loads_what_is_left(dense: Path, tmp_path: Path) -> None:
 
     _, info = DeepseekV32ForCausalLM.from_pretrained(written(dense, tmp_path / "dsa", "drop"), output_loading_info=True)
     assert not any(info.values())
+
+
+@pytest.mark.parametrize("layers", [2, 3], ids=["without", "with"])
+def test_a_donor_gives_what_it_has(layers: int, dense: Path, tmp_path: Path) -> None:
+    """DeepSeek-V3.2 has an indexer in its multi-token-prediction layer; without one, the layer stays as it is."""
+    donor, out, mtp = written(dense, tmp_path / "donor", "keep", layers), tmp_path / "dsa", "model.layers.2.self_attn"
+    planned = prepare(str(dense), Recipe(indexer="donor", donor=str(donor)))
+    assert planned.mtp_modules == (mtp,)[: layers - 2]
+    assert any("with the donor's indexers" in note for note in planned.plan.notes) == (layers == 3)
+    vllm = next(found for found in planned.plan.targets if found.target == "vllm")
+    assert any("multi-token-prediction" in warning for warning in vllm.notes) == (layers == 2)
+    convert(str(dense), out, Recipe(indexer="donor", donor=str(donor)), skip_verification=True)
+    made, given = contents(out)[INDEXER_SHARD], contents(donor)[INDEXER_SHARD]
+    assert made == given
+    assert (f"{mtp}.indexer.wk.weight" in read_index(out)) == (layers == 3)
+    assert read_json(out / "mla2dsa.json")["indexer"]["mtp_layers_without"] == [mtp][: 3 - layers]
