@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py                        # 64 and 128 heads with defaults: hours on two cores
     python benchmarks/memory.py --heads 64 --tokens 16384 --verify 1    # the same memory, fewer sequences
+    python benchmarks/memory.py --youtu --tokens 2048 --sequence-length 1024 --index-topk 256 --verify 1
     python benchmarks/memory.py --rows                 # the sizes of tiles: time and memory of attention at other values
 
 The models have few and narrow layers: what is large in them is attention, which grows with heads and tokens. Every conversion runs
@@ -40,6 +41,23 @@ def make(folder: Path, heads: int, layers: int, context: int) -> None:
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.normal_(0, parameter.shape[1] ** -0.5)
+    model.save_pretrained(folder)
+
+
+def make_youtu(folder: Path) -> None:
+    """A random YoutuForCausalLM of Youtu-LLM-2B's shape, bfloat16: 1.96 billion parameters."""
+    import torch
+    from transformers import YoutuConfig, YoutuForCausalLM
+
+    torch.manual_seed(0)
+    config = YoutuConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=6144, num_hidden_layers=32, num_attention_heads=16,
+        num_key_value_heads=16, kv_lora_rank=512, q_lora_rank=1536, qk_rope_head_dim=64, v_head_dim=128, qk_nope_head_dim=128,
+        max_position_embeddings=131072, rope_theta=1600000.0, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    model = YoutuForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
 
 
@@ -103,16 +121,20 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int)
     parser.add_argument("--index-topk", type=int)
     parser.add_argument("--verify", type=int, default=8, help="sequences of the verification")
+    parser.add_argument("--youtu", action="store_true", help="one model of Youtu-LLM-2B's shape instead")
     parser.add_argument("--rows", action="store_true", help="the sizes of tiles instead")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.rows:
         rows()
         return
-    for heads in options.heads:
+    for heads in [16] if options.youtu else options.heads:
         with tempfile.TemporaryDirectory() as folder:
             model = Path(folder) / "model"
-            make(model, heads, options.layers, options.context)
+            if options.youtu:
+                make_youtu(model)
+            else:
+                make(model, heads, options.layers, options.context)
             found = convert(model, Path(folder) / "out", options)
         if options.json:
             print(json.dumps({"heads": heads, **found}), flush=True)
