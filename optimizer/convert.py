@@ -204,7 +204,7 @@ def _settled(job: _Job) -> _Job:
         checkpoint.path, checkpoint.config, checkpoint.tensors, layout, sizes, mtp_indexers=bool(prepared.mtp_modules)
     )
     if unmet := [one for one in targets if one.target in job.recipe.target and not one.loads]:
-        raise UserError(f"--target {unmet[0].target} ({unmet[0].version}): {unmet[0]}")
+        raise UserError(f"--target {unmet[0].target} ({unmet[0].version}): {unmet[0]} ({layout.why})")
     plan = replace(prepared.plan, targets=targets)
     return replace(job, layout=layout, prepared=replace(prepared, plan=plan))
 

@@ -18,7 +18,7 @@ from .model.stored_formats import mtp_tensors
 _CONFIG = (
     "model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "q_lora_rank", "kv_lora_rank",
     "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings", "index_topk", "index_n_heads",
-    "index_head_dim",
+    "index_head_dim", "scoring_func", "topk_method",
 )  # fmt: skip
 
 

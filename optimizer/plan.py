@@ -159,8 +159,9 @@ def layout_of(checkpoint: Checkpoint, recipe: Recipe) -> Layout:
     """The layout that the recipe asks for. Raises UserError when the model cannot be written so."""
     try:
         layout = choose(
-            checkpoint.whole_config, checkpoint.whole_tensors, recipe.layout, untie=recipe.untie, mtp=recipe.mtp
-        )
+            checkpoint.whole_config, checkpoint.whole_tensors, recipe.layout, untie=recipe.untie, mtp=recipe.mtp,
+            targets=recipe.target,
+        )  # fmt: skip
         return for_targets(layout, checkpoint.whole_config, recipe.target)
     except UserError as error:
         raise UserError(f"{checkpoint.path}: {error}") from None

@@ -106,7 +106,7 @@ def verify(
         skipped.append("transformers (asked for)")
     else:
         checks += _against_transformers(pair, sequences)
-        if pair.layout.target is None:
+        if pair.layout.in_transformers is None:
             skipped.append(f"transformers above index_topk (it has no class with an indexer for {_model_type(pair)})")
         report("transformers", 1, 1)
     dense, selections = pair.runners(shelf)
@@ -154,7 +154,7 @@ def _against_transformers(pair: Pair, sequences: Sequence[Tensor]) -> list[Check
     """
     hf.refuse_if_too_large(pair.sparse.checkpoint)
     dense_class = model_class_of(read_config(pair.dense.checkpoint.config), pair.dense.checkpoint.config)
-    target = pair.layout.target
+    target = pair.layout.in_transformers
     name = target.architecture if target is not None else dense_class.__name__
     model, info = hf.load_model(pair.sparse.checkpoint, name)
     faults = [fault for fault in hf.loading_faults(info) if not _known_to_be_left_over(pair, fault)]
@@ -193,7 +193,7 @@ def _known_to_be_left_over(pair: Pair, fault: str) -> bool:
     if is_wrapper(pair.dense.checkpoint.whole_config) and is_other_part(fault.partition(": ")[2]):
         return True
     mtp = after and bool(mtp_tensors(pair.sparse.checkpoint.config, pair.sparse.checkpoint.tensors))
-    return mtp or (pair.layout.target is None and ".indexer." in fault)
+    return mtp or (pair.layout.in_transformers is None and ".indexer." in fault)
 
 
 def _equal(pair: Pair, dense: Tensor, sparse: Tensor, length: int) -> Check:

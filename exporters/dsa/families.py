@@ -41,7 +41,8 @@ class Family:
     model_types: what its config.json may say; architectures: likewise, the first one is transformers'. defaults: what the
     family's class takes for a field that is absent, wherever a DSA class takes something else. nulls: what null means to it
     where a DSA class refuses null. config: fields that are written whatever was there. folds: in this order; the query forms
-    come first, where there is no query latent. query_width: forms for models without one, the best first.
+    come first, where there is no query latent. query_forms: of making one where there is none, the best first. readers: the
+    targets whose class is what is written, where it is not every DSA class: it is written when these alone are asked for.
     """
 
     name: str
@@ -58,10 +59,14 @@ class Family:
     folds: tuple[Fold, ...] = ()
     tied: bool = False  # what an absent tie_word_embeddings means
     unties: bool = False  # a fold needs an lm_head of its own
+    query_forms: tuple[str, ...] = ("identity", "bias")
+    readers: tuple[str, ...] = ()
 
 
 # vLLM looks for e_score_correction_bias by the first, SGLang reads it too; both are what the class's router does.
 _ROUTER = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+# As (scoring_func, topk_method), DeepSeek-V2's: vLLM's DSA class obeys the two, transformers' reads neither.
+SOFTMAX_ROUTERS = (("softmax", "greedy"), ("softmax", "group_limited_greedy"))
 _SAME_AS_HEADS = {"num_key_value_heads": lambda config: config.get("num_attention_heads"), "attention_dropout": 0.0}
 # No layer has experts: the fields only have to be there for classes that read them.
 _ALL_DENSE = {
@@ -87,6 +92,11 @@ def _logits(config: Config) -> float:
     """MiniCPM3 divides the last hidden state by hidden_size / dim_model_base before lm_head; null means 1."""
     base = config.get("dim_model_base", 256)
     return 1.0 if base is None else float(base / config["hidden_size"])
+
+
+def _groups(name: str) -> Callable[[Config], Any]:
+    """vLLM's router has groups whatever topk_method says; one group of all experts is none."""
+    return lambda config: config.get(name) or 1 if config.get("topk_method") == "group_limited_greedy" else 1
 
 
 FAMILIES = (
@@ -167,9 +177,32 @@ FAMILIES = (
         tied=True,
         unties=True,
     ),
+    Family(
+        name="deepseek_v2",
+        model_types=("deepseek_v2",),
+        architectures=("DeepseekV2ForCausalLM",),
+        why=(
+            "in vLLM the class is DeepSeek-V2, too, by scoring_func and topk_method; transformers' class takes a sigmoid whatever "
+            "they say, so it cannot load this"
+        ),
+        defaults={
+            "vocab_size": 102400, "hidden_size": 4096, "intermediate_size": 11008, "moe_intermediate_size": 1407,
+            "num_hidden_layers": 32, "num_attention_heads": 32,
+            "num_key_value_heads": lambda config: config["num_attention_heads"], "n_shared_experts": 2, "n_routed_experts": 64,
+            "num_experts_per_tok": None, "routed_scaling_factor": 1.0, "q_lora_rank": 1536, "qk_nope_head_dim": 128,
+            "v_head_dim": 128, "first_k_dense_replace": 0, "topk_method": "greedy", "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2,
+        },
+        nulls=_SAME_AS_HEADS,
+        # transformers' deepseek_v2 does not read norm_topk_prob, vLLM does
+        config={"scoring_func": "softmax", "norm_topk_prob": False, "n_group": _groups("n_group"), "topk_group": _groups("topk_group")},
+        drops=("mlp_layer_types", "layer_types", "num_experts"),
+        query_forms=("identity",),  # biases are transformers' alone
+        readers=("vllm",),
+    ),
 )  # fmt: skip
 
-# Families that no DSA class fits, and what in them has no place there.
+# Families that no DSA class of transformers fits, and what in them has no place there.
 NO_CLASS = {
     "deepseek_v2": "its router takes a softmax, the DSA classes a sigmoid",
     "mistral4": "its router takes a softmax, and it scales queries beyond original_max_position_embeddings",
@@ -181,6 +214,12 @@ NO_CLASS = {
 
 # No query latent: what makes one, the one that loads everywhere first.
 QUERY_FORMS: Mapping[str, Fold] = {"identity": IdentityQuery(), "bias": BiasQuery()}
+
+
+def base_of(config: Config) -> tuple[str, str]:
+    """(model_type, class) of transformers that a DSA class's config.json without the indexers means."""
+    softmax = (config.get("scoring_func"), config.get("topk_method")) in SOFTMAX_ROUTERS
+    return ("deepseek_v2", "DeepseekV2ForCausalLM") if softmax else ("deepseek_v3", "DeepseekV3ForCausalLM")
 
 
 def family_of(config: Config) -> Family | None:

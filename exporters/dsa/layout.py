@@ -6,7 +6,7 @@ own                         the dense config and the dense tensors as they are, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,6 +51,12 @@ class Layout:
             Untie().apply(full, folding)
         return folding
 
+    @property
+    def in_transformers(self) -> DsaClass | None:
+        """The class with an indexer that transformers reads it by."""
+        others = self.family is not None and self.family.readers and "transformers" not in self.family.readers
+        return None if others else self.target
+
     def settled(self, form: str) -> Layout:
         """With the way of making a query latent decided."""
         return replace(self, forms=(form,))
@@ -63,13 +69,15 @@ def choose(
     *,
     untie: bool = False,
     mtp: str = "keep",
+    targets: Collection[str] = (),
 ) -> Layout:
-    """The layout for a model: as asked, or the first that fits. Raises UserError when what was asked for does not."""
+    """The layout for a model: as asked, or the first that fits. targets: the runtimes that it is for, none: whichever read it.
+    Raises UserError when what was asked for does not fit."""
     if reason := can_write(config):
         raise UserError(f"no DSA checkpoint can be written: {reason}")
     if asked == OWN:
         return _own("asked for", config, untie, mtp)
-    fits = _fitting(config, tensors, asked, untie, mtp)
+    fits = _not_for(config, targets) or _fitting(config, tensors, asked, untie, mtp)
     if isinstance(fits, Layout):
         return fits
     if asked != "auto":
@@ -101,6 +109,14 @@ def with_defaults(config: Config, family: Family) -> dict[str, Any]:
     return full
 
 
+def _not_for(config: Config, targets: Collection[str]) -> str | None:
+    """Why what the family's rule writes is not for all of `targets`."""
+    family = family_of(config)
+    if family is None or not family.readers or (targets and set(targets) <= set(family.readers)):
+        return None
+    return f"{_no_family(config)}; --target {','.join(family.readers)} writes what is read there alone"
+
+
 def _fitting(config: Config, tensors: Mapping[str, TensorLocation], asked: str, untie: bool, mtp: str) -> Layout | str:
     """A layout of a DSA class, or the reason why there is none."""
     family = family_of(config)
@@ -113,7 +129,7 @@ def _fitting(config: Config, tensors: Mapping[str, TensorLocation], asked: str, 
         asked if asked != "auto" else V32.model_type, family.why, family, LAYOUTS.get(asked, V32), untie=untie, mtp=mtp
     )
     forms, reasons = [], []
-    for form in QUERY_FORMS if full["q_lora_rank"] is None else ("",):
+    for form in family.query_forms if full["q_lora_rank"] is None else ("",):
         try:
             replace(made, forms=(form,) if form else ()).folding(config, tensors)
             forms.append(form)

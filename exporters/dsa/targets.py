@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .config import DsaSizes, words_of
-from .families import OWN
+from .families import OWN, SOFTMAX_ROUTERS
 from .folds import Config
 from .layout import Layout
 
@@ -88,6 +88,10 @@ def _routed(facts: Facts) -> bool:
     return bool(facts.config.get("n_routed_experts")) and (facts.config.get("first_k_dense_replace") or 0) < layers
 
 
+def _router_of(facts: Facts) -> tuple[Any, Any]:
+    return facts.config.get("scoring_func"), facts.config.get("topk_method")
+
+
 _CLASS = Requirement(
     "a DSA class in config.json (deepseek_v32 or glm_moe_dsa)",
     lambda facts: facts.layout != OWN,
@@ -137,6 +141,17 @@ _ROUTER = Requirement(
     lambda facts: not _routed(facts) or facts.config.get("topk_method") == "noaux_tc",
     "topk_method is {topk_method}, expected noaux_tc (it looks for e_score_correction_bias by it)",
 )
+_ROUTERS = Requirement(
+    "topk_method noaux_tc with scoring_func sigmoid, or (group_limited_)greedy with softmax, where there are experts",
+    lambda facts: not _routed(facts) or _router_of(facts) in (("sigmoid", "noaux_tc"), *SOFTMAX_ROUTERS),
+    "topk_method is {topk_method} and scoring_func {scoring_func}, expected noaux_tc and sigmoid, or greedy or "
+    "group_limited_greedy and softmax (it looks for e_score_correction_bias by the first)",
+)
+_SIGMOID = Requirement(
+    "no scoring_func softmax, where there are experts",
+    lambda facts: not _routed(facts) or facts.config.get("scoring_func") != "softmax",
+    "scoring_func is softmax, and its class takes a sigmoid whatever that says",
+)
 _MTP = Requirement(
     "no multi-token-prediction layer without an indexer",
     lambda facts: facts.mtp_indexers or not facts.config.get("num_nextn_predict_layers"),
@@ -158,11 +173,11 @@ _GGUF = Requirement(
 TARGETS = (
     Target(
         "transformers", "5.23", "models/deepseek_v32/modeling_deepseek_v32.py", "transformers serve {model}",
-        (_IGNORED, _Q_LATENT), ran="yes, by every conversion's verification",
+        (_IGNORED, _Q_LATENT, _SIGMOID), ran="yes, by every conversion's verification",
     ),
     Target(
         "vllm", "0.33", "vllm/models/deepseek_v32/nvidia/model.py", "vllm serve {model} --tokenizer-mode hf",
-        (_CLASS, _Q_LATENT, _UNTIED, _INDEX_WIDTH, _INDEX_HEADS, _TOPK, _FLASH_MLA, _NO_BIAS, _ROPE_YARN, _ROUTER, _MTP, _TEMPLATE),
+        (_CLASS, _Q_LATENT, _UNTIED, _INDEX_WIDTH, _INDEX_HEADS, _TOPK, _FLASH_MLA, _NO_BIAS, _ROPE_YARN, _ROUTERS, _MTP, _TEMPLATE),
         ran="its config and weight loader only, on a CPU (docs/vllm.txt): every parameter was loaded", ties=False,
     ),
     Target(
@@ -171,11 +186,11 @@ TARGETS = (
     ),
     Target(
         "tensorrt-llm", "0165a13a", "tensorrt_llm/_torch/attention_backend/sparse/dsa/indexer.py",
-        "trtllm-serve {model} --backend pytorch", (_CLASS, _Q_LATENT, _MTP),
+        "trtllm-serve {model} --backend pytorch", (_CLASS, _Q_LATENT, _SIGMOID, _MTP),
     ),
     Target(
         "mlx-lm", "0.32.2", "mlx_lm/models/deepseek_v32.py", "mlx_lm.generate --model {model} --prompt TEXT",
-        (_CLASS, _Q_LATENT, _UNTIED), ran="yes, on a CPU: logits and greedy text equal ours up to index_topk", ties=False,
+        (_CLASS, _Q_LATENT, _UNTIED, _SIGMOID), ran="yes, on a CPU: logits and greedy text equal ours up to index_topk", ties=False,
     ),
     Target(
         "llama.cpp", "no pinned version", "pull requests 23346 and 25407 (DeepSeek-V3.2, GLM-5.2)", "llama-server -m FILE.gguf", (_GGUF,)

@@ -236,7 +236,7 @@ def _check_layout(
     wanted, config = recipe or Recipe(), _dropped(model, model.whole_config, drop_stale)
     tensors = model.whole_tensors
     try:
-        layout = choose(config, tensors, wanted.layout, untie=wanted.untie, mtp=wanted.mtp)
+        layout = choose(config, tensors, wanted.layout, untie=wanted.untie, mtp=wanted.mtp, targets=wanted.target)
         layout = for_targets(layout, config, wanted.target)
     except UserError as error:
         found.add(UserError(f"{model.folder}: {error}"))
@@ -263,7 +263,9 @@ def _check_targets(found: Findings, model: _Model, recipe: Recipe, sizes: Sizes,
     """Every target that was asked for loads what would be written."""
     config = _dropped(model, model.whole_config, drop_stale)
     try:
-        layout = choose(config, model.whole_tensors, recipe.layout, untie=recipe.untie, mtp=recipe.mtp)
+        layout = choose(
+            config, model.whole_tensors, recipe.layout, untie=recipe.untie, mtp=recipe.mtp, targets=recipe.target
+        )
     except UserError:
         return  # said by `_check_layout`, or by the plan
     layout = for_targets(layout, config, recipe.target)

@@ -39,7 +39,9 @@ def settle(layout: Layout, source: WeightSource, sequence: Tensor, config: Index
     if "bias" in layout.forms:
         why = f"{layout.why}; query latent by biases, which transformers alone reads, since {off}"
         return replace(layout.settled("bias"), why=why)
-    why = f"{off}, and the query projection is quantised, so that no other can be made"
+    assert layout.family is not None
+    other = "the query projection is quantised" if "bias" in layout.family.query_forms else "biases are not read there"
+    why = f"{off}, and {other}, so that no other can be made"
     if asked != "auto":
         raise UserError(f"--layout {asked}: {why}; pass --layout own, or auto")
     return Layout(OWN, why, mtp=layout.mtp)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ...errors import UserError, short
-from ...exporters.dsa.families import GLM, LAYOUTS, OWN, V32
+from ...exporters.dsa.families import GLM, LAYOUTS, OWN, V32, base_of
 from ...files.manifests.checkpoint_manifest import CHECKPOINT_MANIFEST, is_converted, read_checkpoint_manifest
 from ...files.model.text_model import text_config
 from ...kernels.spec import IndexerConfig
@@ -86,9 +86,9 @@ def _check_every_layer(checkpoint: Checkpoint) -> None:
 def dense_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """config.json of the dense base: that of the DSA checkpoint, which is the truth about the model.
 
-    A DSA class's is told as deepseek_v3's; in the own layout it is the dense one's but for the indexer's sizes. What was edited
-    after a conversion is obeyed, as transformers obeys it. Raises UserError naming the field where deepseek_v3 cannot say it,
-    or where it contradicts what the conversion wrote.
+    A DSA class's is told as deepseek_v3's (`base_of`); in the own layout it is the dense one's but for the indexer's sizes. What
+    was edited after a conversion is obeyed, as transformers obeys it. Raises UserError naming the field where deepseek_v3 cannot
+    say it, or where it contradicts what the conversion wrote.
     """
     if fault := _contradiction(checkpoint.config, _layout_of(checkpoint)):
         raise UserError(f"{checkpoint.path / checkpoint.config_file}: {fault}")
@@ -106,7 +106,8 @@ def dense_words(dsa: Mapping[str, Any]) -> dict[str, Any]:
     if (experts := config.pop("num_experts", None)) is not None:  # the DSA classes obey it, deepseek_v3 does not
         config["n_routed_experts"] = experts
     config.setdefault("max_position_embeddings", _MAX_POSITION_EMBEDDINGS[dsa["model_type"]])
-    return {**config, "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
+    model_type, architecture = base_of(dsa)
+    return {**config, "model_type": model_type, "architectures": [architecture]}
 
 
 def layout_name(config: Mapping[str, Any]) -> str:

@@ -120,8 +120,9 @@ def _layout(base: Checkpoint, made: Checkpoint) -> Layout:
     wanted = base.config.get("tie_word_embeddings", family is not None and family.tied)
     untie = name != OWN and bool(wanted) and not tied
     kept = bool(mtp_tensors(made.config, made.tensors)) or not mtp_tensors(base.config, base.tensors)
+    mtp, readers = "keep" if kept else "drop", family.readers if family is not None else ()
     try:
-        layout = choose(base.config, base.tensors, name, untie=untie, mtp="keep" if kept else "drop")
+        layout = choose(base.config, base.tensors, name, untie=untie, mtp=mtp, targets=readers)
     except UserError as error:
         raise UserError(f"{made.path}: not made from {base.path} ({error}); {NOT_A_PAIR}") from None
     if not layout.forms:

@@ -83,8 +83,9 @@ def test_lm_head_is_written_out_for_who_does_not_tie(target: str, tied: bool, un
 
 def test_every_requirement_is_asked_by_a_condition_that_can_fail_and_hold() -> None:
     good = facts_of(V3, choose(V3, {}), SIZES)
-    bad = Facts({"attention_bias": True, "tie_word_embeddings": True, "n_routed_experts": 1, "num_hidden_layers": 1, "index_topk": 1,
-                 "num_nextn_predict_layers": 1, "rope_scaling": {"type": "longrope"}}, "own", chat_template=True)  # fmt: skip
+    bad = Facts({"attention_bias": True, "scoring_func": "softmax", "tie_word_embeddings": True, "n_routed_experts": 1,
+                 "num_hidden_layers": 1, "index_topk": 1, "num_nextn_predict_layers": 1,
+                 "rope_scaling": {"type": "longrope"}}, "own", chat_template=True)  # fmt: skip
     for target in TARGETS[:-1]:
         for one in target.requirements:
             assert one.met(good), (target.name, one.asks)
