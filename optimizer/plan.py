@@ -125,8 +125,7 @@ def prepare(
         donor.check(converted.found.sites)
     layers = tuple((site.name, site.dims) for site in converted.found.sites)
     layout, refusal = _layout(checkpoint, recipe, converted)
-    donated = donor is not None and layout is not None and layout.target is not None and layout.mtp == "keep"
-    mtp = donor.mtp_modules(checkpoint, converted.found.sites) if donor is not None and donated else ()
+    mtp = _mtp_modules(donor, layout, checkpoint, converted)
     plan = Plan(
         model=str(model), model_type=str(checkpoint.config.get("model_type")), indexer=config,
         source=f"donor:{recipe.donor}" if recipe.donor else recipe.indexer, layers=layers,
@@ -136,6 +135,15 @@ def prepare(
         **_written_as(checkpoint, layout, config, bool(mtp)),
     )  # fmt: skip
     return Prepared(plan, checkpoint, captured, converted, donor, layout, mtp)
+
+
+def _mtp_modules(
+    donor: Donor | None, layout: Layout | None, checkpoint: Checkpoint, converted: Converted
+) -> tuple[str, ...]:
+    """As `Prepared.mtp_modules`."""
+    if donor is None or layout is None or layout.target is None or layout.mtp == "drop":
+        return ()
+    return donor.mtp_modules(checkpoint, converted.found.sites)
 
 
 def _written_as(
