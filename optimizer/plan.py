@@ -108,10 +108,7 @@ def prepare(
     checkpoint before the capture, which takes a while on large models. drop_stale: a quantization_config that is not about
     these tensors is dropped instead of refused.
     """
-    checkpoint = Checkpoint.open(model)
-    if checkpoint.is_dsa():
-        raise UserError(f"{model}: already a DSA model (it has an indexer); nothing to convert")
-    checkpoint = with_true_quantisation(checkpoint, drop_stale)
+    checkpoint = _opened(model, drop_stale)
     if check is not None:
         check(checkpoint)
     captured = capture(checkpoint.config, attention)
@@ -135,6 +132,13 @@ def prepare(
         **_written_as(checkpoint, layout, config, bool(mtp)),
     )  # fmt: skip
     return Prepared(plan, checkpoint, captured, converted, donor, layout, mtp)
+
+
+def _opened(model: str, drop_stale: bool) -> Checkpoint:
+    checkpoint = Checkpoint.open(model)
+    if checkpoint.is_dsa():
+        raise UserError(f"{model}: already a DSA model (it has an indexer); nothing to convert")
+    return with_true_quantisation(checkpoint, drop_stale)
 
 
 def _mtp_modules(
