@@ -33,7 +33,7 @@ from torch import Tensor
 
 from mla2dsa.optimizer.indexer.calibrate import Calibration
 from mla2dsa.optimizer.indexer.distil import DistilSchedule
-from mla2dsa.optimizer.recipe import Distil
+from mla2dsa.optimizer.recipe import Distil, Recipe
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ class Sweep:
     def chosen(self) -> Any:
         """The value in use."""
         owner, name = self.constant.rsplit(".", 1)
-        fields: dict[str, Any] = {"DistilSchedule": DistilSchedule(1), "Distil": Distil(), "Calibration": Calibration}
+        fields: dict[str, Any] = {
+            "DistilSchedule": DistilSchedule(1), "Distil": Distil(), "Calibration": Calibration, "Recipe": Recipe()
+        }  # fmt: skip
         return getattr(fields[owner] if owner in fields else owner_of(self.constant), name)
 
     @property
@@ -63,13 +65,17 @@ def short(steps: int) -> tuple[Setting, ...]:
 FITS = (
     Sweep("indexer/closed_form.ROPE_SHARE", (0.03, 0.3, 1.0)),
     Sweep("indexer/closed_form.EIGEN_FLOOR", (1e-8, 1e-6, 1e-2)),
-    Sweep("indexer/closed_form.ONE_TOKENS", (256, 1024, 16384)),
-    Sweep("indexer/closed_form.ONE_RIDGE", (1e-4, 1e-1, 1.0)),
-    Sweep("indexer/closed_form.ONE_ROUNDS", (1, 5, 40)),
-    Sweep("indexer/closed_form.EXCESS_WEIGHTS", ((1.0,), (1.0, 0.1), (0.03,))),
-    Sweep("indexer/closed_form.MASS_FLOOR", (0.0002, 0.002, 0.2)),
-    Sweep("indexer/closed_form.UNIFORM_SHARE", (0.0, 0.01, 1.0)),
-    Sweep("indexer/closed_form.HEAD_RIDGE", (1e-6, 0.1, 1.0)),
+    Sweep("indexer/closed_form.REFIT_ROUNDS", (0, 1, 4)),
+    Sweep("indexer/closed_form.REFIT_RIDGE", (1e-4, 1e-3, 1e-1)),
+    Sweep("indexer/closed_form.REFIT_TOKENS", (1024, 8192)),
+    Sweep("indexer/head_weights.ONE_TOKENS", (256, 1024, 16384)),
+    Sweep("indexer/head_weights.ONE_RIDGE", (1e-4, 1e-1, 1.0)),
+    Sweep("indexer/head_weights.ONE_ROUNDS", (1, 5, 40)),
+    Sweep("indexer/head_weights.EXCESS_WEIGHTS", ((1.0,), (1.0, 0.1), (0.03,))),
+    Sweep("indexer/head_weights.MEND_ROUNDS", (0, 3)),
+    Sweep("indexer/head_weights.MASS_FLOOR", (0.0002, 0.002, 0.2)),
+    Sweep("indexer/head_weights.UNIFORM_SHARE", (0.0, 0.01, 1.0)),
+    Sweep("indexer/head_weights.HEAD_RIDGE", (1e-6, 0.1, 1.0)),
     Sweep("indexer/head_groups.CLUSTER_ROWS", (16, 1024), FEWER_HEADS),
     Sweep("indexer/indexer_math.BLOCK_ELEMENTS", (1 << 18, 1 << 22)),
     Sweep("Calibration.rows", (16, 32, 64)),
@@ -78,15 +84,14 @@ FITS = (
     Sweep("Distil.steps", (64, 512), DISTILLED),
     Sweep("recipe.DISTIL_SEQUENCES", (16, 32), DISTILLED),
     Sweep("DistilSchedule.warmup", (1, 32), DISTILLED),
-    Sweep("DistilSchedule.eval_every", (8, 32), DISTILLED),
     Sweep("indexer/distil.BETAS", ((0.9, 0.9), (0.9, 0.999)), DISTILLED),
     Sweep("indexer/distil.FINAL_RATE", (0.01, 1.0), DISTILLED),
     Sweep("indexer/distil.CLIP", (0.1, 10.0), DISTILLED),
     Sweep("indexer/distil.ROW_RMS", (0.015, 0.15), DISTILLED),
-    Sweep("indexer/distil.PLATEAU_STEPS", (32, 256), DISTILLED),  # 256: never ends early
-    Sweep("indexer/distil.PLATEAU_GAIN", (0.0005, 0.005), DISTILLED),
-    Sweep("indexer/distil.COOL_STEPS", (1, 64), DISTILLED),
-    Sweep("indexer/distil.ORACLE_MARGIN", (0.0, 0.02), DISTILLED),
+    Sweep("indexer/distil.SIGN_WEIGHT", (0.0, 1.0, 100.0), DISTILLED),
+    Sweep("indexer/distil.SIGN_MARGIN", (0.0, 0.2), DISTILLED),
+    Sweep("indexer/layer_fit.NEAR", (0.0, 0.01), DISTILLED),
+    Sweep("Recipe.random_share", (0.0, 0.1, 0.5), (*CLOSED, *DISTILLED)),
     Sweep("indexer/distil.FEW_STEPS_LR", (3e-4, 3e-3), short(16)),
     Sweep("indexer/distil.FEW_STEPS", (8, 32), short(32)),  # 32: the peak of 32 steps is capped
 )

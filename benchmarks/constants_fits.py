@@ -17,17 +17,19 @@ from quality import TINY, training_text
 from torch import Tensor
 
 from mla2dsa.kernels.spec import IndexerConfig, IndexerWeights
+from mla2dsa.optimizer.indexer import layer_fit
 from mla2dsa.optimizer.indexer.calibrate import Calibration, layer_samples
-from mla2dsa.optimizer.indexer.closed_form import closed_form
-from mla2dsa.optimizer.indexer.distil import DistilSchedule, distil
+from mla2dsa.optimizer.indexer.distil import DistilSchedule
+from mla2dsa.optimizer.indexer.head_weights import negative_share
 from mla2dsa.optimizer.indexer.indexer_math import index_scores, mean_recall, oracle_scores
+from mla2dsa.optimizer.indexer.layer_fit import NO_TRAINING, NOTHING_SPENT, Samples, Training, fit
 from mla2dsa.optimizer.indexer.samples import SiteMaps, SiteSample
-from mla2dsa.optimizer.model.text import load_tokenizer, random_tokens, read_tokens
+from mla2dsa.optimizer.model.text import load_tokenizer, random_tokens, read_tokens, vocabulary_sequences
 from mla2dsa.optimizer.model.weights import WeightSource
 from mla2dsa.optimizer.plan import Prepared, prepare
 from mla2dsa.optimizer.proof import baselines
 from mla2dsa.optimizer.proof.evaluate import SPARSE_MLA, on_text, program_inputs
-from mla2dsa.optimizer.recipe import CLOSED_FORM_SEQUENCES, DISTIL_SEQUENCES, Distil, read_recipe
+from mla2dsa.optimizer.recipe import CLOSED_FORM_SEQUENCES, DISTIL_SEQUENCES, Distil, Recipe, read_recipe
 from mla2dsa.passes.matching.sites import MlaSite
 from mla2dsa.passes.mla_to_dsa import Converted, mla_to_dsa
 from mla2dsa.runtime.execute import PieceRunner
@@ -56,16 +58,17 @@ def owner_of(constant: str) -> Any:
 
 @dataclass(frozen=True)
 class Setting:
-    """How the indexers of a trial are fitted. schedule: None stops at the closed form."""
+    """How the indexers of a trial are fitted. sequences: of text; schedule: None stops at the closed form."""
 
     heads: int = 8
     width: int = 24
     rows: int = 128
     sequences: int = CLOSED_FORM_SEQUENCES
+    random_share: float = Recipe().random_share
     schedule: DistilSchedule | None = None
 
     def __str__(self) -> str:
-        steps = f"distilled, at most {self.schedule.steps} steps" if self.schedule else "closed form"
+        steps = f"distilled, {self.schedule.steps} steps" if self.schedule else "closed form"
         return f"{steps}, {self.heads} heads of {self.width}, {self.sequences} sequences of {self.rows} rows"
 
 
@@ -76,13 +79,16 @@ DISTILLED = (Setting(rows=32, sequences=DISTIL_SEQUENCES, schedule=DistilSchedul
 
 @dataclass(frozen=True)
 class Layer:
-    """One MLA layer's samples, by what they are for. read: its linear maps, read off the graph again."""
+    """One MLA layer's samples, by what they are for. read: its linear maps, read off the graph again; beside: random tokens to
+    fit on, too; vocabulary: every token; random: others, which nothing is fitted on."""
 
     site: MlaSite
     read: Callable[[], SiteMaps]
     maps: SiteMaps
     fitting: list[SiteSample]
+    beside: list[SiteSample]
     selection: list[SiteSample]
+    vocabulary: list[SiteSample]
     held_out: list[SiteSample]
     random: list[SiteSample]
 
@@ -159,7 +165,8 @@ class Bench:
         step = len(self.training) // SELECTION
         chosen = range(step // 2, step * SELECTION, step)
         fitting = [ids for number, ids in enumerate(self.training) if number not in chosen]
-        groups = (fitting, [self.training[number] for number in chosen], self.held_out, noise)
+        every = vocabulary_sequences(LENGTH, 1 + len(fitting), vocabulary, seed)
+        groups = (fitting, every[1:], [self.training[number] for number in chosen], every[:1], self.held_out, noise)
         source = WeightSource(self.prepared.checkpoint, self.prepared.capture)
         how = Calibration(config, MOST_ROWS, seed=seed)
         layers = []
@@ -184,11 +191,13 @@ class Bench:
         for number, layer in enumerate(layers):
             stride = len(layer.fitting) // setting.sequences
             samples = [thinned(sample, setting.rows) for sample in layer.fitting[:: stride or 1]]
-            found[layer.name] = closed_form(layer.maps, samples, config).weights
+            beside = round(len(samples) * setting.random_share / (1 - setting.random_share))
+            samples += [thinned(sample, setting.rows) for sample in layer.beside[:beside]]
+            deciding = [thinned(sample, setting.rows) for sample in (*layer.selection, *layer.vocabulary)]
+            parts, training = Samples(samples, deciding, layer.vocabulary), NO_TRAINING
             if setting.schedule is not None:
-                schedule = replace(setting.schedule, seed=seed + number)
-                selection = [thinned(sample, setting.rows) for sample in layer.selection]
-                found[layer.name] = distil(found[layer.name], config, samples, selection, schedule).weights
+                training = Training(replace(setting.schedule, seed=seed + number), layer_fit.NEAR)
+            found[layer.name] = fit(layer.maps, parts, config, training, NOTHING_SPENT).weights
         return found, time.process_time() - start
 
     def measure(self, setting: Setting, indexers: Indexers, seconds: float, seed: int) -> Result:
@@ -199,7 +208,9 @@ class Bench:
                 mean_recall(partial(index_scores, indexers[x.name], config), x.held_out, TOPK)
                 for x in self.layers(seed)
             ]
-            negative = [below_zero(indexers[layer.name], layer.random) for layer in self.layers(seed)]
+            negative = [
+                negative_share(indexers[layer.name].weights_proj.sum(0), layer.random) for layer in self.layers(seed)
+            ]
             texts = self.on_texts(config, indexers)
             self.measured[key] = Result(sum(recalls) / len(recalls), max(negative), *texts)
         return replace(self.measured[key], seconds=seconds)
@@ -241,16 +252,11 @@ def thinned(sample: SiteSample, rows: int) -> SiteSample:
     return replace(sample, **cut)
 
 
-def below_zero(weights: IndexerWeights, samples: Sequence[SiteSample]) -> float:
-    hidden = torch.cat([sample.hidden for sample in samples])
-    return float(((hidden @ weights.weights_proj.T).sum(-1) < 0).double().mean())
-
-
-def foreign_text() -> str:
+def foreign_text(names: Sequence[str] = FOREIGN) -> str:
     import transformers
 
     models = Path(transformers.__file__).parent / "models"
-    return "\n".join((models / name / f"modeling_{name}.py").read_text() for name in FOREIGN)
+    return "\n".join((models / name / f"modeling_{name}.py").read_text() for name in names)
 
 
 def trial(constant: str, value: Any, setting: Setting) -> tuple[Setting, Mapping[str, Any]]:

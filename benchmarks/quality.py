@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mla2dsa.errors import UserError
 from mla2dsa.kernels.spec import IndexerConfig, IndexerWeights
-from mla2dsa.optimizer.convert import MOST_HELD_OUT
+from mla2dsa.optimizer.before.resources import MOST_HELD_OUT
 from mla2dsa.optimizer.indexer.calibrate import Calibration, calibrate, layer_samples
 from mla2dsa.optimizer.indexer.distil import DistilSchedule
 from mla2dsa.optimizer.indexer.indexer_math import (

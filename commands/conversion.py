@@ -25,7 +25,16 @@ def add_recipe(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--recipe", metavar="FILE", help="YAML file with any of these settings and more (docs/recipe.md)"
     )
-    group.add_argument("--indexer", metavar="SOURCE", help="closed-form (default), distil, or donor:PATH")
+    group.add_argument(
+        "--indexer", metavar="SOURCE",
+        help="auto (default: closed form, then distillation where that leaves a gap and there is text), closed-form, distil, or "
+        "donor:PATH",
+    )  # fmt: skip
+    group.add_argument(
+        "--budget",
+        metavar="AMOUNT",
+        help="what distillation may take in all: 10m, 1.5h, '500000 tokens' or '2000 steps'",
+    )
     group.add_argument("--index-topk", type=int, metavar="K", help="past tokens each query attends to (default 2048)")
     group.add_argument(
         "--index-n-heads", type=int, metavar="H", help="index heads (default: the model's heads, at most 64)"
@@ -71,6 +80,7 @@ def read_recipe_of(args: argparse.Namespace) -> Any:
 
     fields = (
         "indexer",
+        "budget",
         "index_topk",
         "index_n_heads",
         "index_head_dim",
@@ -123,7 +133,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _add_convert(commands: Any) -> None:
-    example = "mla2dsa convert ./model ./model-dsa --indexer distil --calibration ./texts"
+    example = "mla2dsa convert ./model ./model-dsa --calibration ./texts --budget 30m"
     command = command_parser(
         commands,
         "convert",
@@ -141,7 +151,7 @@ def _add_convert(commands: Any) -> None:
         "--calibration", metavar="PATH", help="text file, folder of text, or .jsonl (default: random tokens)"
     )
     command.add_argument(
-        "--tokens", type=int, metavar="N", help="how much of it to use (default 16 sequences; 64 for distil)"
+        "--tokens", type=int, metavar="N", help="how much of it to use (default 64 sequences; 16 for closed-form)"
     )
     command.add_argument("--device", default="cpu", help="where the model is streamed through (default cpu)")
     existing = command.add_mutually_exclusive_group()

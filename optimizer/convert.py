@@ -12,10 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from .. import __version__
-from ..errors import UsageError, UserError
+from ..errors import UserError
 from ..exporters.dsa.checkpoint import write_dsa_checkpoint
 from ..exporters.dsa.layout import Layout
 from ..exporters.dsa.names import UNPROVEN_CONFIG, file_names
@@ -26,29 +24,26 @@ from ..files.staging import InTheWay, check_target, claim
 from ..kernels.spec import IndexerWeights
 from ..runtime.shelf import Shelf
 from .before.binding import target_verdicts
+from .before.cuts import Sequences, cut_text
 from .before.findings import Findings
 from .before.preflight import check_conversion
-from .before.resources import Resources, default_sequences
+from .before.resources import Resources
 from .before.resources import refuse_if_too_large as refuse_conversion
 from .before.space import existing_parent
 from .environment import usable_device
 from .indexer.calibrate import Calibration, LayerResult, calibrate
 from .indexer.distil import DistilSchedule
+from .indexer.layer_fit import NEAR, Budget, Training
 from .indexer.progress_store import ProgressStore
 from .indexer.query_form import settle
-from .indexer.sizes import length_fault
 from .model.checkpoint import Checkpoint
 from .model.donor import Donor
-from .model.text import model_tokens
 from .model.weights import WeightSource
 from .plan import Plan, Prepared, layout_of, prepare
 from .proof.pair import open_pair
 from .proof.transformers_check import refuse_if_too_large
-from .recipe import WRITTEN, Recipe
+from .recipe import WRITTEN, Recipe, read_budget
 from .verify import Verification, verify
-
-HELD_OUT = 8  # one sequence in so many is kept for choosing the snapshot, as many for the verification
-MOST_HELD_OUT = 4
 
 
 @dataclass(frozen=True)
@@ -75,22 +70,12 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class _Sequences:
-    """calibration: fitted on. selection: chooses the snapshot. proof: the verification's, never seen before it."""
-
-    calibration: list[Tensor]
-    selection: list[Tensor]
-    proof: list[Tensor]
-    origin: str
-
-
-@dataclass(frozen=True)
 class _Job:
     """What stays the same from the plan to the report."""
 
     prepared: Prepared
     recipe: Recipe
-    sequences: _Sequences
+    sequences: Sequences
     device: str
     tell: Listener
     remote_code: Sequence[str]  # that the tokenizer is made of, and was allowed to run
@@ -185,7 +170,7 @@ def _job(
     allow_partial: bool = False,
 ) -> _Job:
     code = remote_tokenizer(prepared.checkpoint.path) if trust_remote_code and recipe.calibration else []
-    sequences = _sequences(prepared, recipe, trust_remote_code)
+    sequences = cut_text(prepared, recipe, trust_remote_code)
     return _Job(prepared, recipe, sequences, device, tell, code, allow_partial)
 
 
@@ -233,7 +218,7 @@ def dry_run(
         model, recipe, allow_partial, check=lambda checkpoint: _check_before_work(checkpoint, out, recipe, resume, overwrite),
         drop_stale=drop_stale,
     )  # fmt: skip
-    _sequences(prepared, recipe, trust_remote_code)
+    cut_text(prepared, recipe, trust_remote_code)
     return prepared.plan
 
 
@@ -292,14 +277,12 @@ def _donated(prepared: Prepared, donor: Donor) -> dict[str, IndexerWeights]:
 
 def _calibrated(job: _Job, store: ProgressStore, shelf: Shelf) -> Iterator[LayerResult]:
     recipe, tell, finished = job.recipe, job.tell, store.load()
-    schedule = (
-        DistilSchedule(recipe.distil.steps, recipe.distil.lr, seed=recipe.seed) if recipe.indexer == "distil" else None
-    )
+    cut, training = job.sequences, _training(recipe, len(job.prepared.plan.layers))
     results = calibrate(
         WeightSource(job.prepared.checkpoint, job.prepared.capture, job.device),
-        job.sequences.calibration, job.sequences.selection,
-        Calibration(job.prepared.plan.indexer, recipe.rows, schedule, recipe.seed, job.allow_partial), finished, tell.on_step,
-        lambda done, total: tell.on_progress("calibrate", done, total), shelf,
+        cut.calibration + cut.beside, cut.selection,
+        Calibration(job.prepared.plan.indexer, recipe.rows, training, recipe.seed, job.allow_partial), finished, tell.on_step,
+        lambda done, total: tell.on_progress("calibrate", done, total), shelf, cut.vocabulary,
     )  # fmt: skip
     for result in results:
         resumed = result.name in finished
@@ -307,6 +290,14 @@ def _calibrated(job: _Job, store: ProgressStore, shelf: Shelf) -> Iterator[Layer
             store.save(result)
         tell.on_layer(result, resumed)
         yield result
+
+
+def _training(recipe: Recipe, layers: int) -> Training:
+    if not recipe.distils:
+        return Training(why="as asked" if recipe.indexer == "closed-form" else "no calibration text to train on")
+    schedule = DistilSchedule(recipe.distil.steps, recipe.distil.lr, seed=recipe.seed)
+    budget = None if recipe.budget is None else Budget(*read_budget(recipe.budget), layers)
+    return Training(schedule, NEAR if recipe.indexer == "auto" else None, budget)
 
 
 def _proved(job: _Job, folder: Path, skip_transformers: bool, shelf: Shelf) -> Verification:
@@ -329,47 +320,12 @@ def _dropped(checkpoint: Checkpoint) -> tuple[str, ...]:
     return tuple(name for name in read_json(checkpoint.path / CONFIG) if name not in checkpoint.whole_config)
 
 
-def _sequences(prepared: Prepared, recipe: Recipe, trust_remote_code: bool) -> _Sequences:
-    """Cut the text: most of it calibrates; sequences spread over it choose the snapshot and prove the result."""
-    topk, context = prepared.plan.indexer.index_topk, prepared.plan.context
-    length = prepared.plan.resources.sequence_length
-    if fault := length_fault(length, topk, context):
-        raise UsageError(fault)
-    wanted = recipe.tokens or length * default_sequences(recipe)
-    held = recipe.verify.sequences + MOST_HELD_OUT
-    count = wanted + held * length
-    text = model_tokens(prepared.checkpoint, recipe.calibration, count, recipe.seed, trust_remote_code)
-    if recipe.sequence_length is None:
-        length = min(length, len(text.ids) // 3)
-    if length <= topk + 1:
-        raise UserError(
-            f"{text.origin}: {len(text.ids)} tokens, expected at least {3 * (topk + 2)} "
-            f"(three sequences longer than index_topk {topk}); give more text"
-        )
-    everything = text.sequences(length)
-    if len(everything) < 3:
-        raise UserError(
-            f"{text.origin}: {len(text.ids)} tokens, expected at least three sequences of {length}; give more text"
-        )
-    proof = max(1, min(recipe.verify.sequences, len(everything) // HELD_OUT))
-    selection = max(1, min(MOST_HELD_OUT, len(everything) // HELD_OUT))
-    held_out = _spread(everything, proof + selection)
-    rest = [sequence for sequence in everything if not any(sequence is other for other in held_out)]
-    chosen = _spread(held_out, selection)
-    proving = [sequence for sequence in held_out if not any(sequence is other for other in chosen)]
-    return _Sequences(_spread(rest, max(1, min(len(rest), wanted // length))), chosen, proving, text.origin)
-
-
-def _spread(items: list[Tensor], count: int) -> list[Tensor]:
-    """`count` of the items, evenly spaced: a text's end is often unlike the rest of it."""
-    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
-
-
 def _fingerprint(job: _Job, also: Sequence[str] = ()) -> str:
     """Of everything the indexers depend on. also: settings of the recipe beside."""
     digest = hashlib.sha256(f"{__version__} {job.prepared.checkpoint.fingerprint()}".encode())
     digest.update(json.dumps(job.recipe.model_dump(exclude={"verify", *WRITTEN} - set(also)), sort_keys=True).encode())
-    for sequence in job.sequences.calibration + job.sequences.selection:
+    cut = job.sequences
+    for sequence in cut.calibration + cut.beside + cut.selection + cut.vocabulary:
         digest.update(sequence.numpy().tobytes())
     return digest.hexdigest()
 
@@ -390,6 +346,7 @@ def _report(
             "sequences": len(fitted),
             "sequence_length": len(text.proof[0]),
             "tokens": sum(len(sequence) for sequence in fitted),
+            "random_sequences": len(text.beside),
         },
         "layers": [layer.summary() for layer in layers],
         "verification": proof[0].to_json() if proof else None,

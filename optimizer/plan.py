@@ -21,6 +21,7 @@ from .model.checkpoint import Checkpoint
 from .model.donor import Donor
 from .model.every_tensor import check_every_tensor, with_true_quantisation
 from .model.stored_formats import mtp_tensors
+from .model.text import vocabulary_size
 from .model.weights import WeightSource
 from .recipe import Recipe
 
@@ -164,7 +165,7 @@ def _written_as(
 
 def _resources(source: WeightSource, converted: Converted, config: IndexerConfig, recipe: Recipe) -> Resources:
     streamed = streams(source.capture.program, converted, config, recipe.rows, source.checkpoint.tensors)
-    return resources(streamed, recipe, source.capture.max_length)
+    return resources(streamed, recipe, source.capture.max_length, vocabulary_size(source.checkpoint))
 
 
 def layout_of(checkpoint: Checkpoint, recipe: Recipe) -> Layout:

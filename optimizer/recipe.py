@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,7 +33,29 @@ def _path(value: str) -> str:
     return value
 
 
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}  # seconds
+_BUDGET = re.compile(r"(\d{1,12}(?:\.\d{1,6})?) *(s|m|h|tokens|steps)")
+
+
+def read_budget(text: str) -> tuple[float, Literal["seconds", "tokens", "steps"]]:
+    """What `10m`, `500000 tokens` or `2000 steps` says. Raises ValueError for anything else, and for nothing."""
+    found = _BUDGET.fullmatch(text)
+    if found is None or float(found[1]) == 0:
+        raise ValueError("expected a time (90s, 10m, 1.5h), tokens (500000 tokens) or steps (2000 steps)")
+    amount, unit = float(found[1]), found[2]
+    if unit in _UNITS:
+        return amount * _UNITS[unit], "seconds"
+    return amount, "tokens" if unit == "tokens" else "steps"
+
+
+def _budget(value: Any) -> str:
+    text = str(value).strip()
+    read_budget(text)
+    return text
+
+
 FilePath = Annotated[str, AfterValidator(_path)]  # or a hub id
+BudgetText = Annotated[str, BeforeValidator(_budget)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 
 
@@ -62,8 +85,9 @@ WRITTEN = ("layout", "mtp", "untie", "target")  # how the result is written, whi
 class Recipe(_Strict):
     """What the user asks for. None means: chosen from the model (see `docs/recipe.md`)."""
 
-    indexer: Literal["closed-form", "distil", "donor"] = "closed-form"
+    indexer: Literal["auto", "closed-form", "distil", "donor"] = "auto"
     donor: FilePath | None = None
+    budget: BudgetText | None = None
     index_topk: Count | None = None
     index_n_heads: Count | None = None
     index_head_dim: Count | None = None
@@ -71,6 +95,7 @@ class Recipe(_Strict):
     tokens: Count | None = None
     sequence_length: int | None = Field(default=None, ge=2, lt=2**31)
     rows: Count = 128  # swept by benchmarks/constants.py
+    random_share: Number = Field(default=0.25, ge=0, le=0.9)  # swept by benchmarks/constants.py
     seed: int = Field(default=0, ge=0, lt=2**32)
     distil: Distil = Distil()
     verify: Verify = Verify()
@@ -84,6 +109,28 @@ class Recipe(_Strict):
         if (self.indexer == "donor") != (self.donor is not None):
             raise ValueError("donor needs a path (donor:PATH), and no other source takes one")
         return self
+
+    @model_validator(mode="after")
+    def _budget_is_spent(self) -> Recipe:
+        if self.budget is not None and self.indexer not in ("auto", "distil"):
+            raise ValueError(f"{self.indexer} does not train, a budget is for auto and distil")
+        return self
+
+    @property
+    def distils(self) -> bool:
+        """auto trains on text alone: on random tokens nothing would show what that does to text."""
+        return self.indexer == "distil" or (self.indexer == "auto" and self.calibration is not None)
+
+    @property
+    def sequences(self) -> int:
+        """Of text, where `tokens` does not say."""
+        return DISTIL_SEQUENCES if self.distils else CLOSED_FORM_SEQUENCES
+
+    def random_beside(self, sequences: int) -> int:
+        """Sequences of random tokens that go with so many of text, to make `random_share` of all."""
+        if self.calibration is None:
+            return 0  # they are random already
+        return round(sequences * self.random_share / (1 - self.random_share))
 
 
 def read_recipe(file: str | None, flags: Mapping[str, Any]) -> Recipe:

@@ -105,8 +105,9 @@ def show_layers(layers: Sequence[LayerResult], report: Mapping[str, Any]) -> Non
     if not layers:
         return
     used = report["calibration"]
+    beside = f" and {used['random_sequences']} of random tokens" if used["random_sequences"] else ""
     print(
-        f"calibrated on {used['tokens']} tokens of {used['text']} ({used['sequences']} sequences of {used['sequence_length']})"
+        f"calibrated on {used['tokens']} tokens of {used['text']} ({used['sequences']} sequences of {used['sequence_length']}){beside}"
     )
     if used["text"] == RANDOM:
         print(
@@ -117,6 +118,12 @@ def show_layers(layers: Sequence[LayerResult], report: Mapping[str, Any]) -> Non
         numbers = (layer.recall, layer.closed_form_recall, layer.oracle, layer.window)
         rows.add_row(layer.name, *(f"{number:.3f}" for number in numbers), str(layer.steps))
     print_table(rows)
+    for layer in layers:
+        print(f"{layer.name}: {layer.indexer}, {layer.why}")
+        if layer.negative:
+            print(
+                f"  head weights sum below zero on {layer.negative:.2%} of the vocabulary: there the selection is turned round"
+            )
 
 
 def show_verification(result: Verification, layers: bool = True) -> None:
@@ -219,5 +226,8 @@ class Progress:
         self._bars.update(self._tasks["distil"], description=f"distilling {layer}: step {step}, KL {loss:.3f}")
 
     def _layer(self, result: LayerResult, resumed: bool) -> None:
-        line = f"{result.name}: captures {result.recall:.3f} of the attention mass (oracle {result.oracle:.3f}, window {result.window:.3f})"
+        line = (
+            f"{result.name}: captures {result.recall:.3f} of the attention mass (oracle {result.oracle:.3f}, window "
+            f"{result.window:.3f}), {result.indexer}"
+        )
         self._console.print(line + (", kept from before" if resumed else ""), soft_wrap=True, markup=False)

@@ -27,10 +27,11 @@ from ...passes.mla_to_dsa import Converted
 from ...runtime.execute import PieceRunner
 from ...runtime.footprint import Footprint, Footprints
 from ...runtime.shelf import BUDGET
-from ..indexer.closed_form import ONE_TOKENS
+from ..indexer.closed_form import REFIT_TOKENS
+from ..indexer.head_weights import ONE_TOKENS
 from ..indexer.indexer_math import BLOCK_ELEMENTS
 from ..model.free_memory import free_memory
-from ..recipe import CLOSED_FORM_SEQUENCES, DISTIL_SEQUENCES, Recipe
+from ..recipe import Recipe, read_budget
 from ..verify import parity_length
 from .space import Needs
 
@@ -44,14 +45,16 @@ STATES = "hidden states"
 _SHORTEST = 1.25  # of index_topk: sequences shorter than that hardly say anything about what is left out
 _STEP = 256  # tokens that sequences are made shorter by
 _PROBE = 1024  # rows of the matrices whose product is timed
-_HELD_OUT = 4  # sequences that choose a snapshot, at most
+MOST_HELD_OUT = 4  # sequences of text that decide what is taken, at most
+_MOST_CHECKED = 16  # sequences that go through the vocabulary: DeepSeek-V3's 129280 tokens in sequences of 8192
 
 
 @dataclass(frozen=True)
 class Resources:
-    """sequence_length: tokens of a sequence; sequences: fitted on, choosing and proving together. Bytes: memory at the worst
-    moment, by what takes it, beyond what the process holds when it begins; transformers: what its models take in the place of
-    the last of these, unless skipped; disk: of hidden states, while it runs. flops: multiplications and additions."""
+    """sequence_length: tokens of a sequence; sequences: fitted on, deciding, going through the vocabulary and proving together.
+    Bytes: memory at the worst moment, by what takes it, beyond what the process holds when it begins; transformers: what its
+    models take in the place of the last of these, unless skipped; disk: of hidden states, while it runs. flops:
+    multiplications and additions, those of distillation among them unless it has its own time: seconds, at most."""
 
     sequence_length: int
     sequences: int
@@ -59,6 +62,7 @@ class Resources:
     disk: int
     flops: float
     transformers: int = 0
+    seconds: float = 0.0
 
     @property
     def streaming(self) -> int:
@@ -83,7 +87,7 @@ class Machine:
         return self.resident + SLACK + needed.most
 
     def seconds(self, needed: Resources) -> float:
-        return needed.flops / (SHARE_OF_RATE * self.rate)
+        return needed.flops / (SHARE_OF_RATE * self.rate) + needed.seconds
 
 
 def this_machine() -> Machine:
@@ -161,12 +165,20 @@ def _worst(found: Streams, length: int) -> int:
     return max(piece.peak for pieces in found.pieces(length) for piece in pieces)
 
 
-def resources(found: Streams, recipe: Recipe, context: int) -> Resources:
-    """For the whole conversion, with its verification."""
+def checking_sequences(vocabulary: int, length: int) -> int:
+    """Sequences that go through the vocabulary, or as much of it as fits."""
+    return min(_MOST_CHECKED, math.ceil(vocabulary / length))
+
+
+def resources(found: Streams, recipe: Recipe, context: int, vocabulary: int) -> Resources:
+    """For the whole conversion, with its verification. vocabulary: number of tokens."""
     length = sequence_length(found, recipe, context)
     dense, sparse = found.pieces(length)
-    fitted = 0 if recipe.donor else max(1, (recipe.tokens or length * default_sequences(recipe)) // length)
-    choosing, proving = _HELD_OUT if fitted else 0, recipe.verify.sequences
+    fitted = 0 if recipe.donor else max(1, (recipe.tokens or length * recipe.sequences) // length)
+    choosing = (
+        MOST_HELD_OUT + checking_sequences(vocabulary, length) + recipe.random_beside(MOST_HELD_OUT) if fitted else 0
+    )
+    fitted, proving = fitted + recipe.random_beside(fitted), recipe.verify.sequences
     waiting = max(piece.carried + piece.watched for piece in dense)
     fitting = (fitted + choosing) * waiting
     evaluating = proving * sum(max(piece.carried for piece in pieces) for pieces in (dense, sparse, sparse, sparse))
@@ -181,9 +193,16 @@ def resources(found: Streams, recipe: Recipe, context: int) -> Resources:
     memory = {STATES: held, largest: stages[largest]}
     flops = (fitted + choosing + 2 * proving) * sum(p.flops for p in dense)
     flops += 3 * proving * sum(p.flops for p in sparse) + proving * _oracles(found, length)
-    if recipe.indexer == "distil":
-        flops += recipe.distil.steps * _distilling(found, recipe, length)
-    return Resources(length, fitted + choosing + proving, memory, shelved - held, flops, _transformers(found, length))
+    training, seconds = _training(found, recipe, length)
+    return Resources(
+        length,
+        fitted + choosing + proving,
+        memory,
+        shelved - held,
+        flops + training,
+        _transformers(found, length),
+        seconds,
+    )
 
 
 def refuse_if_too_large(needed: Resources, place: Path) -> None:
@@ -204,10 +223,6 @@ def _gib(nbytes: int) -> str:
     return f"{nbytes / 2**30:.1f} GiB"
 
 
-def default_sequences(recipe: Recipe) -> int:
-    return DISTIL_SEQUENCES if recipe.indexer == "distil" else CLOSED_FORM_SEQUENCES
-
-
 def _fit(found: Streams, recipe: Recipe, length: int, fitted: int) -> int:
     """The largest layer's maps and moments, and blocks of scores: float32 maps, float64 moments."""
     config, sizes = found.config, []
@@ -218,9 +233,10 @@ def _fit(found: Streams, recipe: Recipe, length: int, fitted: int) -> int:
         tokens = min(fitted * length, 4 * ONE_TOKENS)
         smaller = min(tokens // 2, d.hidden_size)
         one = 16 * tokens * d.hidden_size + 16 * smaller**2
-        sizes.append(maps + max(moments, one))
+        refit = 24 * min(fitted * length, REFIT_TOKENS, d.hidden_size) * d.hidden_size
+        sizes.append(maps + max(moments, one, refit))
     elements = min(recipe.rows, length) * config.index_n_heads * length
-    blocks = 4 * 4 * (elements if recipe.indexer == "distil" else min(elements, BLOCK_ELEMENTS))
+    blocks = 4 * 4 * (elements if recipe.distils else min(elements, BLOCK_ELEMENTS))
     return max(sizes) + blocks
 
 
@@ -236,10 +252,18 @@ def _oracles(found: Streams, length: int) -> float:
     return sum(2.0 * length**2 * d.num_heads * (d.kv_lora_rank + d.qk_rope_head_dim) for d in found.layers)
 
 
-def _distilling(found: Streams, recipe: Recipe, length: int) -> float:
-    """A step in every layer: forward, and backward to both factors."""
-    config = found.config
-    return len(found.layers) * 6.0 * recipe.rows * length * config.index_n_heads * config.index_head_dim
+def _training(found: Streams, recipe: Recipe, length: int) -> tuple[float, float]:
+    """(operations, seconds) of distilling every layer, the one or the other."""
+    if not recipe.distils:
+        return 0.0, 0.0
+    steps = float(recipe.distil.steps * len(found.layers))
+    if recipe.budget is not None:
+        amount, unit = read_budget(recipe.budget)
+        if unit == "seconds":
+            return 0.0, amount
+        steps = min(steps, amount if unit == "steps" else amount / length)
+    config = found.config  # a step: forward, and backward to both factors
+    return steps * 6.0 * recipe.rows * length * config.index_n_heads * config.index_head_dim, 0.0
 
 
 def resident() -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,9 +23,8 @@ from ...passes.tap import ROWS_INPUT, SITE_TAPS, TABLE_TAPS, Tapped, tap
 from ...runtime.execute import PieceRunner
 from ...runtime.shelf import Kept, Shelf
 from ..model.weights import WeightSource
-from .closed_form import closed_form
-from .distil import DistilSchedule, distil
-from .indexer_math import index_scores, mean_recall, oracle_scores, window_scores
+from .distil import DistilSchedule
+from .layer_fit import NO_TRAINING, NOTHING_SPENT, Samples, Spent, Training, fit
 from .samples import ShelvedSamples, SiteMaps, SiteSample
 from .site_maps import check_maps, read_maps
 
@@ -34,17 +33,23 @@ from .site_maps import check_maps, read_maps
 class LayerResult:
     """One layer's indexer and how it does on the held-out sequences.
 
-    recall: head-mean dense attention mass its index_topk keys capture; oracle: the most any selection can; window: the
-    last index_topk - 4 tokens and 4 sinks. steps: of distillation (0 for the closed form). stats: of the closed form.
+    indexer: "closed-form" or "distilled", which was taken; why: in words. recall: head-mean dense attention mass its index_topk
+    keys capture; oracle: the most any selection can; window: the last index_topk - 4 tokens and 4 sinks. negative: share of
+    the vocabulary's tokens whose head weights sum below zero. steps: of distillation, taken or not; seconds: what they took,
+    where the budget is of time (0 otherwise). stats: of the closed form.
     """
 
     name: str
     weights: IndexerWeights
+    indexer: str
+    why: str
     recall: float
     oracle: float
     window: float
     closed_form_recall: float
+    negative: float
     steps: int
+    seconds: float
     stats: dict[str, float]
 
     def summary(self) -> dict[str, Any]:
@@ -53,11 +58,11 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How to calibrate. rows: query rows sampled per sequence; schedule None stops at the closed form."""
+    """How to calibrate. rows: query rows sampled per sequence; without training it stops at the closed form."""
 
     config: IndexerConfig
     rows: int = 128  # swept by benchmarks/constants.py
-    schedule: DistilSchedule | None = None
+    training: Training = NO_TRAINING
     seed: int = 0
     allow_partial: bool = False
 
@@ -75,20 +80,25 @@ def calibrate(
     on_step: OnStep | None = None,
     on_sequence: OnSequence | None = None,
     shelf: Shelf | None = None,
+    vocabulary: Sequence[Tensor] = (),
 ) -> Iterator[LayerResult]:
-    """Yield every MLA layer's result, in graph order. sequences, held_out: [L] token ids, L > index_topk.
+    """Yield every MLA layer's result, in graph order. sequences, held_out, vocabulary: [L] token ids, L > index_topk.
 
-    done: results of an earlier run, passed through. Raises UserError naming the layer when something cannot be read or
-    does not converge. shelf: as for `layer_samples`.
+    vocabulary: go through every token, to look at the signs of head weights. done: results of an earlier run, passed through.
+    Raises UserError naming the layer when something cannot be read or does not converge. shelf: as for `layer_samples`.
     """
-    for site, samples, maps in layer_samples(source, [*sequences, *held_out], how, on_sequence, shelf):
+    spent, first, last = NOTHING_SPENT, len(sequences), len(sequences) + len(held_out)
+    for site, samples, maps in layer_samples(source, [*sequences, *held_out, *vocabulary], how, on_sequence, shelf):
         if done is not None and site.name in done:
             result = done[site.name]
         else:
             try:
-                result = _fit(site, maps(), samples[: len(sequences)], samples[len(sequences) :], how, on_step)
+                parts = Samples(samples[:first], samples[first:last], samples[last:])
+                result = _fit(site, maps(), parts, how, spent, on_step)
+                del parts
             except UserError as error:
                 raise error if site.name in str(error) else UserError(f"{site.name}: {error}") from error
+        spent = Spent(spent.layers + 1, spent.steps + result.steps, spent.seconds + result.seconds)
         del samples, maps  # before the next layer's are gathered
         yield result
 
@@ -173,29 +183,17 @@ def _forget(site: MlaSite, tapped: Tapped, gathered: list[dict[str, Kept]]) -> N
 
 
 def _fit(
-    site: MlaSite,
-    maps: SiteMaps,
-    samples: Sequence[SiteSample],
-    held_out: Sequence[SiteSample],
-    how: Calibration,
-    on_step: OnStep | None,
+    site: MlaSite, maps: SiteMaps, samples: Samples, how: Calibration, spent: Spent, on_step: OnStep | None
 ) -> LayerResult:
-    topk = how.config.index_topk
-    start = closed_form(maps, samples, how.config)
-    weights, steps = start.weights, 0
-    closed = reached = mean_recall(lambda s: index_scores(start.weights, how.config, s, s.rows), held_out, topk)
-    if how.schedule is not None:
-        report = partial(on_step, site.name) if on_step else None
-        learnt = distil(start.weights, how.config, samples, held_out, _seeded(how.schedule, site), report)
-        weights, steps, reached = learnt.weights, learnt.steps, learnt.recall_best
-    return LayerResult(
-        name=site.name, weights=weights, recall=reached, oracle=mean_recall(oracle_scores, held_out, topk),
-        window=mean_recall(window_scores, held_out, topk), closed_form_recall=closed, steps=steps,
-        stats={name: float(number) for name, number in asdict(start.stats).items()},
-    )  # fmt: skip
+    training, report = how.training, partial(on_step, site.name) if on_step else None
+    if training.schedule is not None:
+        training = replace(training, schedule=_seeded(training.schedule, site))
+    found = fit(maps, samples, how.config, training, spent, report)
+    timed = training.budget is not None and training.budget.unit == "seconds"
+    return LayerResult(site.name, **{**vars(found), "seconds": found.seconds if timed else 0.0})
 
 
 def _seeded(schedule: DistilSchedule, site: MlaSite) -> DistilSchedule:
     """Every layer shuffles in its own order, the same in every run."""
     salt = int.from_bytes(hashlib.sha256(site.name.encode()).digest()[:4], "little")
-    return DistilSchedule(schedule.steps, schedule.lr, schedule.warmup, schedule.eval_every, schedule.seed + salt)
+    return replace(schedule, seed=schedule.seed + salt)

@@ -4,42 +4,37 @@ Absorbed MLA is attention with one shared key [c, k_rope]; the indexer is ReLU a
 So each index head takes the logit of one MLA head (or the mean of a cluster of them), with c replaced by its best
 low-rank image. What stands in the way is the LayerNorm on the index key, which centres and divides by the deviation.
 A *balance* channel holding minus the sum of the others makes the centring a no-op, and orthonormal latent rows make
-the deviation follow rms(latent @ x), so that the LayerNorm repeats what the latent norm does.
+the deviation follow rms(latent @ x), so that the LayerNorm repeats what the latent norm does. The rotary key has no norm in
+the dense model: its rows are fitted so that they come out right after the division.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...kernels.spec import IndexerConfig, IndexerWeights
+from ...kernels.spec import K_NORM_EPS, IndexerConfig, IndexerWeights
 from .head_groups import head_groups
-from .indexer_math import index_features, index_keys, row_blocks
-from .nnls import nnls
+from .head_weights import constant_one, head_shares
 from .samples import SiteMaps, SiteSample
 
 # benchmarks/constants.py: 0.03 to 0.3 are alike with 128 channels; with 24 more keeps more mass, with 128 1.0 keeps less.
 ROPE_SHARE = 0.1  # scale of the rope rows in wk, undone by k_norm.weight: keeps k_rope out of the deviation
 # benchmarks/constants.py: 1e-8 to 1e-2 are alike.
 EIGEN_FLOOR = 1e-4  # smallest eigenvalue of a moment, relative to the largest: few tokens say little about the rest
-# benchmarks/constants.py: with 256 tokens 6% of random tokens have weights below zero, with 4096 or more 0.3%.
-ONE_TOKENS = 4096  # tokens the constant one is fitted on at most; as many others measure it
-# benchmarks/constants.py: less is the same, 1.0 puts 2% of random tokens below zero.
-ONE_RIDGE = 1e-2  # ridge of that fit, relative to the mean square of a hidden channel
-# benchmarks/constants.py: from 5 on the same.
-ONE_ROUNDS = 20  # of reweighting at most; it usually settles in fewer than ten
-# benchmarks/constants.py: 2% of random tokens below zero with the first alone, 0.6% with two, 0.3% with three.
-EXCESS_WEIGHTS = (1.0, 0.1, 0.03)  # of an overshoot in that fit, tried in turn while some tokens come out negative
-# benchmarks/constants.py: 0.0002 to 0.2 are alike in KL, 0.2 keeps less mass.
-MASS_FLOOR = 0.02  # uniform mass added before the logarithm in the head-weight fit
-# benchmarks/constants.py: 0.01 keeps less mass; 1.0 keeps more, and has the lower KL with 24 channels, not with 128.
-UNIFORM_SHARE = 0.1  # uniform mass added to the importance of a key in that fit
-# benchmarks/constants.py: less is the same; more has the lower KL with 24 channels.
-HEAD_RIDGE = 1e-3  # ridge of that fit: equal heads share their weight evenly
+# Swept by benchmarks/constants.py.
+REFIT_ROUNDS = 2  # of fitting the rotary rows: each changes the divisor that it was made for
+REFIT_RIDGE = (
+    1e-2  # towards the rows before, relative to the mean square of a hidden channel; swept by benchmarks/constants.py
+)
+# Swept by benchmarks/constants.py.
+REFIT_TOKENS = 32768  # that fit is made on at most, evenly spread
+# Fixed by memory: of DeepSeek-V3's hidden states so many take 56 MiB in float64.
+REFIT_PIECE = 1024  # tokens at once
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,8 @@ class ClosedFormStats:
     rope_cv: coefficient of variation of the divisor itself, which the rotary channels would need constant.
     one_cv: coefficient of variation of the constant 1 that weights_proj reads off the hidden state, on tokens it was
         not fitted on. It scales all scores of a query row alike: training feels it, the selection does not.
-    one_negative: share of those tokens where it came out below zero, which would turn the selection round.
+    one_negative: share of those tokens, or of those that go through the vocabulary, where it came out below zero, which would
+        turn the selection round.
     """
 
     energy: float
@@ -84,8 +80,12 @@ class _Moments:
 
 
 @torch.no_grad()
-def closed_form(maps: SiteMaps, samples: Sequence[SiteSample], config: IndexerConfig) -> ClosedForm:
+def closed_form(
+    maps: SiteMaps, samples: Sequence[SiteSample], config: IndexerConfig, vocabulary: Sequence[SiteSample] = ()
+) -> ClosedForm:
     """The indexer of one layer whose scores follow sum_h a_h ReLU(logit_h) with a_h >= 0.
+
+    vocabulary: samples of sequences that go through the whole vocabulary, where head weights have to stay above zero.
 
     Takes min(dI - dr - 1, kv_lora_rank) latent channels: with dI >= dr + 1 + kv_lora_rank nothing is cut away, and
     channels beyond that stay zero. The LayerNorm leaves wk's scale free; it is chosen so that the mean variance of
@@ -99,17 +99,17 @@ def closed_form(maps: SiteMaps, samples: Sequence[SiteSample], config: IndexerCo
     moments = _moments(maps, samples)
     key_rows, query_map, energy = _key_basis(moments, width)
     keyed, layernorm_cv, rope_cv = _key_side(maps, samples, config, key_rows, moments)
-    one, one_cv, one_negative = _constant_one(samples)
+    one = constant_one(samples, vocabulary)
     heads = head_groups(samples, config.index_n_heads)
     weights = IndexerWeights(
         wq_b=_query_side(maps, config, heads, query_map * maps.latent_gain.double()),
-        weights_proj=one.float().expand(config.index_n_heads, -1),
+        weights_proj=one.v.float().expand(config.index_n_heads, -1),
         **keyed,
     )
     weights = _in_layout(weights, config, len(maps.k_rope))
-    share = _head_shares(weights, config, samples)
-    weights = replace(weights, weights_proj=(share[:, None] * one).float())
-    return ClosedForm(weights, ClosedFormStats(energy, layernorm_cv, rope_cv, one_cv, one_negative), heads)
+    share = head_shares(weights, config, samples)
+    weights = replace(weights, weights_proj=(share[:, None] * one.v).float())
+    return ClosedForm(weights, ClosedFormStats(energy, layernorm_cv, rope_cv, one.variation, one.negative), heads)
 
 
 def _latent_width(maps: SiteMaps, config: IndexerConfig) -> int:
@@ -204,8 +204,62 @@ def _key_side(
         bias[rope:end] += key_rows @ maps.latent_bias.double() * moments.norm.mean()
     if maps.k_rope_bias is not None:
         bias[:rope] = maps.k_rope_bias.double()
+    wk = _refitted(wk, gain[:rope], maps, samples, end)
     tensors = {"wk": wk.float(), "k_norm_weight": gain.float(), "k_norm_bias": bias.float()}
     return tensors, _variation(relative), _variation(divided)
+
+
+def _refitted(wk: Tensor, gain: Tensor, maps: SiteMaps, samples: Sequence[SiteSample], balance: int) -> Tensor:
+    """wk with rotary rows W for which gain * W x / sigma comes closest to k_rope x, sigma = rms(wk x) being what LayerNorm
+    divides by; mean variance 1 as before. gain: [dr]; balance: the row that holds minus the sum of the others.
+
+    Ridge towards the rows as they are: [sum (k_rope x) x^T / (gain sigma) + lambda W] [sum x x^T / sigma^2 + lambda]^-1.
+    """
+    rope, width = len(gain), wk.shape[1]
+    if not rope:
+        return wk
+    count = sum(len(sample.hidden) for sample in samples)
+    stride = max(1, count // REFIT_TOKENS)
+
+    def pieces() -> Iterator[Tensor]:  # no sample stays mapped
+        for number, sample in enumerate(samples):
+            yield from sample.hidden[number % stride :: stride].split(REFIT_PIECE)
+
+    for _ in range(REFIT_ROUNDS):
+        wk = wk.clone()
+        wk[:rope] += (_dual_step if count // stride < width else _primal_step)(wk, gain, maps.k_rope.double(), pieces())
+        wk[balance] = 0
+        wk[balance] = -wk.sum(0)
+    variance = torch.cat([(x.double() @ wk.T).square().mean(-1) for x in pieces()])
+    return wk * variance.mean().rsqrt()
+
+
+def _divided(wk: Tensor, gain: Tensor, k_rope: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x / sigma [N, D], and what the rotary rows leave of k_rope x / gain there [N, dr]. float64."""
+    x = x.double()
+    divided = x * ((x @ wk.T).square().mean(-1, keepdim=True) + K_NORM_EPS).rsqrt()
+    return divided, x @ (k_rope / gain[:, None]).T - divided @ wk[: len(gain)].T
+
+
+def _primal_step(wk: Tensor, gain: Tensor, k_rope: Tensor, pieces: Iterator[Tensor]) -> Tensor:
+    """The change of the rotary rows [dr, D] by one [D, D] moment."""
+    moment = torch.zeros(wk.shape[1], wk.shape[1], dtype=wk.dtype, device=wk.device)
+    right = torch.zeros_like(k_rope)
+    for x in pieces:
+        divided, missing = _divided(wk, gain, k_rope, x)
+        moment.addmm_(divided.T, divided)
+        right.addmm_(missing.T, divided)
+    moment.diagonal().add_(REFIT_RIDGE * moment.diagonal().mean())
+    return torch.cholesky_solve(right.T, torch.linalg.cholesky(moment)).T
+
+
+def _dual_step(wk: Tensor, gain: Tensor, k_rope: Tensor, pieces: Iterator[Tensor]) -> Tensor:
+    """The same by one [N, N] moment, where there are fewer tokens than channels."""
+    parts = [_divided(wk, gain, k_rope, x) for x in pieces]
+    divided, missing = torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts])
+    moment = divided @ divided.T
+    moment.diagonal().add_(REFIT_RIDGE * divided.square().sum() / wk.shape[1])
+    return torch.cholesky_solve(missing, torch.linalg.cholesky(moment)).T @ divided
 
 
 def _variation(values: Tensor) -> float:
@@ -239,87 +293,3 @@ def _in_layout(weights: IndexerWeights, config: IndexerConfig, rope: int) -> Ind
         k_norm_weight=weights.k_norm_weight[order],
         k_norm_bias=weights.k_norm_bias[order],
     )
-
-
-def _constant_one(samples: Sequence[SiteSample]) -> tuple[Tensor, float, float]:
-    """v [D] float64 with v . x ~ 1 (weights_proj has no bias), its variation and share of negatives on other tokens.
-
-    Too large only scales a row's scores, below zero inverts them. So where least squares leaves negatives (the first
-    layer, whose hidden states are embeddings with little in common), overshoots are weighted down, by reweighted ridge
-    regression, as far as it helps on tokens that were not fitted.
-    """
-    stride = max(1, sum(len(sample.hidden) for sample in samples) // (2 * ONE_TOKENS))
-    tokens = torch.cat(
-        [sample.hidden[::stride].clone() for sample in samples]
-    ).double()  # clones: no sample stays mapped
-    fitted, others = tokens[0::2], tokens[1::2]
-    ridge = float(ONE_RIDGE * fitted.square().sum() / fitted.shape[1])
-    gram = fitted @ fitted.T if len(fitted) < fitted.shape[1] else None
-    candidates = []
-    for excess in EXCESS_WEIGHTS:
-        one = _expectile(fitted, gram, excess, ridge)
-        read = others @ one
-        candidates.append((float((read < 0).double().mean()), _variation(read), one))
-        if candidates[-1][0] == 0:
-            break
-    negative, variation, one = min(candidates, key=lambda candidate: candidate[:2])
-    return one, variation, negative
-
-
-def _expectile(tokens: Tensor, gram: Tensor | None, excess: float, ridge: float) -> Tensor:
-    """v with v . x ~ 1 where overshoots count `excess` times as much as shortfalls; 1 on average over `tokens`."""
-    weight = torch.ones_like(tokens[:, 0])
-    for _ in range(ONE_ROUNDS):
-        one = _weighted_ridge(tokens, gram, weight, ridge)
-        before, weight = weight, torch.where(tokens @ one < 1, 1.0, excess).to(tokens)
-        if torch.equal(weight, before):
-            break
-    return one / (tokens @ one).mean()
-
-
-def _weighted_ridge(tokens: Tensor, gram: Tensor | None, weight: Tensor, ridge: float) -> Tensor:
-    """argmin over v of sum_t weight_t (v . x_t - 1)^2 + ridge |v|^2.
-
-    gram: tokens @ tokens.T where there are fewer tokens than channels, for the smaller of two equivalent systems.
-    """
-    if gram is not None:
-        dual = gram.clone()
-        dual.diagonal().add_(ridge / weight)
-        coefficients: Tensor = torch.linalg.solve(dual, torch.ones_like(weight))
-        return tokens.T @ coefficients
-    weighted = tokens * weight[:, None]
-    primal = weighted.T @ tokens
-    primal.diagonal().add_(ridge)
-    solution: Tensor = torch.linalg.solve(primal, weighted.sum(0))
-    return solution
-
-
-def _head_shares(weights: IndexerWeights, config: IndexerConfig, samples: Sequence[SiteSample]) -> Tensor:
-    """a [HI] >= 0: least squares of sum_j a_j feature_j to the log mass, row-centred and weighted by the mass."""
-    count = config.index_n_heads
-    gram = weights.wk.new_zeros(count, count, dtype=torch.float64)
-    moment = weights.wk.new_zeros(count, dtype=torch.float64)
-    for sample in samples:
-        keys = index_keys(weights, config, sample)
-        position = torch.arange(len(keys), device=keys.device)
-        where = torch.arange(len(sample.rows), device=keys.device)
-        for block in row_blocks(where, 2 * count * len(keys)):
-            rows, mass = sample.rows[block], sample.mass[block]
-            past = position <= rows[:, None]
-            uniform = past / (rows[:, None] + 1.0)
-            importance = mass + UNIFORM_SHARE * uniform
-            importance = importance / importance.sum(-1, keepdim=True)
-            target = torch.where(past, mass + MASS_FLOOR * uniform, 1.0).log()
-            target -= (importance * target).sum(-1, keepdim=True)
-            features = index_features(weights, config, sample, rows, keys)
-            features -= features @ importance[..., None]
-            weighted = features * importance[:, None]
-            gram += (weighted @ features.mT).double().sum(0)
-            moment += (weighted @ target[..., None]).double().sum((0, 2))
-    gram.diagonal().add_(HEAD_RIDGE * gram.diagonal().mean())
-    shares = nnls(gram, moment)
-    if not shares.any():
-        raise UserError(
-            "the closed form found no index head that follows the attention mass; train from a random start"
-        )
-    return shares

@@ -56,7 +56,7 @@ def model_tokens(
 
     Raises UserError when there is no text, or no tokenizer that goes with the model.
     """
-    vocabulary = int(read_config(checkpoint.config).get_text_config().vocab_size)
+    vocabulary = vocabulary_size(checkpoint)
     if path is None:
         return random_tokens(count, vocabulary, seed)
     tokens = read_tokens(path, load_tokenizer(checkpoint.path, trust_remote_code))
@@ -68,10 +68,23 @@ def model_tokens(
     return tokens
 
 
+def vocabulary_size(checkpoint: Checkpoint) -> int:
+    """As the model's class has it."""
+    return int(read_config(checkpoint.config).get_text_config().vocab_size)
+
+
 def random_tokens(count: int, vocab_size: int, seed: int = 0) -> Tokens:
     """Uniformly random ids: good enough for second moments, says nothing about quality on text."""
     generator = torch.Generator().manual_seed(seed)
     return Tokens(torch.randint(0, vocab_size, (count,), generator=generator), RANDOM)
+
+
+def vocabulary_sequences(length: int, count: int, vocab_size: int, seed: int = 0) -> list[Tensor]:
+    """`count` sequences [length] of random tokens, each token as often as any other: shuffled vocabularies, one after another."""
+    generator = torch.Generator().manual_seed(seed)
+    needed = -(-count * length // vocab_size)
+    shuffled = [torch.randperm(vocab_size, generator=generator) for _ in range(needed)]
+    return list(torch.cat(shuffled)[: count * length].view(count, length)) if count else []
 
 
 def read_tokens(path: str | Path, tokenizer: Any, limit: int | None = None) -> Tokens:

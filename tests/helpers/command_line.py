@@ -24,7 +24,7 @@ from mla2dsa.cli import main
 
 INDEXER_SHARD = "model-indexer.safetensors"
 LAYERS = tuple(f"model.layers.{layer}.self_attn" for layer in range(4))
-SMALL_RECIPE = "sequence_length: 192\ntokens: 2304\nrows: 64\nverify: {sequences: 2}\n"
+SMALL_RECIPE = "indexer: closed-form\nsequence_length: 192\ntokens: 2304\nrows: 64\nverify: {sequences: 2}\n"
 SMALL_TOPK = 32
 _MADE: dict[object, Path] = {}
 

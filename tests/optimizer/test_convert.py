@@ -107,16 +107,26 @@ def test_report_holds_plan_layers_and_proof(tmp_path_factory: pytest.TempPathFac
 
 
 def test_proof_is_never_calibrated_on(tmp_path_factory: pytest.TempPathFactory) -> None:
-    from mla2dsa.optimizer.convert import _sequences
+    from mla2dsa.optimizer.before.cuts import cut_text
     from mla2dsa.optimizer.plan import prepare
     from mla2dsa.optimizer.recipe import read_recipe
 
     _, recipe_file, _, topk, _, text = small_flags(tmp_path_factory)
     recipe = read_recipe(str(recipe_file), {"index_topk": topk, "calibration": str(text)})
-    cut = _sequences(prepare(str(TINY), recipe), recipe, False)
-    parts = [{tuple(s.tolist()) for s in part} for part in (cut.calibration, cut.selection, cut.proof)]
-    assert [len(part) for part in parts] == [12, 4, 2]
-    assert len(set.union(*parts)) == 18
+    cut = cut_text(prepare(str(TINY), recipe), recipe, False)
+    parts = [{tuple(s.tolist()) for s in part} for part in (cut.calibration, cut.beside, cut.selection, cut.proof)]
+    assert [len(part) for part in parts] == [
+        12,
+        4,
+        5,
+        2,
+    ]  # a quarter of what is fitted on is random, and one of those that decide
+    assert len(set.union(*parts)) == 23
+    length = len(cut.proof[0])
+    seen = torch.cat(cut.vocabulary).bincount(minlength=1024)
+    assert len(cut.vocabulary) == min(16, -(-1024 // length))
+    assert set(seen.tolist()) <= {1, 2}  # every token, and nearly as often as any other
+    assert cut.selection[-1] is cut.vocabulary[0]
 
 
 def test_folder_is_no_checkpoint_until_it_is_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,8 +304,8 @@ def test_bad_indexers_do_not_become_a_checkpoint(
 
 @pytest.mark.parametrize(
     ("recipe", "tokens", "limit"),
-    [("indexer: closed-form", 16_384, 0.03), ("indexer: distil\ndistil: {steps: 64}", 65_536, 0.02)],
-    ids=["closed-form", "distil"],
+    [("indexer: closed-form", 16_384, 0.03), ("distil: {steps: 100}\nbudget: 256 steps", 65_536, 0.02)],
+    ids=["closed-form", "auto"],
 )
 def test_loss_on_held_out_text(
     recipe: str, tokens: int, limit: float, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory

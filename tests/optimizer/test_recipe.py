@@ -13,7 +13,7 @@ import yaml
 from places import ROOT
 
 from mla2dsa.errors import UsageError
-from mla2dsa.optimizer.recipe import Distil, Recipe, Verify, read_recipe
+from mla2dsa.optimizer.recipe import Distil, Recipe, Verify, read_budget, read_recipe
 
 DOCS = ROOT / "docs" / "recipe.md"
 
@@ -29,8 +29,49 @@ def recipe_file(folder: Path, text: str) -> str:
 
 def test_nothing_asked_gives_the_defaults() -> None:
     assert read_recipe(None, {}) == Recipe()
-    assert Recipe().indexer == "closed-form"
+    assert Recipe().indexer == "auto"
     assert Recipe().index_topk is None
+
+
+@pytest.mark.parametrize(
+    ("given", "budget"),
+    [("90s", (90, "seconds")), ("10m", (600, "seconds")), ("1.5h", (5400, "seconds")), (" 2000 steps ", (2000, "steps")),
+     ("500000tokens", (500_000, "tokens"))],
+    ids=str,
+)  # fmt: skip
+def test_budget(given: str, budget: tuple[float, str], tmp_path: Path) -> None:
+    for recipe in (
+        read_recipe(None, {"budget": given}),
+        read_recipe(recipe_file(tmp_path, f"indexer: distil\nbudget: {given}"), {}),
+    ):
+        assert recipe.budget == given.strip()
+        assert read_budget(recipe.budget) == budget
+
+
+@pytest.mark.parametrize("given", ["10", "m", "-1m", "0m", "0.0 steps", "1e3 steps", "10 m s", "9" * 20 + "s", "nan s"])
+def test_no_budget(given: str) -> None:
+    with pytest.raises(UsageError, match=r"^--budget .*expected a time \(90s, 10m, 1\.5h\), tokens"):
+        read_recipe(None, {"budget": given})
+
+
+@pytest.mark.parametrize("source", ["closed-form", "donor:some/model"])
+def test_nothing_to_spend_a_budget_on(source: str) -> None:
+    with pytest.raises(UsageError, match=f"{source.partition(':')[0]} does not train"):
+        read_recipe(None, {"indexer": source, "budget": "10m"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "trains", "sequences", "random"),
+    [({}, False, 16, 0), ({"calibration": "t"}, True, 64, 21), ({"indexer": "distil"}, True, 64, 0),
+     ({"indexer": "closed-form", "calibration": "t"}, False, 16, 5),
+     ({"calibration": "t", "random_share": 0.5}, True, 64, 64), ({"calibration": "t", "random_share": 0}, True, 64, 0)],
+    ids=["auto without text", "auto", "distil without text", "closed form", "half", "none"],
+)  # fmt: skip
+def test_text_is_what_there_is_training_on(
+    fields: dict[str, object], trains: bool, sequences: int, random: int
+) -> None:
+    recipe = read_recipe(None, fields)
+    assert (recipe.distils, recipe.sequences, recipe.random_beside(recipe.sequences)) == (trains, sequences, random)
 
 
 @pytest.mark.parametrize("text", ["", "# nothing but a comment\n", "{}"], ids=["empty", "comment", "empty-mapping"])
@@ -130,6 +171,9 @@ def test_a_donor_and_its_path_go_together(tmp_path: Path, file: str | None, flag
         ("distil: {lr: true}", "distil.lr"),
         ("distil: {steps: 0}", "distil.steps"),
         ("distil: 10", "distil"),
+        ("random_share: 0.95", "random_share"),
+        ("random_share: -0.1", "random_share"),
+        ("budget: 600", "budget"),
         ("verify: {max_loss_delta: 0}", "verify.max_loss_delta"),
         ("verify: {sequences: 0}", "verify.sequences"),
         ("sequence_length: 1", "sequence_length"),

@@ -58,7 +58,7 @@ def kimi(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (model / "tiktoken.model").write_text("IQ== 0\n")
     (model / "chat_template.jinja").write_text("{{ messages }}")
     (place / "text.txt").write_text("def function(argument): return argument\n" * 99)
-    (place / "recipe.yaml").write_text("sequence_length: 64\ntokens: 512\n")
+    (place / "recipe.yaml").write_text("indexer: closed-form\nsequence_length: 64\ntokens: 512\n")
     return place
 
 

@@ -25,7 +25,7 @@ from command_line import (
 )
 
 from mla2dsa.errors import UserError
-from mla2dsa.optimizer.indexer import calibrate
+from mla2dsa.optimizer.indexer import calibrate, layer_fit
 from mla2dsa.optimizer.indexer.progress_store import ProgressStore
 
 pytestmark = pytest.mark.usefixtures("quick_capture")
@@ -218,7 +218,7 @@ def test_failure_before_the_first_layer_leaves_nothing(
     def fail(*_: object) -> None:
         raise UserError("does not converge")
 
-    monkeypatch.setattr(calibrate, "closed_form", fail)
+    monkeypatch.setattr(layer_fit, "closed_form", fail)
     done = mla2dsa("convert", TINY, tmp_path / "dsa", *small_flags(tmp_path_factory))
     assert_refused(done, 1, f"{LAYERS[0]}: does not converge")
     assert not list(tmp_path.iterdir())

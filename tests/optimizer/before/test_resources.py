@@ -31,7 +31,7 @@ def test_the_parts_add_up(folder: Path) -> None:
     found = planned(folder)
     assert found.most >= found.streaming == sum(found.memory.values())
     assert found.sequence_length == 2048
-    assert found.sequences == 16 + 4 + 8
+    assert found.sequences == 16 + 4 + 1 + 8  # one goes through the vocabulary
     assert planned(folder) == found  # nothing of the machine is in it
     assert Machine(GIB, 1e11).peak(found) == GIB + module.SLACK + found.most
 
@@ -42,6 +42,25 @@ def test_more_text_takes_more_time_and_no_more_memory(folder: Path, monkeypatch:
     assert few.memory["hidden states"] == many.memory["hidden states"] == 2**16
     assert many.disk > 4 * few.disk > 0
     assert many.flops > few.flops
+
+
+def test_training_takes_more_text_random_tokens_and_time(folder: Path) -> None:
+    closed, auto = planned(folder), planned(folder, calibration="text")
+    assert auto.sequences == 64 + 21 + 4 + 1 + 1 + 8  # text, random, deciding, random among those, vocabulary, proof
+    assert planned(folder, calibration="text", indexer="closed-form").sequences == 16 + 5 + 4 + 1 + 1 + 8
+    assert planned(folder, calibration="text", random_share=0).sequences == 64 + 4 + 1 + 8
+    steps, tokens, timed = (
+        planned(folder, calibration="text", budget=budget) for budget in ("8 steps", f"{8 * 2048} tokens", "10m")
+    )
+    assert closed.flops < steps.flops == tokens.flops < auto.flops
+    assert (timed.seconds, steps.seconds) == (600, 0)
+    assert timed.flops < steps.flops
+    assert Machine(GIB, 1e11).seconds(timed) == pytest.approx(600 + timed.flops / (1e11 * module.SHARE_OF_RATE))
+
+
+@pytest.mark.parametrize(("vocabulary", "count"), [(100, 1), (128, 1), (129, 2), (10**6, 16)])
+def test_as_much_of_the_vocabulary_as_fits(vocabulary: int, count: int) -> None:
+    assert module.checking_sequences(vocabulary, 128) == count
 
 
 @pytest.mark.parametrize(("budget", "length"), [(2**40, 2048), (1, 640)], ids=["roomy", "none"])

@@ -18,6 +18,7 @@ from mla2dsa.errors import UserError
 from mla2dsa.kernels.spec import IndexerConfig, IndexerWeights
 from mla2dsa.optimizer.indexer.calibrate import Calibration, LayerResult, calibrate, layer_samples
 from mla2dsa.optimizer.indexer.distil import DistilSchedule
+from mla2dsa.optimizer.indexer.layer_fit import Budget, Training
 from mla2dsa.optimizer.indexer.samples import SiteSample
 from mla2dsa.optimizer.model.weights import WeightSource
 
@@ -162,6 +163,7 @@ def test_summary_is_plain_data(closed: list[LayerResult]) -> None:
     summary = closed[0].summary()
     assert "weights" not in summary
     assert {type(value) for value in summary.values()} <= {str, float, int, dict}
+    assert (summary["indexer"], summary["why"]) == ("closed-form", "as asked")
     assert set(summary) == set(LayerResult.__dataclass_fields__) - {"weights"}
 
 
@@ -173,30 +175,46 @@ def test_the_same_seed_gives_the_same_bits(source: WeightSource, closed: list[La
         assert not same(a.weights, c.weights)
 
 
+def trained(steps: int, budget: Budget | None = None) -> Calibration:
+    return Calibration(CONFIG, 16, Training(DistilSchedule(steps), budget=budget))
+
+
 def test_distilled_layers_are_reproducible_and_no_worse(source: WeightSource, closed: list[LayerResult]) -> None:
-    how = Calibration(CONFIG, 16, DistilSchedule(steps=8, eval_every=4))
     steps: list[tuple[str, int]] = []
-    first = results(source, how, on_step=lambda layer, step, loss: steps.append((layer, step)))
-    for a, b, c in zip(first, results(source, how), closed, strict=True):
+    first = results(source, trained(8), on_step=lambda layer, step, loss: steps.append((layer, step)))
+    for a, b, c in zip(first, results(source, trained(8)), closed, strict=True):
         assert same(a.weights, b.weights)
+        assert a.summary() == b.summary()
         assert a.recall >= a.closed_form_recall == c.recall
-        assert 0 < a.steps <= 8
-    assert steps == [(result.name, step) for result in first for step in range(1, result.steps + 1)]
+        assert same(a.weights, c.weights) == (a.indexer == "closed-form")
+        assert a.steps == 8
+    assert steps == [(result.name, step) for result in first for step in range(1, 9)]
+    assert {result.indexer for result in first} != {"closed-form"}
 
 
 def test_layers_shuffle_in_their_own_order_whatever_was_done_before(source: WeightSource) -> None:
-    """Resuming must give what an uninterrupted run gives: the seed of a layer does not depend on earlier layers."""
-    how = Calibration(CONFIG, 16, DistilSchedule(steps=4, eval_every=2))
+    """Resuming must give what an uninterrupted run gives: neither seed nor budget of a layer depends on which run did others."""
+    how = trained(8, Budget(12, "steps", 3))
     whole = results(source, how)
     resumed = results(source, how, done={LAYERS[0]: whole[0], LAYERS[1]: whole[1]})
     assert resumed[0] is whole[0]
     assert resumed[1] is whole[1]
     assert same(resumed[2].weights, whole[2].weights)
+    assert [result.steps for result in whole] == [4, 4, 4]
+
+
+def test_vocabulary_is_looked_at_and_not_fitted_on(source: WeightSource, closed: list[LayerResult]) -> None:
+    """The keys of the closed form do not change with it; signs of head weights are read on it."""
+    found = results(source, vocabulary=list(torch.randperm(128)[:96].view(2, LENGTH)))
+    for a, b in zip(found, closed, strict=True):
+        assert torch.equal(a.weights.wk, b.weights.wk)
+        assert b.negative == 0  # nothing was looked at
+    assert any(a.negative > 0 or not same(a.weights, b.weights) for a, b in zip(found, closed, strict=True))
 
 
 def test_nothing_is_fitted_twice(source: WeightSource, closed: list[LayerResult]) -> None:
     steps: list[int] = []
-    how = Calibration(CONFIG, 16, DistilSchedule(steps=2))
+    how = trained(2)
     done = {result.name: result for result in closed}
     again = results(source, how, done=done, on_step=lambda layer, step, loss: steps.append(step))
     assert all(a is b for a, b in zip(again, closed, strict=True))

@@ -15,6 +15,7 @@ from torch import Tensor
 from mla2dsa.errors import UserError
 from mla2dsa.kernels.spec import IndexerConfig, IndexerWeights
 from mla2dsa.optimizer.indexer import closed_form as closed_form_module
+from mla2dsa.optimizer.indexer import head_weights
 from mla2dsa.optimizer.indexer.closed_form import closed_form
 from mla2dsa.optimizer.indexer.head_groups import head_groups
 from mla2dsa.optimizer.indexer.indexer_math import (
@@ -181,12 +182,55 @@ def test_constant_one_seldom_turns_negative_where_hidden_states_share_little(
     samples = [layer.sample(seed, length=400, vocabulary=vocabulary) for seed in range(3)]
     config = IndexerConfig(TOPK, 8, 24)
     leaning = closed_form(layer.maps(), samples, config).stats
-    monkeypatch.setattr(closed_form_module, "EXCESS_WEIGHTS", (1.0,))
+    monkeypatch.setattr(head_weights, "EXCESS_WEIGHTS", (1.0,))
     even = closed_form(layer.maps(), samples, config).stats
     if better:
         assert leaning.one_negative < 0.7 * even.one_negative
     else:
         assert leaning == even
+
+
+def rotary_error(weights: IndexerWeights, layer: MlaLayer, samples: list[SiteSample]) -> float:
+    """How far the rotary channels after the LayerNorm are from the dense model's rotary key, relative."""
+    hidden = torch.cat([sample.hidden for sample in samples])
+    wanted = hidden @ layer.k_rope.T
+    normed = torch.nn.functional.layer_norm(
+        hidden @ weights.wk.T, weights.wk.shape[:1], weights.k_norm_weight, weights.k_norm_bias
+    )
+    return float((normed[:, : len(layer.k_rope)] - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize(
+    ("hidden", "seeds", "better"),
+    [(64, range(10, 13), 0.95), (1024, range(4), 0.8)],
+    ids=["tokens > D, held out", "tokens < D, fitted on"],
+)
+def test_rotary_rows_are_fitted_to_what_the_layernorm_makes_of_them(
+    hidden: int, seeds: range, better: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = make_layer(hidden=hidden)
+    samples, measured = ([layer.sample(seed, length=192) for seed in some] for some in (range(4), seeds))
+    config, errors = IndexerConfig(TOPK, 8, 12), []
+    for rounds in (0, 1, 2):
+        monkeypatch.setattr(closed_form_module, "REFIT_ROUNDS", rounds)
+        weights = closed_form(layer.maps(), samples, config).weights
+        errors.append(rotary_error(weights, layer, measured))
+    assert errors[1] < better * errors[0]
+    assert errors[2] <= errors[1] * 1.05
+
+
+def test_both_ways_of_fitting_the_rotary_rows_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a moment of channels, or of tokens; in pieces of any size; by all tokens, or an even share of them."""
+    layer = make_layer(dtype=torch.float64)
+    samples, config = [layer.sample(seed, length=192) for seed in range(4)], IndexerConfig(TOPK, 8, 24)
+    primal = closed_form(layer.maps(), samples, config).weights.wk
+    monkeypatch.setattr(closed_form_module, "REFIT_PIECE", 50)
+    torch.testing.assert_close(closed_form(layer.maps(), samples, config).weights.wk, primal)
+    monkeypatch.setattr(closed_form_module, "_primal_step", closed_form_module._dual_step)
+    torch.testing.assert_close(closed_form(layer.maps(), samples, config).weights.wk, primal)
+    monkeypatch.setattr(closed_form_module, "REFIT_TOKENS", 384)
+    half = closed_form(layer.maps(), samples, config).weights.wk
+    assert 0 < (half - primal).norm() < 0.2 * primal.norm()
 
 
 def test_as_many_heads_stand_for_themselves_and_more_begin_again() -> None:

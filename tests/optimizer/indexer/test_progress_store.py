@@ -20,7 +20,7 @@ FIRST, SECOND, THIRD = (f"model.layers.{number}.self_attn" for number in range(3
 def result(name: str, value: float) -> LayerResult:
     shapes = IndexerWeights.shapes(IndexerConfig(index_topk=64, index_n_heads=2, index_head_dim=32), 16, 8)
     weights = IndexerWeights.from_tensors({key: torch.full(shape, value) for key, shape in shapes.items()})
-    return LayerResult(name, weights, 0.1, 0.2, 0.3, 0.1, 0, {})
+    return LayerResult(name, weights, "distilled", "why", 0.1, 0.2, 0.3, 0.1, 0.0, 12, 3.5, {})
 
 
 def values(store: ProgressStore) -> dict[str, float]:
@@ -32,7 +32,9 @@ def test_layers_come_back(tmp_path: Path) -> None:
     store.save(result(FIRST, 1))
     store.save(result(FIRST, 2))
     store.save(result(SECOND, 3))
-    assert values(ProgressStore.open(tmp_path / "out", "A", True, False)) == {FIRST: 2, SECOND: 3}
+    again = ProgressStore.open(tmp_path / "out", "A", True, False)
+    assert values(again) == {FIRST: 2, SECOND: 3}
+    assert again.load()[SECOND].summary() == result(SECOND, 3).summary()
     assert {file.suffix for file in store.folder.iterdir()} == {".safetensors"}
     store.remove()
     assert not list(tmp_path.iterdir())
