@@ -2,12 +2,15 @@
 
     python benchmarks/quality.py                       # examples/tiny-mla at 1024 tokens, index_topk 64, 8 index heads
     python benchmarks/quality.py --sequences 8         # a quick look
+    python benchmarks/quality.py --recipes             # tiny-mla: ingredients on and off, widths, two texts, three seeds (hours)
+    python benchmarks/quality.py --recipes --widths 24 64 --seeds 0 --variants auto "closed form"
     python benchmarks/quality.py --model FOLDER --text held_out.txt --calibration train.txt --index-topk 512
 
 All layers are sparse at once. Loss, KL and same-top are over the positions that have more than index_topk keys; recall is
-the head-mean dense attention mass that is kept, the mean over layers. `closed-form` and `distil` are calibrated as
-`mla2dsa convert` would by default (16 and 64 sequences); `random` is an indexer that was never fitted, `chance` draws
-keys at random, `window` keeps the last index_topk - 4 keys and the first 4, `oracle` those with the most dense attention.
+the head-mean dense attention mass that is kept, the mean over layers. `closed-form` and `auto` are calibrated as
+`mla2dsa convert` would by default (16 and 64 sequences of text, a third as many of random tokens beside); `random` is an
+indexer that was never fitted, `chance` draws keys at random, `window` keeps the last index_topk - 4 keys and the first 4,
+`oracle` those with the most dense attention.
 Without --calibration the text is the part of the running Python's library that tiny-mla was trained on.
 """
 
@@ -30,7 +33,7 @@ from torch import Tensor
 
 from mla2dsa.errors import UserError
 from mla2dsa.kernels.spec import IndexerConfig, IndexerWeights
-from mla2dsa.optimizer.before.resources import MOST_HELD_OUT
+from mla2dsa.optimizer.before.resources import MOST_HELD_OUT, checking_sequences
 from mla2dsa.optimizer.indexer.calibrate import Calibration, calibrate, layer_samples
 from mla2dsa.optimizer.indexer.distil import DistilSchedule
 from mla2dsa.optimizer.indexer.indexer_math import (
@@ -40,8 +43,9 @@ from mla2dsa.optimizer.indexer.indexer_math import (
     random_indexer,
     window_scores,
 )
+from mla2dsa.optimizer.indexer.layer_fit import NEAR, NO_TRAINING, Training
 from mla2dsa.optimizer.indexer.samples import SiteSample
-from mla2dsa.optimizer.model.text import Tokens, load_tokenizer, read_tokens
+from mla2dsa.optimizer.model.text import Tokens, load_tokenizer, read_tokens, vocabulary_sequences, vocabulary_size
 from mla2dsa.optimizer.model.weights import WeightSource
 from mla2dsa.optimizer.plan import Prepared, prepare
 from mla2dsa.optimizer.proof import baselines
@@ -50,7 +54,7 @@ from mla2dsa.optimizer.recipe import CLOSED_FORM_SEQUENCES, DISTIL_SEQUENCES, Re
 from mla2dsa.runtime.execute import PieceRunner
 
 TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny-mla"
-ORDER = ("oracle", "closed-form", "distil", "window", "random", "chance")
+ORDER = ("oracle", "auto", "closed-form", "window", "random", "chance")
 BASELINES = {"oracle": baselines.oracle, "window": baselines.window, "chance": baselines.chance}
 
 Indexers = Mapping[str, IndexerWeights]  # of one selection, by layer
@@ -72,7 +76,7 @@ def fitted(
 ) -> tuple[dict[str, Indexers], dict[str, float]]:
     """Indexers of every selection that has some, and the seconds their calibration took."""
     config = prepared.plan.indexer
-    schedule = DistilSchedule(recipe.distil.steps, recipe.distil.lr, seed=recipe.seed)
+    training = Training(DistilSchedule(recipe.distil.steps, recipe.distil.lr, seed=recipe.seed), NEAR)
     seconds: dict[str, float] = {}
     found: dict[str, Indexers] = {
         "random": {
@@ -80,21 +84,28 @@ def fitted(
             for seed, (name, dims) in enumerate(prepared.plan.layers)
         }
     }
-    for name, count, plan in (("closed-form", CLOSED_FORM_SEQUENCES, None), ("distil", DISTIL_SEQUENCES, schedule)):
+    for name, count, plan in (
+        ("closed-form", CLOSED_FORM_SEQUENCES, NO_TRAINING),
+        ("auto", DISTIL_SEQUENCES, training),
+    ):
         start = time.perf_counter()
         sequences = text.sequences(length, count + MOST_HELD_OUT)
-        found[name] = calibrated(prepared, sequences, Calibration(config, recipe.rows, plan, recipe.seed))
+        found[name] = calibrated(prepared, sequences, Calibration(config, recipe.rows, plan, recipe.seed), recipe)
         seconds[name] = time.perf_counter() - start
     return found, seconds
 
 
-def calibrated(prepared: Prepared, sequences: list[Tensor], how: Calibration) -> Indexers:
-    """As `convert` does: MOST_HELD_OUT of the sequences, spread over them, choose the snapshot; the rest are fitted on."""
+def calibrated(prepared: Prepared, sequences: list[Tensor], how: Calibration, recipe: Recipe) -> Indexers:
+    """As `convert` does: MOST_HELD_OUT of the sequences, spread over them, decide what is taken; the rest are fitted on."""
     step = len(sequences) // MOST_HELD_OUT
     selection = range(step // 2, step * MOST_HELD_OUT, step)
     rest = [ids for number, ids in enumerate(sequences) if number not in selection]
-    source = WeightSource(prepared.checkpoint, prepared.capture)
-    results = calibrate(source, rest, [sequences[number] for number in selection], how)
+    source, size = WeightSource(prepared.checkpoint, prepared.capture), vocabulary_size(prepared.checkpoint)
+    length, share = len(sequences[0]), recipe.random_share / (1 - recipe.random_share)
+    checking, beside = checking_sequences(size, length), round(len(rest) * share)
+    random = vocabulary_sequences(length, checking + beside, size, how.seed)
+    deciding = [sequences[number] for number in selection] + random[: round(len(selection) * share)]
+    results = calibrate(source, rest + random[checking:], deciding, how, vocabulary=random[:checking])
     return {result.name: result.weights for result in results}
 
 
@@ -179,8 +190,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    recipes = parser.add_argument_group("recipes")
+    recipes.add_argument("--recipes", action="store_true", help="compare ways of fitting indexers to tiny-mla")
+    recipes.add_argument("--widths", type=int, nargs="+", default=[24, 64, 32, 128], metavar="D", help="index_head_dim")
+    recipes.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
+    recipes.add_argument("--variants", nargs="+", default=[], metavar="NAME", help="default: all")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.recipes:
+        from quality_recipes import ablations
+
+        print(", ".join(f"{key} {value}" for key, value in machine().items()), flush=True)
+        for text in ablations(args.sequences or 48, args.widths, args.seeds, args.variants):
+            print(text, flush=True)
+        return
     try:
         result, rows = measure(args)
     except UserError as error:
