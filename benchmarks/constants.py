@@ -81,7 +81,7 @@ FITS = (
     Sweep("Calibration.rows", (16, 32, 64)),
     Sweep("recipe.CLOSED_FORM_SEQUENCES", (1, 4, 64)),
     Sweep("Distil.lr", (1e-3, 1e-2), DISTILLED),
-    Sweep("Distil.steps", (64, 512), DISTILLED),
+    Sweep("Distil.steps", (256, 2048), DISTILLED),
     Sweep("recipe.DISTIL_SEQUENCES", (16, 32), DISTILLED),
     Sweep("DistilSchedule.warmup", (1, 32), DISTILLED),
     Sweep("indexer/distil.BETAS", ((0.9, 0.9), (0.9, 0.999)), DISTILLED),

@@ -74,7 +74,7 @@ ABLATIONS = (
     AUTO,
     replace(AUTO, name="auto, no random tokens", noise=False),
     replace(AUTO, name="auto, no refit", refit=False),
-    replace(AUTO, name="auto, 64 steps", steps=64),
+    replace(AUTO, name="auto, 256 steps", steps=256),
 )
 
 

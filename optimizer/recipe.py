@@ -64,9 +64,9 @@ class _Strict(BaseModel):
 
 
 class Distil(_Strict):
-    """Schedule of the distillation: steps of one sequence each, peak learning rate."""
+    """Schedule of the distillation: steps of one sequence each in every layer, peak learning rate."""
 
-    steps: Count = 256  # swept by benchmarks/constants.py
+    steps: Count = 1024  # swept by benchmarks/constants.py
     lr: Number = Field(default=3e-3, gt=0, allow_inf_nan=False)  # swept by benchmarks/constants.py
 
 
