@@ -176,7 +176,7 @@ def machine() -> dict[str, str | int]:
     }  # fmt: skip
 
 
-def main() -> None:
+def read_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=TINY, metavar="MODEL", help="folder or hub id (default: examples/tiny-mla)")
     parser.add_argument("--text", default=TINY / "held_out", metavar="PATH", help="held-out text (default: tiny-mla's)")
@@ -195,7 +195,11 @@ def main() -> None:
     recipes.add_argument("--widths", type=int, nargs="+", default=[24, 64, 32, 128], metavar="D", help="index_head_dim")
     recipes.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
     recipes.add_argument("--variants", nargs="+", default=[], metavar="NAME", help="default: all")
-    args = parser.parse_args()
+    return parser, parser.parse_args()
+
+
+def main() -> None:
+    parser, args = read_arguments()
     torch.set_num_threads(args.threads)
     if args.recipes:
         from quality_recipes import ablations

@@ -22,7 +22,7 @@ from ..runtime.shelf import Shelf
 from .environment import usable_device
 from .model.capture import model_class_of, read_config
 from .model.stored_formats import mtp_tensors
-from .model.text import load_tokenizer, model_tokens
+from .model.text import Tokens, load_tokenizer, model_tokens
 from .proof import transformers_check as hf
 from .proof.check import compare, difference
 from .proof.checked import Check
@@ -281,8 +281,22 @@ def verify_folders(
     chosen = tokens.sequences(length, sequences)
     limit = limits.max_loss_delta if max_loss_delta is None else max_loss_delta
     result = verify(pair, chosen, tokens.origin, limit, skip_transformers, on_progress)
-    if long is None:
-        return result
+    return (
+        result
+        if long is None
+        else _with_tasks(result, pair, tokens if text else None, long, on_progress, trust_remote_code)
+    )
+
+
+def _with_tasks(
+    result: Verification,
+    pair: Pair,
+    text: Tokens | None,
+    long: LongTasks,
+    on_progress: Callable[[str, int, int], None] | None,
+    trust_remote_code: bool,
+) -> Verification:
+    """With questions about long texts."""
     tokenizer = load_tokenizer(pair.dense.checkpoint.path, trust_remote_code)
-    tasks, checks = long_tasks(pair, tokenizer, tokens.ids if text else None, long, on_progress)
+    tasks, checks = long_tasks(pair, tokenizer, None if text is None else text.ids, long, on_progress)
     return replace(result, checks=(*result.checks, *checks), tasks=tuple(tasks))

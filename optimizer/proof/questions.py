@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...errors import UsageError, UserError
 
+# Fixed by chance: of so few words a name of two would come twice among some hundred questions.
 FEW_WORDS = 200  # different words that a text needs to name keys after it
 # Fixed by the tasks: RULER's multi-key needles have 4, its chains of variables 4 hops; common words come 30 times, others 3.
 KEYS, HOPS, OFTEN, RARELY, RARE_WORDS = 4, 4, 30, 3, 20
