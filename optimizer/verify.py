@@ -260,10 +260,7 @@ def verify_folders(
     on_progress: Callable[[str, int, int], None] | None = None,
     long: LongTasks | None = None,
 ) -> Verification:
-    """Open both folders, read `text` (random tokens without one), and run every check. long: questions about long texts, too.
-
-    Raises UserError.
-    """
+    """Open both folders, read `text` (random tokens without one), and run every check, and ask `long`. Raises UserError."""
     limits = Verify()
     sequences = limits.sequences if sequences is None else sequences
     if sequences < 1:
