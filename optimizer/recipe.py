@@ -79,6 +79,7 @@ class Verify(_Strict):
     sequences: Count = 8
 
 
+TRAINED = ("auto", "distil")
 WRITTEN = ("layout", "mtp", "untie", "target")  # how the result is written, which no indexer depends on
 
 
@@ -112,7 +113,7 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _budget_is_spent(self) -> Recipe:
-        if self.budget is not None and self.indexer not in ("auto", "distil"):
+        if self.budget is not None and self.indexer not in TRAINED:
             raise ValueError(f"{self.indexer} does not train, a budget is for auto and distil")
         return self
 
@@ -144,6 +145,8 @@ def read_recipe(file: str | None, flags: Mapping[str, Any]) -> Recipe:
         fields |= {"indexer": "donor", "donor": source.removeprefix("donor:") or None}
     elif flags.get("indexer") is not None:
         fields.pop("donor", None)  # the flag overrides the file's donor, path and all
+    if flags.get("indexer") is not None and flags.get("budget") is None and source not in TRAINED:
+        fields.pop("budget", None)  # and a budget that it has no use for
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:

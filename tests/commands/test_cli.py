@@ -34,6 +34,8 @@ pytestmark = pytest.mark.usefixtures("quick_capture")
 
 EVERYTHING = """
 indexer: distil
+budget: 10m
+random_share: 0.5
 index_topk: 48
 index_n_heads: 4
 index_head_dim: 64

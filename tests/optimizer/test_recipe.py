@@ -55,7 +55,10 @@ def test_no_budget(given: str) -> None:
 
 
 @pytest.mark.parametrize("source", ["closed-form", "donor:some/model"])
-def test_nothing_to_spend_a_budget_on(source: str) -> None:
+def test_nothing_to_spend_a_budget_on(source: str, tmp_path: Path) -> None:
+    file = recipe_file(tmp_path, "budget: 10m")
+    assert read_recipe(file, {"indexer": source}).budget is None  # the flag overrides the file
+    assert read_recipe(file, {"indexer": "distil"}).budget == "10m"
     with pytest.raises(UsageError, match=f"{source.partition(':')[0]} does not train"):
         read_recipe(None, {"indexer": source, "budget": "10m"})
 
