@@ -84,7 +84,7 @@ def _add_generate(commands: Any) -> None:
         commands, "generate", _generate, "continue a prompt; the text alone goes to stdout", example, graphs=True
     )
     command.add_argument(
-        "model", metavar="MODEL", help="DSA checkpoint (folder or hub id), exported folder, or engine folder"
+        "model", metavar="MODEL", help="checkpoint, DSA or dense (folder or hub id), exported folder, or engine folder"
     )
     command.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads stdin")
     command.add_argument(

@@ -1,4 +1,4 @@
-"""Generate text from a DSA checkpoint (its own converted graph, in torch), an exported folder (onnxruntime, or torch for a .pt2),
+"""Generate text from a checkpoint, DSA or dense (its own graph, in torch), an exported folder (onnxruntime, or torch for a .pt2),
 or an engine folder (TensorRT)."""
 
 from __future__ import annotations

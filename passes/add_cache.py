@@ -85,7 +85,7 @@ class AddCache(Pass):
             raise UserError("this program has no input called input_ids, which the caches take their sizes from")
 
     def run(self, work: Work) -> Report:
-        adder = _CacheAdder(work.editor)
+        adder = _SparseCaches(work.editor)
         for number, (layer, attend) in enumerate(zip(self._layers(work), _attentions(work.editor), strict=True)):
             adder.cache_layer(number, layer, attend)
         if self.last_only:
@@ -125,59 +125,28 @@ def _selector_of(attend: Node) -> Node:
     return node_arg(attend, 2, "indices")
 
 
-class _CacheAdder:
-    """What one run of the pass shares between its layers."""
+class CacheAdder:
+    """What one run of a pass that adds caches shares between its layers: the new inputs, and how a cache is written."""
 
     def __init__(self, editor: ProgramEditor) -> None:
-        self.specs: list[CacheSpec] = []
-        self._editor = editor
+        self.editor = editor
         self._ids = next(n for n in editor.user_inputs if n.name == "input_ids")
         self._batch, length = value(self._ids).shape
         self._capacity = editor.new_size("cache_length")
-        self._slots = editor.add_input("slots", (self._batch, length), torch.int64)
-        self._begin = editor.add_input("key_begin", (self._batch,), torch.int64)
-        self._ranges: dict[Any, tuple[Node, Node]] = {}
-        self._cached: set[Node] = set()  # indexers that read a cache already
+        self.slots = editor.add_input("slots", (self._batch, length), torch.int64)
+        self.begin = editor.add_input("key_begin", (self._batch,), torch.int64)
 
-    def cache_layer(self, number: int, layer: str, attend: Node) -> None:
-        selector, key, width = _selector_of(attend), None, None
-        if selector not in self._cached:
-            key, width = f"index_key_{number}", self._cache_keys(f"index_key_{number}", selector)
-        query, _, *others = attend.args
-        rows = node_arg(attend, 1, "kv")
-        latent = self._write(self._editor.builder(before=attend), f"latent_{number}", rows)
-        attend.args = (query, latent, *others)
-        self.specs.append(CacheSpec(layer, f"latent_{number}", key, int(shape(rows)[-1]), width))
-
-    def _cache_keys(self, name: str, selector: Node) -> int:
-        """The width of the new cache."""
-        build = self._editor.builder(before=selector)
-        query, _, weights, *old_range, topk = selector.args
-        keys = node_arg(selector, 1, "k")
-        visible = self._range(build, tuple(old_range))
-        selector.args = (query, self._write(build, name, keys), weights, *visible, topk)
-        _refresh(selector, self._editor)
-        self._cached.add(selector)
-        return int(shape(keys)[-1])
-
-    def _range(self, build: GraphBuilder, old: object) -> tuple[Node, Node]:
-        """(key_begin, key_end), [B, T], once for all layers that shared theirs before."""
-        if old not in self._ranges:
-            sizes = [build.size(self._slots, 0), build.size(self._slots, 1)]
-            first = build(aten.expand.default, build(aten.unsqueeze.default, self._begin, 1), sizes)
-            self._ranges[old] = first, build(aten.add.Tensor, self._slots, 1)
-        return self._ranges[old]
-
-    def _write(self, build: GraphBuilder, name: str, rows: Node) -> Node:
+    def write(self, build: GraphBuilder, name: str, rows: Node) -> Node:
+        """The cache `name` [B, C, d] with `rows` [B, T, d] in their slots: an input and an output of the program."""
         sizes = (self._batch, self._capacity, int(shape(rows)[-1]))
-        past = self._editor.add_input(f"past_{name}", sizes, value(rows).dtype)
-        present = build(dsa.cache_write.default, past, rows, self._slots)
-        self._editor.add_output(f"present_{name}", present)
+        past = self.editor.add_input(f"past_{name}", sizes, value(rows).dtype)
+        present = build(dsa.cache_write.default, past, rows, self.slots)
+        self.editor.add_output(f"present_{name}", present)
         return present
 
     def keep_last(self) -> None:
         """Project only the hidden state of each row's last token: prefill would write [B, T, vocab] otherwise."""
-        editor = self._editor
+        editor = self.editor
         head = next(n for n in reversed(editor.graph.nodes) if linear_parts(n) is not None)
         hidden = linear_input(head)
         build = editor.builder(before=head)
@@ -190,13 +159,52 @@ class _CacheAdder:
 
     def drop_mask(self) -> None:
         """Only its sizes are still read, and input_ids has the same."""
-        mask = next((n for n in self._editor.user_inputs if n.name == "attention_mask"), None)
+        mask = next((n for n in self.editor.user_inputs if n.name == "attention_mask"), None)
         if mask is not None:
             for user in [u for u in mask.users if u.target is aten.sym_size.int]:
                 user.replace_input_with(mask, self._ids)
-        self._editor.remove_dead()
+        self.editor.remove_dead()
         if mask is not None:
-            self._editor.drop_input(mask.name)
+            self.editor.drop_input(mask.name)
+
+
+class _SparseCaches(CacheAdder):
+    """Caches of the two DSA ops."""
+
+    def __init__(self, editor: ProgramEditor) -> None:
+        super().__init__(editor)
+        self.specs: list[CacheSpec] = []
+        self._ranges: dict[Any, tuple[Node, Node]] = {}
+        self._cached: set[Node] = set()  # indexers that read a cache already
+
+    def cache_layer(self, number: int, layer: str, attend: Node) -> None:
+        selector, key, width = _selector_of(attend), None, None
+        if selector not in self._cached:
+            key, width = f"index_key_{number}", self._cache_keys(f"index_key_{number}", selector)
+        query, _, *others = attend.args
+        rows = node_arg(attend, 1, "kv")
+        latent = self.write(self.editor.builder(before=attend), f"latent_{number}", rows)
+        attend.args = (query, latent, *others)
+        self.specs.append(CacheSpec(layer, f"latent_{number}", key, int(shape(rows)[-1]), width))
+
+    def _cache_keys(self, name: str, selector: Node) -> int:
+        """The width of the new cache."""
+        build = self.editor.builder(before=selector)
+        query, _, weights, *old_range, topk = selector.args
+        keys = node_arg(selector, 1, "k")
+        visible = self._range(build, tuple(old_range))
+        selector.args = (query, self.write(build, name, keys), weights, *visible, topk)
+        _refresh(selector, self.editor)
+        self._cached.add(selector)
+        return int(shape(keys)[-1])
+
+    def _range(self, build: GraphBuilder, old: object) -> tuple[Node, Node]:
+        """(key_begin, key_end), [B, T], once for all layers that shared theirs before."""
+        if old not in self._ranges:
+            sizes = [build.size(self.slots, 0), build.size(self.slots, 1)]
+            first = build(aten.expand.default, build(aten.unsqueeze.default, self.begin, 1), sizes)
+            self._ranges[old] = first, build(aten.add.Tensor, self.slots, 1)
+        return self._ranges[old]
 
 
 def _from(start: Node) -> list[Node]:

@@ -1,7 +1,7 @@
-"""A DSA checkpoint as a program with caches, no weight read: where exports and generation start.
+"""A checkpoint as a program with caches, no weight read: where exports and generation start.
 
-Its dense base is captured and rewritten as in a conversion: a DSA checkpoint is a dense one plus indexers, so there is no
-second modelling code.
+A DSA checkpoint's dense base is captured and rewritten as in a conversion: a DSA checkpoint is a dense one plus indexers, so there is no
+second modelling code. A dense one is captured the same way, and not rewritten.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from ...files.manifests.checkpoint_manifest import CHECKPOINT_MANIFEST, is_conve
 from ...files.model.text_model import text_config
 from ...kernels.spec import IndexerConfig
 from ...passes.add_cache import Cached, cached_of
+from ...passes.cache_dense import DenseCached, dense_cached_of
 from ...passes.manager import run_passes
 from ...passes.mla_to_dsa import Rewritten
-from ...passes.pipeline import cached_passes
+from ...passes.pipeline import cached_passes, dense_cached_passes
 from ...runtime.torch_session import TorchSession
 from .capture import Capture, capture, max_length, read_config
 from .checkpoint import Checkpoint
@@ -68,6 +69,27 @@ def open_cached(checkpoint: Checkpoint, dtype: torch.dtype, last_only: bool, dev
     checkpoint.check_shapes({**source.expected(), **shapes})
     check_every_tensor(source, shapes)
     return CachedModel(checkpoint, captured, indexer, cached_of(run), source)
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """A dense checkpoint with its cached program; no weights read."""
+
+    captured: Capture
+    cached: DenseCached
+    source: WeightSource
+
+
+def open_dense(checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu") -> DenseModel:
+    """Raises UserError for a model with other layers than MLA, or tensors that do not fit its config.json."""
+    checkpoint = with_true_quantisation(checkpoint)
+    captured = capture(checkpoint.config, dtype=dtype)
+    layers = int(getattr(read_config(checkpoint.config).get_text_config(), "num_hidden_layers", 0))
+    cached = dense_cached_of(run_passes(captured.program, dense_cached_passes(True, layers)))
+    source = WeightSource(checkpoint, captured, device)
+    checkpoint.check_shapes(source.expected())
+    check_every_tensor(source)
+    return DenseModel(captured, cached, source)
 
 
 def _check_every_layer(checkpoint: Checkpoint) -> None:
@@ -218,8 +240,10 @@ def _indexer_kinds(config: Mapping[str, Any], file: Path) -> tuple[str, list[str
 def open_torch_session(
     folder: Path, batch: int, capacity: int | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> TorchSession:
-    """A session on a DSA checkpoint. capacity None: the model's context. Raises UserError."""
-    model = open_cached(Checkpoint.open(folder), dtype, last_only=True, device=device)
+    """A session on a checkpoint, DSA or dense. capacity None: the model's context. Raises UserError."""
+    checkpoint = Checkpoint.open(folder)
+    sparse = checkpoint.is_dsa()
+    model = open_cached(checkpoint, dtype, True, device) if sparse else open_dense(checkpoint, dtype, device)
     context = model.captured.max_length
     if capacity is not None and capacity > context:
         raise UserError(f"a cache of {capacity} tokens is longer than the model's {context} positions")

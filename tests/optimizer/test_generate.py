@@ -12,6 +12,7 @@ import torch
 from command_line import small_conversion
 from fake_tensorrt import FakeEngine
 from manifests import engine_manifest, runnable
+from places import TINY
 
 from mla2dsa.files.manifests.engine_manifest import ENGINE_MANIFEST
 from mla2dsa.files.manifests.export_manifest import EXPORT_MANIFEST
@@ -25,12 +26,12 @@ PROFILE = {"batch": [1, 1, 1], "cache_length": [16, 64, 256]}
 PROFILES = [{"name": "prefill", "seq": [1, 32, 32], **PROFILE}, {"name": "decode", "seq": [1, 1, 1], **PROFILE}]
 
 
-def transformers_ids(folder: Path, **options: Any) -> list[int]:
+def transformers_ids(folder: Path, prompt: str = PROMPT, **options: Any) -> list[int]:
     """What transformers itself generates, without the token that ends it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")["input_ids"]
+    ids = AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt")["input_ids"]
     made: list[int] = model.generate(ids, max_new_tokens=MOST, do_sample=False, **options)[0, ids.shape[1] :].tolist()
     return made
 
@@ -90,6 +91,17 @@ def test_tensorrt(
     session = TensorRtSession(FakeEngine(folder, manifest), manifest, batch=1, device="cpu")
     monkeypatch.setattr("mla2dsa.runtime.tensorrt_session.open_engine_session", lambda folder, batch: session)
     assert text(folder) == second_end[1]
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, "import os\n"], ids=["def", "import"])
+def test_a_dense_checkpoint_says_what_transformers_says(prompt: str) -> None:
+    """The captured graph with caches, its attention as it is: greedy text is the same, token by token."""
+    from transformers import AutoTokenizer
+
+    made = transformers_ids(TINY, prompt)
+    expected = AutoTokenizer.from_pretrained(TINY).decode(made)
+    assert len(made) == MOST
+    assert "".join(generate_text(str(TINY), prompt, None, MOST, Sampling())) == expected
 
 
 def test_without_the_second_end_it_goes_on(second_end: tuple[Path, str], tmp_path: Path) -> None:

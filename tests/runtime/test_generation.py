@@ -158,12 +158,6 @@ def test_the_command_prints_the_text_and_nothing_else(tmp_path_factory: pytest.T
     assert done.out == mla2dsa("generate", folder, "def main(", "--max-new-tokens", 12, "--json").json()["text"] + "\n"
 
 
-def test_a_dense_checkpoint_is_refused() -> None:
-    done = mla2dsa("generate", TINY, "x")
-    assert done.code == 1
-    assert "a dense checkpoint (no indexer); run `mla2dsa convert` first" in done.err
-
-
 def test_a_checkpoint_is_not_for_onnxruntime(tmp_path_factory: pytest.TempPathFactory) -> None:
     done = mla2dsa("generate", small_conversion(tmp_path_factory), "x", "--runtime", "onnxruntime")
     assert done.code == 1
