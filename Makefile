@@ -51,7 +51,7 @@ endif
 # SlipCover notes the lines of the package that tests run. Its table, and whether each room has enough, is for whole runs:
 # PYTEST_ARGS="tests/passes -q" runs a part and asks for nothing. Half of the files for each worker, who then steals from the
 # other: what a file's tests share is made once.
-ROOMS := commands,compat,exporters,files,kernels,optimizer,passes,runtime
+ROOMS := commands,compat,exporters,files,kernels,optimizer,passes,runtime,serving
 LINES := .coverage.json
 
 test: install lean

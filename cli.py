@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from . import __version__
+from .commands.answers import add_answers
 from .commands.common import Parser, run_command
 from .commands.conversion import add_conversion
 from .commands.engines import add_engines
@@ -30,6 +31,7 @@ EPILOG = """examples:
   mla2dsa convert ./model ./model-dsa --indexer distil --calibration corpus.jsonl --tokens 262144
   mla2dsa verify ./model ./model-dsa --text held-out.txt
   mla2dsa strip ./model-dsa ./model-again
+  mla2dsa generate ./model-dsa "What is MLA?" --chat
   mla2dsa build ./model-dsa ./engine --max batch=4,cache_length=65536
   mla2dsa deploy ./model ./engine --calibration ./texts --sm 90
   mla2dsa kernels build --sm 80,90 --out ./kernels
@@ -144,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_conversion(commands)
     add_use(commands)
+    add_answers(commands)
     add_engines(commands)
     add_kernels(commands)
     return parser

@@ -16,7 +16,19 @@ MODEL_HELP = "folder of a checkpoint, or a Hugging Face hub id"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with its complaints in one line like every other."""
+    """argparse, with its complaints in one line like every other. intermixed: arguments of any number may stand after options."""
+
+    intermixed = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """argparse's own takes them all before the first option, or none."""
+        if not self.intermixed:
+            return super().parse_known_args(args, namespace)
+        self.intermixed = False  # argparse calls this again
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self.intermixed = True
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
@@ -38,16 +50,18 @@ def command_parser(
     example: str,
     *,
     graphs: bool = False,
+    intermixed: bool = False,
 ) -> argparse.ArgumentParser:
     """A command that calls `run` with its arguments, and takes --json and -v. about: a phrase, without a full stop.
 
-    graphs: passes run over a model's graph in it, so it takes --dump-graphs, too.
+    graphs: passes run over a model's graph in it, so it takes --dump-graphs, too. intermixed: see `Parser`.
     """
-    command: argparse.ArgumentParser = commands.add_parser(
+    command: Parser = commands.add_parser(
         name, help=about, description=about[0].upper() + about[1:] + ".", epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     command.set_defaults(run=run)
+    command.intermixed = intermixed
     command.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     command.add_argument(
         "-v", "--verbose", action="count", default=0,

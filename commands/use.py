@@ -1,19 +1,17 @@
-"""export, generate, inspect, env: what is done with a DSA checkpoint."""
+"""export, inspect, env: what is done with a DSA checkpoint."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from .common import add_trust, command_parser
+from .common import command_parser
 
 
 def add_use(commands: Any) -> None:
-    """export, generate, inspect, env."""
+    """export, inspect, env."""
     _add_export(commands)
-    _add_generate(commands)
     _add_inspect(commands)
     _add_env(commands)
 
@@ -75,59 +73,6 @@ def _export(args: argparse.Namespace) -> int:
     print(
         f"{args.out}: {exported.manifest['file']}, {args.dtype}, {used:.1f} MB of weights used in place, {written:.1f} MB written"
     )
-    return 0
-
-
-def _add_generate(commands: Any) -> None:
-    example = 'mla2dsa generate ./model-dsa "def main():" --max-new-tokens 64'
-    command = command_parser(
-        commands, "generate", _generate, "continue a prompt; the text alone goes to stdout", example, graphs=True
-    )
-    command.add_argument(
-        "model", metavar="MODEL", help="checkpoint, DSA or dense (folder or hub id), exported folder, or engine folder"
-    )
-    command.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads stdin")
-    command.add_argument(
-        "--runtime",
-        choices=("torch", "onnxruntime", "tensorrt"),
-        help="default: onnxruntime for an ONNX export, tensorrt for an engine, else torch",
-    )
-    command.add_argument(
-        "--max-new-tokens", type=int, default=128, metavar="N", help="most tokens to write (default 128)"
-    )
-    command.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the most likely token"
-    )
-    command.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="sample from the most likely tokens of this mass"
-    )
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
-    command.add_argument("--device", default="cpu", help="where torch runs (default cpu)")
-    add_trust(command)
-
-
-def _generate(args: argparse.Namespace) -> int:
-    from ..optimizer.before.findings import Findings
-    from ..optimizer.before.preflight import check_generate
-
-    with Findings() as found:
-        check_generate(found, args.model, args.runtime)
-
-    from ..optimizer.generate import generate_text
-    from ..runtime.generation import Sampling
-    from .show.tables import print_json
-
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    sampling = Sampling(args.temperature, args.top_p, args.seed)
-    pieces = generate_text(
-        args.model, prompt, args.runtime, args.max_new_tokens, sampling, args.device, args.trust_remote_code
-    )
-    if args.json:
-        print_json({"text": "".join(pieces)})
-        return 0
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
     return 0
 
 

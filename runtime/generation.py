@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,17 +27,21 @@ class Session(Protocol):
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 takes the most likely token (ties: the lowest id); top_p keeps the smallest set of that mass."""
+    """temperature 0 takes the most likely token (ties: the lowest id); top_k keeps so many (0: all), top_p of these the
+    smallest set of that mass."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    top_k: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature {self.temperature}, expected 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top-p {self.top_p}, expected more than 0 and at most 1")
+        if self.top_k < 0:
+            raise UserError(f"top-k {self.top_k}, expected 0 (all tokens) or more")
 
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
@@ -45,10 +50,21 @@ class Sampling:
         """[B] token ids from logits [B, vocab] float32."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        ranked, order = torch.sort((logits / self.temperature).softmax(-1), dim=-1, descending=True, stable=True)
+        scores, order = torch.sort(logits / self.temperature, dim=-1, descending=True, stable=True)
+        if self.top_k:
+            scores[:, self.top_k :] = -math.inf
+        ranked = scores.softmax(-1)
         ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= self.top_p, 0.0)
         choice = torch.multinomial(ranked, 1, generator=generator)
         return order.gather(-1, choice)[:, 0]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The next id of every sequence (None once it has ended), and the logits [B, vocab] float32 that it was picked from."""
+
+    picked: list[int | None]
+    logits: Tensor
 
 
 def generate(
@@ -58,7 +74,18 @@ def generate(
     sampling: Sampling,
     stop: Sequence[int] = (),
 ) -> Iterator[list[int | None]]:
-    """Yield, token by token, the next id of every sequence (None once it has ended).
+    """The ids of `steps`."""
+    return (step.picked for step in steps(session, prompts, max_new_tokens, sampling, stop))
+
+
+def steps(
+    session: Session,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: Sequence[int] = (),
+) -> Iterator[Step]:
+    """Yield, token by token, what comes next in every sequence. A session may be used again once this is over or given up.
 
     Prompts may differ in length: short rows are padded on the right by repeating their last token in its own slot, which
     writes the same values again. Raises UserError when a prompt is empty or it and the new tokens exceed the cache.
@@ -73,7 +100,7 @@ def generate(
     for count in range(max_new_tokens):
         picked = sampling.pick(logits, generator)
         ended |= torch.isin(picked, torch.tensor(list(stop), dtype=torch.int64)) if stop else False
-        yield [None if done else int(token) for token, done in zip(picked, ended.tolist(), strict=True)]
+        yield Step([None if done else int(token) for token, done in zip(picked, ended.tolist(), strict=True)], logits)
         if bool(ended.all()) or count == max_new_tokens - 1:
             return
         at = (lengths + count)[:, None]

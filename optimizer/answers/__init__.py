@@ -1,0 +1,1 @@
+"""What answers a prompt: a model opened in any runtime, its prompts, its text as it comes."""

@@ -1,0 +1,99 @@
+"""A model opened to answer: a checkpoint, DSA or dense (its own graph, in torch), an exported folder (onnxruntime, or torch for
+a .pt2), or an engine folder (TensorRT)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError
+from ...files.manifests.engine_manifest import engine_folder, read_engine
+from ...files.manifests.export_manifest import is_export, read_export
+from ...files.model.stop_tokens import stop_tokens
+from ...runtime.generation import Session
+from ...runtime.ort_session import OrtSession
+from ...runtime.torch_session import open_pt2_session
+from ..model.cached_model import open_torch_session
+from ..model.checkpoint import Checkpoint
+from ..model.text import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One sequence at a time; a session is used again for the next. stop: ids of the tokens that end a text."""
+
+    folder: Path
+    session: Session
+    tokenizer: Any
+    stop: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.resolve().name
+
+
+def open_model(
+    model: str,
+    runtime: str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    capacity: int | None = None,
+) -> Opened:
+    """runtime None: onnxruntime for an ONNX export, tensorrt for an engine, else torch. capacity None: all that the model takes.
+
+    Raises UserError for what is no model, or not one of this runtime.
+    """
+    engine = engine_folder(model)
+    if engine is None and runtime == "tensorrt":
+        raise UserError(f"{model}: no engine folder; run `mla2dsa build` first, or pass another --runtime")
+    if engine is not None:
+        folder, session = engine, _engine_session(engine, runtime)
+    else:
+        exported = is_export(model)
+        folder = Path(model) if exported else Checkpoint.open(model).path
+        session = _session(folder, runtime or _natural_runtime(folder, exported), exported, device, capacity)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    return Opened(folder, session, tokenizer, tuple(_stop(folder, tokenizer)))
+
+
+def _engine_session(folder: Path, runtime: str | None) -> Session:
+    from ...runtime.tensorrt_session import open_engine_session
+
+    if runtime not in (None, "tensorrt"):
+        raise UserError(f"{folder}: an engine folder, which {runtime} cannot run; pass --runtime tensorrt, or nothing")
+    return open_engine_session(folder, batch=1)
+
+
+def _natural_runtime(folder: Path, exported: bool) -> str:
+    return "onnxruntime" if exported and read_export(folder)["kind"] == "onnx" else "torch"
+
+
+def _session(folder: Path, runtime: str, exported: bool, device: str, capacity: int | None) -> Session:
+    if runtime == "onnxruntime":
+        if not exported:
+            raise UserError(
+                f"{folder}: a checkpoint, which onnxruntime cannot run; run `mla2dsa export` first, or pass --runtime torch"
+            )
+        return OrtSession(folder, 1, capacity)
+    if exported:
+        return open_pt2_session(folder, 1, capacity, device)
+    return open_torch_session(folder, 1, capacity, device=device)
+
+
+def _stop(folder: Path, tokenizer: Any) -> list[int]:
+    """What the folder's files or its manifest say, and what the tokenizer itself does: its code may know better."""
+    known = set(stop_tokens(folder))
+    if (manifest := _manifest(folder)) is not None:
+        known |= set(manifest["model"]["eos_token_id"])
+    if tokenizer.eos_token_id is not None:
+        known.add(tokenizer.eos_token_id)
+    return sorted(known)
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """Of an export or an engine."""
+    if engine_folder(folder) is not None:
+        return read_engine(folder)
+    return read_export(folder) if is_export(folder) else None

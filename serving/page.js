@@ -1,0 +1,89 @@
+"use strict";
+const at = (id) => document.getElementById(id);
+let running = null;
+
+const headers = () => ({
+  "Content-Type": "application/json",
+  ...(at("key").value ? { Authorization: `Bearer ${at("key").value}` } : {}),
+});
+
+async function models() {
+  const answer = await fetch("/v1/models", { headers: headers() });
+  const body = await answer.json();
+  if (!answer.ok) { at("said").textContent = body.error.message; return; }
+  at("said").textContent = "";
+  ["first", "second"].forEach((side, number) => {
+    at(side).replaceChildren(...body.data.map((model) => new Option(model.id, model.id)));
+    at(side).selectedIndex = Math.min(number, body.data.length - 1);
+  });
+}
+
+function body(model) {
+  const prompt = at("prompt").value, chat = at("kind").value === "chat";
+  const shared = {
+    model, stream: true, stream_options: { include_usage: true }, max_tokens: Number(at("tokens").value),
+    temperature: Number(at("temperature").value), seed: Number(at("seed").value),
+  };
+  return chat ? { ...shared, messages: [{ role: "user", content: prompt }] } : { ...shared, prompt };
+}
+
+async function ask(side, signal) {
+  const path = at("kind").value === "chat" ? "/v1/chat/completions" : "/v1/completions";
+  const text = at(`${side}-text`), end = at(`${side}-end`);
+  text.textContent = end.textContent = "";
+  const request = { method: "POST", headers: headers(), body: JSON.stringify(body(at(side).value)), signal };
+  const answer = await fetch(path, request);
+  if (!answer.ok) { end.textContent = (await answer.json()).error.message; return; }
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let held = "", why = "", counted = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) break;
+    const events = (held + value).split("\n\n");
+    held = events.pop();
+    for (const event of events) {
+      if (!event.startsWith("data: ") || event === "data: [DONE]") continue;
+      const told = JSON.parse(event.slice(6));
+      if (told.error) { why = told.error.message; continue; }
+      if (told.usage) counted = `${told.usage.prompt_tokens} + ${told.usage.completion_tokens} tokens`;
+      for (const choice of told.choices) {
+        text.append(choice.delta ? choice.delta.content ?? "" : choice.text);
+        why = choice.finish_reason ?? why;
+      }
+    }
+  }
+  end.textContent = [counted, why && `ended by: ${why}`].filter(Boolean).join(", ");
+}
+
+function compare() {
+  const texts = ["first-text", "second-text"].map((id) => at(id).textContent);
+  let same = 0;
+  while (same < Math.min(texts[0].length, texts[1].length) && texts[0][same] === texts[1][same]) same += 1;
+  if (texts[0] === texts[1]) { at("said").textContent = "Both say the same."; return; }
+  at("said").textContent = `The first ${same} characters are the same.`;
+  ["first-text", "second-text"].forEach((id, number) => {
+    const mark = document.createElement("mark");
+    mark.textContent = texts[number].slice(same);
+    at(id).replaceChildren(texts[number].slice(0, same), mark);
+  });
+}
+
+at("ask").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  running?.abort();
+  const mine = (running = new AbortController());
+  at("halt").disabled = false;
+  at("said").textContent = "Asking both.";
+  try {
+    if (!at("first").value) await models();
+    await Promise.all(["first", "second"].map((side) => ask(side, mine.signal)));
+    compare();
+  } catch (error) {
+    at("said").textContent = error.name === "AbortError" ? "Stopped." : String(error);
+  } finally {
+    if (running === mine) at("halt").disabled = true;
+  }
+});
+at("halt").addEventListener("click", () => running?.abort());
+at("key").addEventListener("change", models);
+models();
