@@ -46,7 +46,7 @@ def read_long(args: argparse.Namespace) -> Asked | None:
     """None without --long. Raises UsageError for an option that says nothing."""
     given = [
         name
-        for name in ("tasks", "lengths", "depths", "questions", "gate", "task_seed")
+        for name in ("tasks", "lengths", "depths", "questions", "most_lost", "task_seed")
         if getattr(args, name) is not None
     ]
     if not args.long:
@@ -57,7 +57,7 @@ def read_long(args: argparse.Namespace) -> Asked | None:
         raise UsageError(f"--questions {args.questions}, expected at least 1")
     return Asked(
         _each("--tasks", args.tasks, _task), _each("--lengths", args.lengths, _tokens), _each("--depths", args.depths, _depth),
-        args.questions, args.gate, args.task_seed,
+        args.questions, args.most_lost, args.task_seed,
     )  # fmt: skip
 
 
