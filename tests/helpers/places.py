@@ -8,7 +8,7 @@ HELPERS = ROOT / "tests" / "helpers"
 NATIVE = (
     ROOT / "tests" / "exporters" / "tensorrt_plugin" / "native"
 )  # C++ of the tests: harness, mock driver, stand-ins
-ROOMS = ("commands", "compat", "exporters", "files", "kernels", "optimizer", "passes", "runtime")
+ROOMS = ("commands", "compat", "exporters", "files", "kernels", "optimizer", "passes", "runtime", "serving")
 
 
 def package_files() -> list[Path]:
