@@ -9,7 +9,6 @@ from typing import Any
 
 from ..errors import UserError
 from .common import MODEL_HELP, add_drop_stale, add_trust, command_parser
-from .long import add_long, long_tasks_of, read_long
 
 
 def add_conversion(commands: Any) -> None:
@@ -235,7 +234,6 @@ def _add_verify(commands: Any) -> None:
     command.add_argument(
         "--skip-transformers", action="store_true", help="do not load the checkpoints with transformers (large models)"
     )
-    add_long(command)
     add_partial(command)
     add_trust(command)
     add_drop_stale(command)
@@ -246,7 +244,6 @@ def _verify(args: argparse.Namespace) -> int:
     from ..optimizer.before.preflight import check_verify
 
     with Findings() as found:
-        asked = found.collect(read_long, args)
         check_verify(found, args.dense, args.dsa, args.text)
 
     from ..optimizer.verify import verify_folders
@@ -258,7 +255,7 @@ def _verify(args: argparse.Namespace) -> int:
             args.dense, args.dsa, args.text, sequences=args.sequences, sequence_length=args.sequence_length,
             max_loss_delta=args.max_loss_delta, skip_transformers=args.skip_transformers, device=args.device,
             trust_remote_code=args.trust_remote_code, drop_stale=args.drop_stale_quantization, allow_partial=args.allow_partial,
-            on_progress=progress.advance, long=long_tasks_of(asked),
+            on_progress=progress.advance,
         )  # fmt: skip
     print_json(result.to_json()) if args.json else show_verification(result)
     if not result.passed:

@@ -42,9 +42,8 @@ from .model.weights import WeightSource
 from .plan import Plan, Prepared, layout_of, prepare
 from .proof.pair import open_pair
 from .proof.transformers_check import refuse_if_too_large
-from .proof.verification import Verification
 from .recipe import WRITTEN, Recipe, read_budget
-from .verify import verify
+from .verify import Verification, verify
 
 
 @dataclass(frozen=True)

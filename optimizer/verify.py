@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,11 @@ from ..runtime.shelf import Shelf
 from .environment import usable_device
 from .model.capture import model_class_of, read_config
 from .model.stored_formats import mtp_tensors
-from .model.text import Tokens, load_tokenizer, model_tokens
+from .model.text import model_tokens
 from .proof import transformers_check as hf
 from .proof.check import compare, difference
-from .proof.checked import Check
 from .proof.evaluate import LayerRecall, TextResult, layer_recalls, on_text, program_inputs
-from .proof.long_tasks import LongTasks, long_tasks
 from .proof.pair import CONVERT_AGAIN, NOT_A_PAIR, Pair, open_pair
-from .proof.verification import Verification
 from .recipe import Verify
 
 # benchmarks/constants.py: good conversions are at 1.5e-6, one dense weight off by its last bit at 2e-5.
@@ -47,6 +44,41 @@ PARITY_TOKENS = 64  # past index_topk at least; fixed by what the exactness chec
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 CLASS_REMEDY = "compare both config.json; where they agree, please report it"
 CALIBRATE_BETTER = "calibrate on more text like it, with --indexer distil or a larger --index-topk"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was held against its limit. detail: where it failed, or what was looked at; remedy: if it fails."""
+
+    name: str
+    passed: bool
+    value: float
+    limit: float
+    detail: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All checks, recall per layer, and the text figures. `origin` says what text it was, or that it was random tokens."""
+
+    checks: tuple[Check, ...]
+    layers: tuple[LayerRecall, ...]
+    text: TextResult
+    origin: str
+    skipped: tuple[str, ...] = field(default=())
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"passed": self.passed, **asdict(self)}
+
+    def failure(self) -> str:
+        """The first check that failed, as one line."""
+        bad = next(check for check in self.checks if not check.passed)
+        return f"verification failed: {bad.name}: {bad.value:.3g}, expected at most {bad.limit:.3g} ({bad.detail}); {bad.remedy}"
 
 
 def verify(
@@ -258,9 +290,8 @@ def verify_folders(
     drop_stale: bool = False,
     allow_partial: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
-    long: LongTasks | None = None,
 ) -> Verification:
-    """Open both folders, read `text` (random tokens without one), and run every check, and ask `long`. Raises UserError."""
+    """Open both folders, read `text` (random tokens without one), and run every check. Raises UserError."""
     limits = Verify()
     sequences = limits.sequences if sequences is None else sequences
     if sequences < 1:
@@ -277,23 +308,4 @@ def verify_folders(
     tokens = model_tokens(pair.dense.checkpoint, text, length * sequences, trust_remote_code=trust_remote_code)
     chosen = tokens.sequences(length, sequences)
     limit = limits.max_loss_delta if max_loss_delta is None else max_loss_delta
-    result = verify(pair, chosen, tokens.origin, limit, skip_transformers, on_progress)
-    return (
-        result
-        if long is None
-        else _with_tasks(result, pair, tokens if text else None, long, on_progress, trust_remote_code)
-    )
-
-
-def _with_tasks(
-    result: Verification,
-    pair: Pair,
-    text: Tokens | None,
-    long: LongTasks,
-    on_progress: Callable[[str, int, int], None] | None,
-    trust_remote_code: bool,
-) -> Verification:
-    """With questions about long texts."""
-    tokenizer = load_tokenizer(pair.dense.checkpoint.path, trust_remote_code)
-    tasks, checks = long_tasks(pair, tokenizer, None if text is None else text.ids, long, on_progress)
-    return replace(result, checks=(*result.checks, *checks), tasks=tuple(tasks))
+    return verify(pair, chosen, tokens.origin, limit, skip_transformers, on_progress)

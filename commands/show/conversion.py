@@ -11,7 +11,7 @@ from ...optimizer.convert import Listener
 from ...optimizer.indexer.calibrate import LayerResult
 from ...optimizer.model.text import RANDOM
 from ...optimizer.plan import Plan
-from ...optimizer.proof.verification import Verification
+from ...optimizer.verify import Verification
 from .tables import print_table, table
 
 
@@ -148,13 +148,6 @@ def show_verification(result: Verification, layers: bool = True) -> None:
         )
         rows.add_row({"dsa": "DSA", "oracle": "oracle top-k", "window": "window + 4 sinks"}[name], *figures)
     print_table(rows)
-    if result.tasks:
-        rows = table("right answers (log-probability)", "tokens", "asked", "dense", "DSA", "oracle", "window")
-        for task in result.tasks:
-            scores = [task.by_model[name] for name in ("dense", "dsa", "oracle", "window")]
-            said = [f"{score.accuracy:.0%} ({score.log_probability:.2f})" for score in scores]
-            rows.add_row(task.kind, str(task.length), str(task.questions), *said)
-        print_table(rows)
     if layers:
         rows = table("attention mass captured", "DSA", "oracle", "window")
         for layer in result.layers:
