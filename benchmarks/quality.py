@@ -49,7 +49,8 @@ from mla2dsa.optimizer.model.text import Tokens, load_tokenizer, read_tokens, vo
 from mla2dsa.optimizer.model.weights import WeightSource
 from mla2dsa.optimizer.plan import Prepared, prepare
 from mla2dsa.optimizer.proof import baselines
-from mla2dsa.optimizer.proof.evaluate import SPARSE_MLA, Quality, TextResult, on_text
+from mla2dsa.optimizer.proof.evaluate import SPARSE_MLA, TextResult, on_text
+from mla2dsa.optimizer.proof.figures import Quality
 from mla2dsa.optimizer.recipe import CLOSED_FORM_SEQUENCES, DISTIL_SEQUENCES, Recipe, read_recipe
 from mla2dsa.runtime.execute import PieceRunner
 

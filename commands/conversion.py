@@ -223,6 +223,11 @@ def _add_verify(commands: Any) -> None:
     command.add_argument(
         "--text", metavar="PATH", help="held-out text: file, folder or .jsonl (default: random tokens)"
     )
+    command.add_argument(
+        "--foreign-text",
+        metavar="PATH",
+        help="text of another domain than the calibration's: every figure is given for it, too",
+    )
     command.add_argument("--sequences", type=int, metavar="N", help="sequences to look at (default 8)")
     command.add_argument(
         "--sequence-length", type=int, metavar="L", help="tokens of a sequence (default 4 * index_topk, at least 1024)"
@@ -230,6 +235,10 @@ def _add_verify(commands: Any) -> None:
     command.add_argument(
         "--max-loss-delta", type=float, default=None, metavar="X", help="most loss increase, nats/token (default 0.05)"
     )
+    command.add_argument(
+        "--gate", action="append", default=[], metavar="NAME=LIMIT",
+        help="fail where a figure is above its limit, as in few-positive=0.01; may be repeated (docs/quality.md)",
+    )  # fmt: skip
     command.add_argument("--device", default="cpu", help="where the models are streamed through (default cpu)")
     command.add_argument(
         "--skip-transformers", action="store_true", help="do not load the checkpoints with transformers (large models)"
@@ -244,7 +253,7 @@ def _verify(args: argparse.Namespace) -> int:
     from ..optimizer.before.preflight import check_verify
 
     with Findings() as found:
-        check_verify(found, args.dense, args.dsa, args.text)
+        check_verify(found, args.dense, args.dsa, args.text, args.foreign_text)
 
     from ..optimizer.verify import verify_folders
     from .show.conversion import Progress, show_verification
@@ -253,7 +262,8 @@ def _verify(args: argparse.Namespace) -> int:
     with Progress() as progress:
         result = verify_folders(
             args.dense, args.dsa, args.text, sequences=args.sequences, sequence_length=args.sequence_length,
-            max_loss_delta=args.max_loss_delta, skip_transformers=args.skip_transformers, device=args.device,
+            max_loss_delta=args.max_loss_delta, foreign_text=args.foreign_text, gates=args.gate,
+            skip_transformers=args.skip_transformers, device=args.device,
             trust_remote_code=args.trust_remote_code, drop_stale=args.drop_stale_quantization, allow_partial=args.allow_partial,
             on_progress=progress.advance,
         )  # fmt: skip

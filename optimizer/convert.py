@@ -38,6 +38,7 @@ from .indexer.progress_store import ProgressStore
 from .indexer.query_form import settle
 from .model.checkpoint import Checkpoint
 from .model.donor import Donor
+from .model.text import load_tokenizer
 from .model.weights import WeightSource
 from .plan import Plan, Prepared, layout_of, prepare
 from .proof.pair import open_pair
@@ -309,7 +310,9 @@ def _proved(job: _Job, folder: Path, skip_transformers: bool, shelf: Shelf) -> V
         allow_partial=job.allow_partial,
     )  # fmt: skip
     text, limit = job.sequences, job.recipe.verify.max_loss_delta
-    result = verify(pair, text.proof, text.origin, limit, skip_transformers, job.tell.on_progress, shelf)
+    trusted = bool(job.remote_code)
+    decode = load_tokenizer(checkpoint.path, trusted).decode if job.recipe.calibration else None
+    result = verify(pair, text.proof, text.origin, limit, skip_transformers, job.tell.on_progress, shelf, decode=decode)
     if not result.passed:
         raise UserError(result.failure())
     return result

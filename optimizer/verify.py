@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,13 @@ from ..runtime.shelf import Shelf
 from .environment import usable_device
 from .model.capture import model_class_of, read_config
 from .model.stored_formats import mtp_tensors
-from .model.text import model_tokens
+from .model.text import load_tokenizer, model_tokens
 from .proof import transformers_check as hf
 from .proof.check import compare, difference
 from .proof.evaluate import LayerRecall, TextResult, layer_recalls, on_text, program_inputs
+from .proof.figures import Decode
+from .proof.fp8 import Fp8Scores
+from .proof.limits import TEXT_GATES, Check, Measured, foreign_checks, gated, quality_checks, read_gates
 from .proof.pair import CONVERT_AGAIN, NOT_A_PAIR, Pair, open_pair
 from .recipe import Verify
 
@@ -43,30 +46,20 @@ PARITY_BYTES = 2 * 2**30  # of transformers' scores
 PARITY_TOKENS = 64  # past index_topk at least; fixed by what the exactness check needs to see one weight's last bit
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 CLASS_REMEDY = "compare both config.json; where they agree, please report it"
-CALIBRATE_BETTER = "calibrate on more text like it, with --indexer distil or a larger --index-topk"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was held against its limit. detail: where it failed, or what was looked at; remedy: if it fails."""
-
-    name: str
-    passed: bool
-    value: float
-    limit: float
-    detail: str
-    remedy: str
 
 
 @dataclass(frozen=True)
 class Verification:
-    """All checks, recall per layer, and the text figures. `origin` says what text it was, or that it was random tokens."""
+    """All checks, recall per layer, and the text figures. `origin` says what text it was, or that it was random tokens.
+
+    foreign: the same of a text of another domain, where one was given."""
 
     checks: tuple[Check, ...]
     layers: tuple[LayerRecall, ...]
     text: TextResult
     origin: str
     skipped: tuple[str, ...] = field(default=())
+    foreign: Measured | None = None
 
     @property
     def passed(self) -> bool:
@@ -81,6 +74,15 @@ class Verification:
         return f"verification failed: {bad.name}: {bad.value:.3g}, expected at most {bad.limit:.3g} ({bad.detail}); {bad.remedy}"
 
 
+@dataclass(frozen=True)
+class Text:
+    """sequences: [L] held-out token ids. decode: ids as text, None where there is no tokenizer."""
+
+    sequences: Sequence[Tensor]
+    origin: str
+    decode: Decode | None = None
+
+
 def verify(
     pair: Pair,
     sequences: Sequence[Tensor],
@@ -89,9 +91,14 @@ def verify(
     skip_transformers: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
     shelf: Shelf | None = None,
+    *,
+    decode: Decode | None = None,
+    foreign: Text | None = None,
+    fp8: bool = False,
+    gates: Mapping[str, float] | None = None,
 ) -> Verification:
     """Run every check. sequences: [L] held-out token ids, L > index_topk. shelf: where hidden states wait (None: one of its
-    own)."""
+    own). foreign: text of another domain; fp8: measure the indexers with FP8 scores, too; gates: limits as --gate has them."""
     shelf = shelf or Shelf()
     topk = pair.config.index_topk
     if len(sequences[0]) <= topk + 1:
@@ -109,14 +116,30 @@ def verify(
         if pair.layout.in_transformers is None:
             skipped.append(f"transformers above index_topk (it has no class with an indexer for {_model_type(pair)})")
         report("transformers", 1, 1)
-    dense, selections = pair.runners(shelf)
-    text = on_text(
-        dense, selections, sequences, topk, pair.dense.device, lambda done, total: report("text", done, total)
+    texts = [_measured(pair, Text(sequences, origin, decode), "text", report, shelf, fp8)]
+    checks += quality_checks(texts[0], max_loss_delta)
+    if foreign is not None:
+        texts.append(_measured(pair, foreign, "foreign text", report, shelf, fp8))
+        checks += foreign_checks(texts[1], max_loss_delta)
+    checks += gated(texts, gates or {})
+    layers, text = texts[0].layers, texts[0].text
+    return Verification(tuple(checks), layers, text, origin, tuple(skipped), texts[1] if foreign is not None else None)
+
+
+def _measured(
+    pair: Pair, text: Text, stage: str, report: Callable[[str, int, int], None], shelf: Shelf, fp8: bool
+) -> Measured:
+    scores = Fp8Scores() if fp8 else None
+    dense, selections = pair.runners(shelf, scores)
+    topk, device = pair.config.index_topk, pair.dense.device
+    found = on_text(
+        dense, selections, text.sequences, topk, device, lambda done, total: report(stage, done, total), text.decode
     )
     del dense, selections
-    layers = layer_recalls(pair.sparse, pair.indexers(), pair.config, sequences, shelf=shelf)
-    checks += _quality(text, layers, max_loss_delta)
-    return Verification(tuple(checks), tuple(layers), text, origin, tuple(skipped))
+    if scores is not None:
+        found = replace(found, fp8_same_keys=scores.same)
+    layers = layer_recalls(pair.sparse, pair.indexers(), pair.config, text.sequences, shelf=shelf)
+    return Measured(text.origin, found, tuple(layers))
 
 
 def _exactness(pair: Pair, sequences: Sequence[Tensor]) -> Check:
@@ -257,25 +280,6 @@ def _parity(pair: Pair, model: Any, name: str, sequences: Sequence[Tensor]) -> l
     ]
 
 
-def _quality(text: TextResult, layers: Sequence[LayerRecall], max_loss_delta: float) -> list[Check]:
-    """On random tokens the loss says little (a model that is sure of the wrong token gains by any damage); the rest does."""
-    dsa, window = text.by_selection["dsa"], text.by_selection["window"]
-    weakest = max(layers, key=lambda layer: layer.chance - layer.dsa)
-    missed, allowed = (
-        1 - sum(values) / len(layers) for values in ([r.dsa for r in layers], [r.window for r in layers])
-    )
-    return [
-        _better("loss increase on text, nats/token", dsa.loss_delta, max_loss_delta, "all layers sparse"),
-        _better("KL to the dense model, no more than with a window of the same size", dsa.kl, window.kl, "all layers sparse"),
-        _better("attention mass missed, no more than a window of the same size misses", missed, allowed, "mean of the layers"),
-        _better("attention mass missed in a layer, no more than chance misses", 1 - weakest.dsa, 1 - weakest.chance, weakest.name),
-    ]  # fmt: skip
-
-
-def _better(name: str, value: float, limit: float, detail: str) -> Check:
-    return Check(name, value <= limit, value, limit, detail, CALIBRATE_BETTER)
-
-
 def verify_folders(
     dense: Path,
     dsa: Path,
@@ -284,6 +288,8 @@ def verify_folders(
     sequences: int | None = None,
     sequence_length: int | None = None,
     max_loss_delta: float | None = None,
+    foreign_text: str | None = None,
+    gates: Sequence[str] = (),
     skip_transformers: bool = False,
     device: str = "cpu",
     trust_remote_code: bool = False,
@@ -291,8 +297,8 @@ def verify_folders(
     allow_partial: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Verification:
-    """Open both folders, read `text` (random tokens without one), and run every check. Raises UserError."""
-    limits = Verify()
+    """Open both folders, read `text` (random tokens without one), and run every check. gates: NAME=LIMIT. Raises UserError."""
+    limits, wanted = Verify(), read_gates(gates, list(TEXT_GATES))
     sequences = limits.sequences if sequences is None else sequences
     if sequences < 1:
         raise UsageError(f"--sequences {sequences}, expected at least 1")
@@ -305,7 +311,16 @@ def verify_folders(
         raise UsageError(
             f"--sequence-length {length}, expected more than index_topk {topk} and at most the context of {context} tokens"
         )
-    tokens = model_tokens(pair.dense.checkpoint, text, length * sequences, trust_remote_code=trust_remote_code)
-    chosen = tokens.sequences(length, sequences)
+    checkpoint = pair.dense.checkpoint
+
+    def read(path: str | None) -> Text:
+        tokens = model_tokens(checkpoint, path, length * sequences, trust_remote_code=trust_remote_code)
+        decode = None if path is None else load_tokenizer(checkpoint.path, trust_remote_code).decode
+        return Text(tokens.sequences(length, sequences), tokens.origin, decode)
+
+    main, foreign = read(text), None if foreign_text is None else read(foreign_text)
     limit = limits.max_loss_delta if max_loss_delta is None else max_loss_delta
-    return verify(pair, chosen, tokens.origin, limit, skip_transformers, on_progress)
+    return verify(
+        pair, main.sequences, main.origin, limit, skip_transformers, on_progress, decode=main.decode, foreign=foreign,
+        fp8=True, gates=wanted,
+    )  # fmt: skip

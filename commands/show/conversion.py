@@ -11,7 +11,9 @@ from ...optimizer.convert import Listener
 from ...optimizer.indexer.calibrate import LayerResult
 from ...optimizer.model.text import RANDOM
 from ...optimizer.plan import Plan
+from ...optimizer.proof.limits import Measured
 from ...optimizer.verify import Verification
+from .quality import show_text
 from .tables import print_table, table
 
 
@@ -134,25 +136,9 @@ def show_verification(result: Verification, layers: bool = True) -> None:
     print_table(rows)
     for name in result.skipped:
         print(f"not checked: {name}")
-    text = result.text
-    print(
-        f"{result.origin}: dense loss {text.dense_loss:.4f} nats/token, {text.positions} positions, length {text.length}"
-    )
-    rows = table("selection", "loss increase", "s.e.", "KL", "same top token")
-    for name, quality in text.by_selection.items():
-        figures = (
-            f"{quality.loss_delta:+.4f}",
-            f"{quality.standard_error:.4f}",
-            f"{quality.kl:.4f}",
-            f"{quality.same_top:.1%}",
-        )
-        rows.add_row({"dsa": "DSA", "oracle": "oracle top-k", "window": "window + 4 sinks"}[name], *figures)
-    print_table(rows)
-    if layers:
-        rows = table("attention mass captured", "DSA", "oracle", "window")
-        for layer in result.layers:
-            rows.add_row(layer.name, f"{layer.dsa:.3f}", f"{layer.oracle:.3f}", f"{layer.window:.3f}")
-        print_table(rows)
+    show_text(Measured(result.origin, result.text, result.layers), layers)
+    if result.foreign is not None:
+        show_text(result.foreign, layers)
 
 
 def show_environment(found: Mapping[str, Any]) -> None:
@@ -180,6 +166,7 @@ _STAGES = {
     "exactness": "checking exactness",
     "transformers": "comparing with transformers",
     "text": "measuring on text",
+    "foreign text": "measuring on foreign text",
 }
 
 

@@ -85,11 +85,12 @@ def check_conversion(
     _check_space(found, needs)
 
 
-def check_verify(found: Findings, dense: Path, dsa: Path, text: str | None) -> None:
+def check_verify(found: Findings, dense: Path, dsa: Path, text: str | None, foreign_text: str | None = None) -> None:
     """verify."""
     for folder in (dense, dsa):
         _model(found, folder)
     check_text(found, text)
+    check_text(found, foreign_text)
 
 
 def check_export(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -20,41 +22,35 @@ from ..indexer.indexer_math import index_scores, mean_recall, oracle_scores, win
 from ..indexer.samples import SiteSample
 from ..model.weights import WeightSource
 from . import baselines
+from .figures import NAN, POSITIONS, Decode, Quality, Tally, log_probabilities, quality
+from .fp8 import Fp8Scores
 
-# benchmarks/memory.py --rows: 256 to 2048 take the same time; of 128K tokens in the vocabulary a block has 128 MiB.
-POSITIONS = 256  # whose next-token distributions are compared at once
 SPARSE_MLA = torch.ops.mla2dsa.sparse_mla.default
-
-
-@dataclass(frozen=True)
-class Quality:
-    """One selection against dense attention, over the positions that have more than index_topk keys.
-
-    loss_delta: nats/token, mean and standard error of the paired difference. kl: KL(dense || sparse) of the next-token
-    distributions, nats. same_top: share of positions with the same most likely token.
-    """
-
-    loss_delta: float
-    standard_error: float
-    kl: float
-    same_top: float
+LIGHTNING_INDEXER = torch.ops.mla2dsa.lightning_indexer.default
 
 
 @dataclass(frozen=True)
 class TextResult:
-    """dense_loss: nats/token at the same positions. by_selection: "dsa", "oracle", "window"."""
+    """dense_loss: nats/token at the same positions. by_selection: "dsa", "oracle", "window", and "dsa-fp8" where it was asked for;
+    fp8_same_keys: the share of keys that scores in FP8 choose like those in float32."""
 
     dense_loss: float
     positions: int
     length: int
     by_selection: dict[str, Quality]
+    fp8_same_keys: float | None = None
+
+    @property
+    def dense_ppl(self) -> float:
+        return math.exp(min(self.dense_loss, 700.0))
 
 
 @dataclass(frozen=True)
 class LayerRecall:
     """Head-mean dense attention mass captured by index_topk keys, on the dense model's hidden states.
 
-    chance: what index_topk keys drawn at random capture on average.
+    chance: what index_topk keys drawn at random capture on average. few_positive: share of the rows with more than index_topk
+    keys that score fewer of them above zero, so that the rest is filled up by position.
     """
 
     name: str
@@ -62,30 +58,7 @@ class LayerRecall:
     oracle: float
     window: float
     chance: float
-
-
-class _Tally:
-    """Per-position differences of one selection, kept as numbers only."""
-
-    def __init__(self) -> None:
-        self.delta: list[Tensor] = []
-        self.kl: list[Tensor] = []
-        self.same: list[Tensor] = []
-
-    def add(self, dense: Tensor, sparse: Tensor, targets: Tensor) -> None:
-        """dense, sparse: [N, vocab] logits; targets: [N]."""
-        for parts in zip(dense.split(POSITIONS), sparse.split(POSITIONS), targets.split(POSITIONS), strict=True):
-            self._add(_log_probabilities(parts[0]), _log_probabilities(parts[1]), parts[2])
-
-    def _add(self, dense: Tensor, sparse: Tensor, targets: Tensor) -> None:
-        self.delta.append(F.nll_loss(sparse, targets, reduction="none") - F.nll_loss(dense, targets, reduction="none"))
-        self.kl.append((dense.exp() * (dense - sparse)).sum(-1))
-        self.same.append((dense.argmax(-1) == sparse.argmax(-1)).float())
-
-    def quality(self) -> Quality:
-        delta = torch.cat(self.delta).double()
-        error = float(delta.std() / len(delta) ** 0.5) if len(delta) > 1 else float("nan")
-        return Quality(float(delta.mean()), error, float(torch.cat(self.kl).mean()), float(torch.cat(self.same).mean()))
+    few_positive: float = NAN
 
 
 def on_text(
@@ -95,23 +68,26 @@ def on_text(
     index_topk: int,
     device: str = "cpu",
     on_sequence: Callable[[int, int], None] | None = None,
+    decode: Decode | None = None,
 ) -> TextResult:
-    """Stream all programs in step; one sequence's logits of each are in memory at a time. sequences: [L] ids."""
+    """Stream all programs in step; one sequence's logits of each are in memory at a time. sequences: [L] ids. decode: for the
+    excerpt of the worst sequence."""
     inputs = [program_inputs(ids, device) for ids in sequences]
     streams = {name: runner.outputs_of(inputs) for name, runner in selections.items()}
-    tallies = {name: _Tally() for name in selections}
+    tallies: dict[str, list[Tally]] = {name: [] for name in selections}
     losses: list[Tensor] = []
     for number, (expected, *_) in enumerate(dense.outputs_of(inputs)):
         targets = sequences[number][index_topk + 1 :].to(device)
         expected = _judged(expected, index_topk)
         losses.append(_losses(expected, targets))
         for name, stream in streams.items():
-            tallies[name].add(expected, _judged(next(stream)[0], index_topk), targets)
+            tallies[name].append(Tally())
+            tallies[name][-1].add(expected, _judged(next(stream)[0], index_topk), targets)
         del expected  # logits of a large vocabulary are the largest thing here
         if on_sequence is not None:
             on_sequence(number + 1, len(sequences))
     loss = torch.cat(losses)
-    results = {name: tally.quality() for name, tally in tallies.items()}
+    results = {name: quality(found, sequences, index_topk + 1, decode) for name, found in tallies.items()}
     return TextResult(float(loss.double().mean()), len(loss), len(sequences[0]), results)
 
 
@@ -123,11 +99,7 @@ def _judged(logits: Tensor, index_topk: int) -> Tensor:
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Nats of every target, [N]."""
     parts = zip(logits.split(POSITIONS), targets.split(POSITIONS), strict=True)
-    return torch.cat([F.nll_loss(_log_probabilities(part), wanted, reduction="none") for part, wanted in parts])
-
-
-def _log_probabilities(logits: Tensor) -> Tensor:
-    return torch.log_softmax(logits.float(), -1)
+    return torch.cat([F.nll_loss(log_probabilities(part), wanted, reduction="none") for part, wanted in parts])
 
 
 def program_inputs(ids: Tensor, device: str = "cpu") -> dict[str, Tensor]:
@@ -138,9 +110,11 @@ def program_inputs(ids: Tensor, device: str = "cpu") -> dict[str, Tensor]:
 
 
 def selection_runners(
-    program: ExportedProgram, load: Callable[[str], Tensor], cores: Sequence[str], shelf: Shelf | None = None
-) -> dict[str, PieceRunner]:
-    """The converted program as it is, and with its selection replaced by the oracle's and a window's.
+    program: ExportedProgram, load: Callable[[str], Tensor], cores: Sequence[str], shelf: Shelf | None = None,
+    fp8: Fp8Scores | None = None,
+) -> dict[str, PieceRunner]:  # fmt: skip
+    """The converted program as it is, and with its selection replaced by the oracle's and a window's; with `fp8` also with its
+    indexers' scores in FP8.
 
     A weight that one of them has in memory is not loaded by the others again. shelf: as in `PieceRunner`.
     """
@@ -153,6 +127,8 @@ def selection_runners(
     replaced: dict[str, dict[Any, Any]] = {
         "dsa": {}, "oracle": {SPARSE_MLA: baselines.oracle}, "window": {SPARSE_MLA: baselines.window}
     }  # fmt: skip
+    if fp8 is not None:
+        replaced["dsa-fp8"] = {LIGHTNING_INDEXER: fp8}
     return {name: PieceRunner(program, shared, cores, other, shelf) for name, other in replaced.items()}
 
 
@@ -167,17 +143,27 @@ def layer_recalls(
     """Recall of every layer's indexer on the dense model's hidden states. shelf: as for `layer_samples`."""
     found = []
     for site, samples, _ in layer_samples(source, sequences, Calibration(config, rows), shelf=shelf):
-        weights = indexers[site.name]
+        few = list[Tensor]()
+        scorer = partial(_scores, indexers[site.name], config, few)
         found.append(
             LayerRecall(
                 site.name,
-                mean_recall(lambda s, w=weights: index_scores(w, config, s, s.rows), samples, config.index_topk),  # type: ignore[misc]
+                mean_recall(scorer, samples, config.index_topk),
                 mean_recall(oracle_scores, samples, config.index_topk),
                 mean_recall(window_scores, samples, config.index_topk),
                 _chance(samples, config.index_topk),
+                float(torch.cat(few).double().mean()),
             )
         )
     return found
+
+
+def _scores(weights: IndexerWeights, config: IndexerConfig, few: list[Tensor], sample: SiteSample) -> Tensor:
+    """The indexer's scores; `few` gets which of the rows with a choice have too few above zero."""
+    scores = index_scores(weights, config, sample, sample.rows)
+    topk = config.index_topk
+    few.append(((scores[sample.rows >= topk] > 0).sum(-1) < topk).cpu())
+    return scores
 
 
 def _chance(samples: Sequence[SiteSample], index_topk: int) -> float:

@@ -24,6 +24,7 @@ from ..model.every_tensor import check_every_tensor, with_true_quantisation
 from ..model.stored_formats import mtp_tensors
 from ..model.weights import WeightSource
 from .evaluate import selection_runners
+from .fp8 import Fp8Scores
 
 # Fields of config.json that change nothing in what the graph computes.
 _NOT_THE_GRAPH = {
@@ -51,11 +52,14 @@ class Pair:
     layout: Layout
     folded: bool = False
 
-    def runners(self, shelf: Shelf | None = None) -> tuple[PieceRunner, dict[str, PieceRunner]]:
+    def runners(
+        self, shelf: Shelf | None = None, fp8: Fp8Scores | None = None
+    ) -> tuple[PieceRunner, dict[str, PieceRunner]]:
+        """Of the dense program, and of the selections. shelf, fp8: as in `selection_runners`."""
         dense_program, sparse_program = self.dense.capture.program, self.converted.program
         dense_load, load = self.dense.loader(dense_program), self.sparse.loader(sparse_program)
         dense = PieceRunner(dense_program, dense_load, [old for _, old, _ in self.layers], shelf=shelf)
-        return dense, selection_runners(sparse_program, load, [new for _, _, new in self.layers], shelf)
+        return dense, selection_runners(sparse_program, load, [new for _, _, new in self.layers], shelf, fp8)
 
     def indexers(self) -> dict[str, IndexerWeights]:
         found = {}

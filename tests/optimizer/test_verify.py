@@ -25,8 +25,9 @@ from command_line import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mla2dsa.optimizer.proof.evaluate import LayerRecall, Quality, TextResult
-from mla2dsa.optimizer.verify import _quality
+from mla2dsa.optimizer.proof.evaluate import LayerRecall, TextResult
+from mla2dsa.optimizer.proof.figures import Quality
+from mla2dsa.optimizer.proof.limits import Measured, quality_checks
 
 pytestmark = pytest.mark.usefixtures("quick_capture")
 
@@ -34,6 +35,7 @@ FLAGS = ("--text", TINY / "held_out", "--sequences", 2, "--sequence-length", 192
 STREAMED = (*FLAGS, "--skip-transformers")
 GRAPH = "dense = DSA up to index_topk (graph)"
 LOSS, KL = "loss increase on text, nats/token", "KL to the dense model, no more than with a window of the same size"
+TABLES = ("oracle top-k", "window + 4 sinks", "scores in FP8", "worst sequence: number 0", "few positive")
 WINDOW, CHANCE = (
     "attention mass missed, no more than a window of the same size misses",
     "attention mass missed in a layer, no more than chance misses",
@@ -68,11 +70,18 @@ def failed(done: Done) -> dict[str, dict[str, Any]]:
 def test_honest_pair(tmp_path_factory: pytest.TempPathFactory) -> None:
     dsa = small_conversion(tmp_path_factory)
     before = contents(dsa)
-    done = mla2dsa("verify", TINY, dsa, *FLAGS, "--json")
+    done = mla2dsa("verify", TINY, dsa, *FLAGS, "--foreign-text", TINY / "corpus.py", "--json")
     assert not failed(done)
     result = done.json()
     values = {check["name"]: check["value"] for check in result["checks"]}
-    assert len(values) == 9
+    assert len(values) == 11
+    foreign = result["foreign"]
+    assert foreign["origin"] == str(TINY / "corpus.py")
+    for text in (result["text"], foreign["text"]):
+        assert list(text["by_selection"]) == ["dsa", "oracle", "window", "dsa-fp8"]
+        assert 0.9 < text["fp8_same_keys"] < 1
+        assert text["by_selection"]["dsa"]["worst"]["excerpt"]
+    assert all(0 <= layer["few_positive"] <= 1 for layer in result["layers"] + foreign["layers"])
     assert values["dense = DSA up to index_topk (transformers, bit for bit)"] == 0
     assert values["transformers loads it, no key missing or unexpected"] == 0
     assert values[GRAPH] < 1e-5
@@ -90,14 +99,15 @@ def test_tables(tmp_path_factory: pytest.TempPathFactory) -> None:
     assert (done.code, done.err) == (0, "")
     assert "not checked: transformers (asked for)" in done.out
     assert "random tokens: dense loss" in done.out
-    assert all(part in done.out for part in (*LAYERS, GRAPH, LOSS, KL, "oracle top-k", "window + 4 sinks"))
+    assert all(part in done.out for part in (*LAYERS, GRAPH, LOSS, KL, *TABLES))
     assert "FAILED" not in done.out
 
 
 def test_limit_is_the_users(tmp_path_factory: pytest.TempPathFactory) -> None:
     dsa = small_conversion(tmp_path_factory)
-    done = mla2dsa("verify", TINY, dsa, *STREAMED, "--max-loss-delta", "-1", "--json")
-    assert list(failed(done)) == [LOSS]
+    gates = ("--gate", "kl=0", "--gate", "few-positive=1")
+    done = mla2dsa("verify", TINY, dsa, *STREAMED, "--max-loss-delta", "-1", *gates, "--json")
+    assert list(failed(done)) == [LOSS, "KL to the dense model, nats (--gate kl)"]
     assert "expected at most -1 (all layers sparse); calibrate on more text" in done.err
 
 
@@ -245,6 +255,8 @@ def test_config_that_says_something_else(fields: Mapping[str, object], dsa: Path
         (["--sequence-length", 33], 2, ["--sequence-length 33", "index_topk 32", "context of 1024"]),
         (["--sequence-length", 0], 2, ["--sequence-length 0"]),
         (["--sequence-length", 1025], 2, ["--sequence-length 1025", "context of 1024"]),
+        (["--gate", "nothing=1"], 2, ["--gate nothing=1", "no such figure"]),
+        (["--foreign-text", "/nowhere"], 1, ["/nowhere", "no such file or folder of text"]),
         (["--text", "/nowhere"], 1, ["/nowhere", "no such file or folder of text"]),
         (
             ["--text", TINY / "config.json", "--sequence-length", 1024],
@@ -252,7 +264,7 @@ def test_config_that_says_something_else(fields: Mapping[str, object], dsa: Path
             ["config.json", "expected at least 1024", "more text"],
         ),
     ],
-    ids=["short", "zero", "long", "no-text", "little-text"],
+    ids=["short", "zero", "long", "gate", "no-foreign", "no-text", "little-text"],
 )
 def test_bad_text(flags: list[object], code: int, parts: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
     assert_refused(mla2dsa("verify", TINY, small_conversion(tmp_path_factory), *FLAGS, *flags), code, *parts)
@@ -280,6 +292,6 @@ def text_result(loss: float, kl: float, window_kl: float) -> TextResult:
 )
 def test_quality_limits(loss: float, kl: float, recalls: list[tuple[float, float]], bad: list[str]) -> None:
     layers = [LayerRecall(f"layer{n}", dsa, 1.0, window, 0.2) for n, (dsa, window) in enumerate(recalls)]
-    checks = _quality(text_result(loss, kl, 0.2), layers, 0.05)
+    checks = quality_checks(Measured("", text_result(loss, kl, 0.2), tuple(layers)), 0.05)
     assert [check.name for check in checks if not check.passed] == bad
     assert [check.name for check in checks] == [LOSS, KL, WINDOW, CHANCE]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +22,14 @@ from mla2dsa.optimizer.model.text import load_tokenizer, read_tokens
 from mla2dsa.optimizer.model.weights import WeightSource
 from mla2dsa.optimizer.proof.evaluate import (
     LayerRecall,
-    Quality,
     TextResult,
     layer_recalls,
     on_text,
     program_inputs,
     selection_runners,
 )
+from mla2dsa.optimizer.proof.figures import Quality
+from mla2dsa.optimizer.proof.fp8 import Fp8Scores
 from mla2dsa.passes.mla_to_dsa import Converted, mla_to_dsa
 from mla2dsa.runtime.execute import PieceRunner
 
@@ -86,7 +88,8 @@ def quality(dense: Tensor, sparse: Tensor, targets: Tensor) -> Quality:
     """dense, sparse: [N, vocab] log probabilities, written out."""
     delta = (dense - sparse).gather(1, targets[:, None])[:, 0]
     kl = F.kl_div(sparse, dense, log_target=True, reduction="none").sum(-1)
-    error = ((delta - delta.mean()) ** 2).sum() / (len(delta) - 1) / len(delta)
+    means = delta.view(3, -1).mean(-1)  # of the three sequences
+    error = ((means - means.mean()) ** 2).sum() / 2 / 3
     same = (dense.argmax(-1) == sparse.argmax(-1)).double()
     return Quality(float(delta.mean()), float(error.sqrt()), float(kl.mean()), float(same.mean()))
 
@@ -132,6 +135,28 @@ def test_dsa_is_transformers_deepseek_v32(case: Case, result: TextResult, tmp_pa
     assert_quality(result.by_selection["dsa"], wanted)
 
 
+def test_the_worst_sequence_is_the_one_with_the_largest_loss(case: Case, result: TextResult) -> None:
+    found = result.by_selection["window"]
+    worst = found.worst
+    assert worst is not None
+    assert worst.loss_delta == max(found.sequence_deltas) == found.sequence_deltas[worst.sequence]
+    ids = case.sequences[worst.sequence].tolist()
+    assert list(worst.tokens) == ids[worst.position + 1 - len(worst.tokens) : worst.position + 1]
+    assert found.ppl_ratio == pytest.approx(math.exp(found.loss_delta))
+
+
+def test_scores_in_fp8_beside_float(case: Case) -> None:
+    """e4m3 has three bits after the point: most keys are the same, not all."""
+    scores = Fp8Scores()
+    source = WeightSource(case.source.checkpoint, case.source.capture, indexers=case.indexers)
+    load, cores = source.loader(case.converted.program), [change.after for change in case.converted.changes]
+    runners = selection_runners(case.converted.program, load, cores, fp8=scores)
+    both = {name: runners[name] for name in ("dsa", "dsa-fp8")}
+    found = on_text(case.dense, both, case.sequences[:1], TOPK).by_selection
+    assert 0.9 < scores.same < 1
+    assert 0 < abs(found["dsa"].kl - found["dsa-fp8"].kl) < 0.2 * found["dsa"].kl
+
+
 def test_the_oracle_beats_a_window_and_a_window_beats_an_untrained_indexer(result: TextResult) -> None:
     oracle, window, dsa = (result.by_selection[name] for name in ("oracle", "window", "dsa"))
     assert oracle.kl < window.kl < dsa.kl
@@ -139,7 +164,7 @@ def test_the_oracle_beats_a_window_and_a_window_beats_an_untrained_indexer(resul
 
 
 def test_dense_against_itself_is_no_difference(case: Case) -> None:
-    same = on_text(case.dense, {"dense": case.dense}, case.sequences[:1], TOPK).by_selection["dense"]
+    same = on_text(case.dense, {"dense": case.dense}, case.sequences[:2], TOPK).by_selection["dense"]
     assert (same.loss_delta, same.standard_error, same.same_top) == (0.0, 0.0, 1.0)
     assert same.kl == pytest.approx(0.0, abs=1e-9)
 
@@ -152,10 +177,10 @@ def test_progress_and_sequences_of_one_position(case: Case) -> None:
     assert result.positions == 2
 
 
-def test_one_position_has_no_standard_error(case: Case) -> None:
+def test_one_sequence_has_no_standard_error(case: Case) -> None:
     only = on_text(case.dense, {"dense": case.dense}, [case.sequences[0][: TOPK + 2]], TOPK)
-    error = only.by_selection["dense"].standard_error
-    assert error != error
+    found = only.by_selection["dense"]
+    assert all(error != error for error in (found.standard_error, found.kl_error, found.position_error))
 
 
 def test_program_inputs() -> None:
@@ -182,6 +207,7 @@ def test_recalls_are_of_transformers_attention(case: Case) -> None:
         assert recall.oracle == pytest.approx(float(mass.topk(TOPK).values.sum(-1).mean()), abs=1e-5)
         assert recall.window == pytest.approx(float((mass * window).sum(-1).mean()), abs=1e-5)
         assert recall.dsa < recall.oracle
+        assert recall.few_positive < 1
 
 
 def test_recalls_of_a_known_indexer(case: Case) -> None:
@@ -196,3 +222,4 @@ def test_recalls_of_a_known_indexer(case: Case) -> None:
     for layer, recall in enumerate(found):
         mass = torch.cat([attentions[layer][0].mean(0)[TOPK:, :TOPK] for attentions in seen])
         assert recall.dsa == pytest.approx(float(mass.sum(-1).mean()), abs=1e-5)
+        assert recall.few_positive == 1
