@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from .proof.figures import Decode
 from .proof.fp8 import Fp8Scores
 from .proof.limits import TEXT_GATES, Check, Measured, foreign_checks, gated, quality_checks, read_gates
 from .proof.pair import CONVERT_AGAIN, NOT_A_PAIR, Pair, open_pair
+from .proof.tasks.long import LongResult, Settings, check_lengths, gate_names, long_checks, run_long
 from .recipe import Verify
 
 # benchmarks/constants.py: good conversions are at 1.5e-6, one dense weight off by its last bit at 2e-5.
@@ -52,7 +54,7 @@ CLASS_REMEDY = "compare both config.json; where they agree, please report it"
 class Verification:
     """All checks, recall per layer, and the text figures. `origin` says what text it was, or that it was random tokens.
 
-    foreign: the same of a text of another domain, where one was given."""
+    foreign: the same of a text of another domain, long: the long-context tasks, where they were asked for."""
 
     checks: tuple[Check, ...]
     layers: tuple[LayerRecall, ...]
@@ -60,6 +62,7 @@ class Verification:
     origin: str
     skipped: tuple[str, ...] = field(default=())
     foreign: Measured | None = None
+    long: LongResult | None = None
 
     @property
     def passed(self) -> bool:
@@ -290,6 +293,7 @@ def verify_folders(
     max_loss_delta: float | None = None,
     foreign_text: str | None = None,
     gates: Sequence[str] = (),
+    long: Settings | None = None,
     skip_transformers: bool = False,
     device: str = "cpu",
     trust_remote_code: bool = False,
@@ -297,8 +301,10 @@ def verify_folders(
     allow_partial: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Verification:
-    """Open both folders, read `text` (random tokens without one), and run every check. gates: NAME=LIMIT. Raises UserError."""
-    limits, wanted = Verify(), read_gates(gates, list(TEXT_GATES))
+    """Open both folders, read `text` (random tokens without one), and run every check. gates: NAME=LIMIT. long: run these tasks, too.
+    Raises UserError."""
+    limits = Verify()
+    wanted = read_gates(gates, [*TEXT_GATES, *(gate_names(long) if long is not None else [])])
     sequences = limits.sequences if sequences is None else sequences
     if sequences < 1:
         raise UsageError(f"--sequences {sequences}, expected at least 1")
@@ -306,6 +312,8 @@ def verify_folders(
     if not skip_transformers:
         hf.refuse_if_too_large(pair.sparse.checkpoint)
     topk, context = pair.config.index_topk, pair.dense.capture.max_length
+    if long is not None:
+        check_lengths(long.lengths, topk, context)
     length = min(context, max(1024, 4 * topk)) if sequence_length is None else sequence_length
     if not topk + 1 < length <= context:
         raise UsageError(
@@ -320,7 +328,15 @@ def verify_folders(
 
     main, foreign = read(text), None if foreign_text is None else read(foreign_text)
     limit = limits.max_loss_delta if max_loss_delta is None else max_loss_delta
-    return verify(
+    result = verify(
         pair, main.sequences, main.origin, limit, skip_transformers, on_progress, decode=main.decode, foreign=foreign,
         fp8=True, gates=wanted,
     )  # fmt: skip
+    del pair
+    if long is None:
+        return result
+    asked = run_long(
+        dsa, long, device=device, trust_remote_code=trust_remote_code,
+        on_progress=None if on_progress is None else partial(on_progress, "long"),
+    )  # fmt: skip
+    return replace(result, long=asked, checks=(*result.checks, *long_checks(asked, wanted)))

@@ -15,7 +15,7 @@ from ..files.dtypes import torch_dtype
 from ..files.manifests.export_manifest import EXPORT_MANIFEST, check_limits, check_weight_files, read_export
 from ..kernels import ops  # noqa: F401  registers what is named below
 from .caches import Caches, widths_of
-from .execute import PieceRunner
+from .execute import Override, PieceRunner
 from .pt2_archive import load_pt2
 
 CACHE_WRITE = torch.ops.mla2dsa.cache_write.default
@@ -24,19 +24,20 @@ CACHE_WRITE = torch.ops.mla2dsa.cache_write.default
 class TorchSession:
     """A session over `batch` sequences of up to `capacity` tokens; weights stay resident, caches are written in place.
 
-    load: a weight by name, on `device`; each is asked for once. widths, dtype: of the caches, by input name.
+    load: a weight by name, on `device`; each is asked for once. widths, dtype: of the caches, by input name. overrides: other
+    ops, as in `PieceRunner`.
     """
 
     def __init__(
         self, program: ExportedProgram, load: Callable[[str], Tensor], widths: Mapping[str, int], batch: int,
-        capacity: int, dtype: torch.dtype, device: str = "cpu",
+        capacity: int, dtype: torch.dtype, device: str = "cpu", overrides: Mapping[Any, Override] | None = None,
     ) -> None:  # fmt: skip
         self.batch, self.capacity, self._device = batch, capacity, device
         resident: dict[str, Tensor] = {}
         self._runner = PieceRunner(
             program,
             lambda name: resident[name] if name in resident else resident.setdefault(name, load(name)),
-            overrides={CACHE_WRITE: _write_in_place},
+            overrides={CACHE_WRITE: _write_in_place, **(overrides or {})},
         )
         self._caches = Caches(widths, batch, capacity, dtype, device)
 

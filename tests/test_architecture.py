@@ -27,6 +27,7 @@ OPTIMIZER = {
     "optimizer/indexer",
     "optimizer/model",
     "optimizer/proof",
+    "optimizer/proof/tasks",
 }
 MAY_IMPORT = {
     "": set(),
@@ -65,6 +66,7 @@ MAY_IMPORT = {
     "optimizer/answers": {*FILES, "runtime", "optimizer/model"},
     "optimizer/indexer": {*SHARED, "optimizer/model"},
     "optimizer/proof": {*SHARED, "optimizer/model", "optimizer/indexer"},
+    "optimizer/proof/tasks": {*SHARED, "optimizer/model", "optimizer/indexer", "optimizer/proof"},
     "optimizer": {*SHARED, *EXPORTERS, *OPTIMIZER, "kernels/gpu/binaries", "kernels/gpu/programs"},
     "commands/show": {*FILES, *EXPORTERS, *OPTIMIZER},
     "serving": {*LOWEST, "runtime", "optimizer/answers"},

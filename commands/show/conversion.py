@@ -13,6 +13,7 @@ from ...optimizer.model.text import RANDOM
 from ...optimizer.plan import Plan
 from ...optimizer.proof.limits import Measured
 from ...optimizer.verify import Verification
+from .long import show_long
 from .quality import show_text
 from .tables import print_table, table
 
@@ -139,6 +140,8 @@ def show_verification(result: Verification, layers: bool = True) -> None:
     show_text(Measured(result.origin, result.text, result.layers), layers)
     if result.foreign is not None:
         show_text(result.foreign, layers)
+    if result.long is not None:
+        show_long(result.long)
 
 
 def show_environment(found: Mapping[str, Any]) -> None:
@@ -166,6 +169,7 @@ _STAGES = {
     "exactness": "checking exactness",
     "transformers": "comparing with transformers",
     "text": "measuring on text",
+    "long": "asking in long texts",
     "foreign text": "measuring on foreign text",
 }
 

@@ -85,12 +85,12 @@ def check_conversion(
     _check_space(found, needs)
 
 
-def check_verify(found: Findings, dense: Path, dsa: Path, text: str | None, foreign_text: str | None = None) -> None:
-    """verify."""
+def check_verify(found: Findings, dense: Path, dsa: Path, *texts: str | None) -> None:
+    """verify. texts: all that it reads, None where it is not given."""
     for folder in (dense, dsa):
         _model(found, folder)
-    check_text(found, text)
-    check_text(found, foreign_text)
+    for text in texts:
+        check_text(found, text)
 
 
 def check_export(

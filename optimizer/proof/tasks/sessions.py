@@ -1,0 +1,56 @@
+"""Sessions of one DSA checkpoint that differ in how they choose keys; its weights are in memory once."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ....errors import UserError
+from ....runtime.torch_session import TorchSession
+from ...model.cached_model import CachedModel, open_cached
+from ...model.checkpoint import Checkpoint
+from ...model.free_memory import free_memory
+from .selections import overrides
+
+
+class Variants:
+    """`session(variant, ...)` for "dense", "dsa", "oracle" and "window" of the checkpoint in `folder`.
+
+    dense is the same graph with every key: what the dense checkpoint computes, as the exactness check proves.
+    Raises UserError when it is no DSA checkpoint, or when its weights do not fit into the memory that is free.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+        checkpoint = Checkpoint.open(folder)
+        _refuse_if_too_large(checkpoint, dtype, device)
+        self.model: CachedModel = open_cached(checkpoint, dtype, last_only=True, device=device)
+        self.context, self.index_topk = self.model.captured.max_length, self.model.indexer.index_topk
+        self._dtype, self._device = dtype, device
+        self._load = self.model.source.loader(self.model.cached.program)
+        self._held: dict[str, Tensor] = {}
+
+    def session(self, variant: str, batch: int, capacity: int) -> TorchSession:
+        """With caches of its own."""
+        cached = self.model.cached
+        widths = {f"past_{name}": width for cache in cached.caches for name, width in cache.widths.items()}
+        return TorchSession(
+            cached.program, self._weight, widths, batch, capacity, self._dtype, self._device, overrides(variant)
+        )
+
+    def _weight(self, name: str) -> Tensor:
+        if name not in self._held:
+            self._held[name] = self._load(name)
+        return self._held[name]
+
+
+def _refuse_if_too_large(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> None:
+    needed = dtype.itemsize * sum(math.prod(place.shape) for place in checkpoint.tensors.values())
+    free = free_memory() if torch.device(device).type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    if needed > free:
+        raise UserError(
+            f"{checkpoint.path}: the weights take {needed / 2**30:.0f} GiB in {dtype}, {free / 2**30:.0f} GiB are free on {device}; "
+            "sessions hold all of them: use a machine with more memory"
+        )
