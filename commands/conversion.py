@@ -286,8 +286,10 @@ def _long_settings(args: argparse.Namespace) -> Any:
     from ..optimizer.model.checkpoint import Checkpoint
     from ..optimizer.proof.tasks.long import Settings, read_numbers
 
-    numbers = {name: read_numbers(f"--{name}", lists[name]) for name in ("lengths", "depths") if name in lists}
-    tasks = {"tasks": tuple(lists["tasks"].split(","))} if "tasks" in lists else {}
+    numbers: dict[str, Any] = {
+        name: read_numbers(f"--{name}", lists[name]) for name in ("lengths", "depths") if name in lists
+    }
+    tasks: dict[str, Any] = {"tasks": tuple(lists["tasks"].split(","))} if "tasks" in lists else {}
     if "lengths" not in numbers:
         numbers["lengths"] = (context_of(Checkpoint.open(args.dsa)),)
     return Settings(**numbers, **tasks, **given)

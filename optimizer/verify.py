@@ -102,16 +102,14 @@ def verify(
 ) -> Verification:
     """Run every check. sequences: [L] held-out token ids, L > index_topk. shelf: where hidden states wait (None: one of its
     own). foreign: text of another domain; fp8: measure the indexers with FP8 scores, too; gates: limits as --gate has them."""
-    shelf = shelf or Shelf()
-    topk = pair.config.index_topk
+    shelf, topk = shelf or Shelf(), pair.config.index_topk
     if len(sequences[0]) <= topk + 1:
         raise UserError(
             f"{origin}: sequences of {len(sequences[0])} tokens, expected more than index_topk {topk}; give longer text"
         )
-    report = on_progress or (lambda stage, done, total: None)
+    report, skipped = on_progress or (lambda stage, done, total: None), []
     checks = [_exactness(pair, sequences)]
     report("exactness", 1, 1)
-    skipped = []
     if skip_transformers:
         skipped.append("transformers (asked for)")
     else:
@@ -125,8 +123,8 @@ def verify(
         texts.append(_measured(pair, foreign, "foreign text", report, shelf, fp8))
         checks += foreign_checks(texts[1], max_loss_delta)
     checks += gated(texts, gates or {})
-    layers, text = texts[0].layers, texts[0].text
-    return Verification(tuple(checks), layers, text, origin, tuple(skipped), texts[1] if foreign is not None else None)
+    found = texts[0]
+    return Verification(tuple(checks), found.layers, found.text, origin, tuple(skipped), *texts[1:])
 
 
 def _measured(
@@ -311,21 +309,9 @@ def verify_folders(
     pair = open_pair(dense, dsa, usable_device(device), drop_stale=drop_stale, allow_partial=allow_partial)
     if not skip_transformers:
         hf.refuse_if_too_large(pair.sparse.checkpoint)
-    topk, context = pair.config.index_topk, pair.dense.capture.max_length
     if long is not None:
-        check_lengths(long.lengths, topk, context)
-    length = min(context, max(1024, 4 * topk)) if sequence_length is None else sequence_length
-    if not topk + 1 < length <= context:
-        raise UsageError(
-            f"--sequence-length {length}, expected more than index_topk {topk} and at most the context of {context} tokens"
-        )
-    checkpoint = pair.dense.checkpoint
-
-    def read(path: str | None) -> Text:
-        tokens = model_tokens(checkpoint, path, length * sequences, trust_remote_code=trust_remote_code)
-        decode = None if path is None else load_tokenizer(checkpoint.path, trust_remote_code).decode
-        return Text(tokens.sequences(length, sequences), tokens.origin, decode)
-
+        check_lengths(long.lengths, pair.config.index_topk, pair.dense.capture.max_length)
+    read = partial(_read, pair, sequences, _length(pair, sequence_length), trust_remote_code)
     main, foreign = read(text), None if foreign_text is None else read(foreign_text)
     limit = limits.max_loss_delta if max_loss_delta is None else max_loss_delta
     result = verify(
@@ -340,3 +326,22 @@ def verify_folders(
         on_progress=None if on_progress is None else partial(on_progress, "long"),
     )  # fmt: skip
     return replace(result, long=asked, checks=(*result.checks, *long_checks(asked, wanted)))
+
+
+def _length(pair: Pair, sequence_length: int | None) -> int:
+    """Tokens of a sequence. Raises UsageError."""
+    topk, context = pair.config.index_topk, pair.dense.capture.max_length
+    length = min(context, max(1024, 4 * topk)) if sequence_length is None else sequence_length
+    if not topk + 1 < length <= context:
+        raise UsageError(
+            f"--sequence-length {length}, expected more than index_topk {topk} and at most the context of {context} tokens"
+        )
+    return length
+
+
+def _read(pair: Pair, count: int, length: int, trust_remote_code: bool, path: str | None) -> Text:
+    """The text at `path`, or random tokens."""
+    checkpoint = pair.dense.checkpoint
+    tokens = model_tokens(checkpoint, path, length * count, trust_remote_code=trust_remote_code)
+    decode = None if path is None else load_tokenizer(checkpoint.path, trust_remote_code).decode
+    return Text(tokens.sequences(length, count), tokens.origin, decode)
