@@ -107,24 +107,32 @@ def verify(
         raise UserError(
             f"{origin}: sequences of {len(sequences[0])} tokens, expected more than index_topk {topk}; give longer text"
         )
-    report, skipped = on_progress or (lambda stage, done, total: None), []
-    checks = [_exactness(pair, sequences)]
-    report("exactness", 1, 1)
-    if skip_transformers:
-        skipped.append("transformers (asked for)")
-    else:
-        checks += _against_transformers(pair, sequences)
-        if pair.layout.in_transformers is None:
-            skipped.append(f"transformers above index_topk (it has no class with an indexer for {_model_type(pair)})")
-        report("transformers", 1, 1)
+    report = on_progress or (lambda stage, done, total: None)
+    checks, skipped = _proved_exact(pair, sequences, skip_transformers, report)
     texts = [_measured(pair, Text(sequences, origin, decode), "text", report, shelf, fp8)]
     checks += quality_checks(texts[0], max_loss_delta)
     if foreign is not None:
         texts.append(_measured(pair, foreign, "foreign text", report, shelf, fp8))
         checks += foreign_checks(texts[1], max_loss_delta)
     checks += gated(texts, gates or {})
-    found = texts[0]
-    return Verification(tuple(checks), found.layers, found.text, origin, tuple(skipped), *texts[1:])
+    return Verification(
+        tuple(checks), texts[0].layers, texts[0].text, origin, tuple(skipped), texts[1] if foreign is not None else None
+    )
+
+
+def _proved_exact(
+    pair: Pair, sequences: Sequence[Tensor], skip_transformers: bool, report: Callable[[str, int, int], None]
+) -> tuple[list[Check], list[str]]:
+    """What says that both are one model: (checks, what was skipped)."""
+    checks, skipped = [_exactness(pair, sequences)], []
+    report("exactness", 1, 1)
+    if skip_transformers:
+        return checks, ["transformers (asked for)"]
+    checks += _against_transformers(pair, sequences)
+    if pair.layout.in_transformers is None:
+        skipped.append(f"transformers above index_topk (it has no class with an indexer for {_model_type(pair)})")
+    report("transformers", 1, 1)
+    return checks, skipped
 
 
 def _measured(
