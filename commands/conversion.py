@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import UsageError, UserError
 from .common import MODEL_HELP, add_drop_stale, add_trust, command_parser
+from .cost import add_cost, cost_of, cost_wanted
 
 
 def add_conversion(commands: Any) -> None:
@@ -108,6 +109,7 @@ def _add_plan(commands: Any) -> None:
     add_drop_stale(command)
     add_recipe(command)
     add_layout(command)
+    add_cost(command)
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -115,20 +117,26 @@ def _plan(args: argparse.Namespace) -> int:
     from ..optimizer.before.findings import Findings
     from ..optimizer.before.preflight import check_plan
 
-    recipe = read_recipe_of(args)
+    recipe, priced = read_recipe_of(args), cost_wanted(args)
     with planned_folder(args.model) as folder:
         with Findings() as found:  # before torch is imported, which takes seconds
             check_plan(found, folder, recipe, args.drop_stale_quantization)
 
         from ..optimizer.plan import prepare
 
-        plan = prepare(folder, recipe, args.allow_partial, drop_stale=args.drop_stale_quantization).plan
+        prepared = prepare(folder, recipe, args.allow_partial, drop_stale=args.drop_stale_quantization)
 
     from .show.conversion import plan_json, show_plan
+    from .show.cost import show_cost
     from .show.tables import print_json
 
-    plan = replace(plan, model=args.model)
-    print_json(plan_json(plan)) if args.json else show_plan(plan)
+    plan, cost = replace(prepared.plan, model=args.model), cost_of(args, prepared) if priced else None
+    if args.json:
+        print_json(plan_json(plan) | ({} if cost is None else {"cost": cost}))
+        return 0
+    show_plan(plan)
+    if cost is not None:
+        show_cost(cost)
     return 0
 
 
