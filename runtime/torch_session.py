@@ -43,12 +43,29 @@ class TorchSession:
 
     def step(self, ids: Tensor, positions: Tensor, slots: Tensor, key_begin: Tensor, last: Tensor) -> Tensor:
         """See `generation.Session`."""
-        self._caches.reserve(int(slots.max()) + 1)
         inputs = {"input_ids": ids, "position_ids": positions, "slots": slots, "key_begin": key_begin, "last": last}
+        return self._logits(inputs)[:, 0].float().cpu()
+
+    def _logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The program's first output; what it writes is in the caches."""
+        self._caches.reserve(int(inputs["slots"].max()) + 1)
         moved = {name: tensor.to(self._device) for name, tensor in inputs.items()}
         outputs: list[Any] = next(self._runner.outputs_of([{**moved, **self._caches.tensors}]))
-        logits: Tensor = outputs[0][:, 0].float()
-        return logits.cpu()
+        logits: Tensor = outputs[0]
+        return logits
+
+
+class EveryLogit(TorchSession):
+    """A session on a program that gives the logits of every token (`AddCache.last_only` is false)."""
+
+    def step(self, ids: Tensor, positions: Tensor, slots: Tensor, key_begin: Tensor, last: Tensor) -> Tensor:
+        """See `generation.Session`."""
+        logits = self.every(ids, positions, slots, key_begin)
+        return logits[torch.arange(len(last)), last.to(logits.device)].float().cpu()
+
+    def every(self, ids: Tensor, positions: Tensor, slots: Tensor, key_begin: Tensor) -> Tensor:
+        """Logits [B, T, vocab] after each of the tokens, on the session's device."""
+        return self._logits({"input_ids": ids, "position_ids": positions, "slots": slots, "key_begin": key_begin})
 
 
 def _write_in_place(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:

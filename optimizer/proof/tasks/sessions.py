@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ....errors import UserError
-from ....runtime.torch_session import TorchSession
+from ....runtime.torch_session import EveryLogit, TorchSession
 from ...model.cached_model import CachedModel, open_cached
 from ...model.checkpoint import Checkpoint
 from ...model.free_memory import free_memory
@@ -20,13 +20,16 @@ class Variants:
     """`session(variant, ...)` for "dense", "dsa", "oracle" and "window" of the checkpoint in `folder`.
 
     dense is the same graph with every key: what the dense checkpoint computes, as the exactness check proves.
+    every_logit: sessions give the logits of every token.
     Raises UserError when it is no DSA checkpoint, or when its weights do not fit into the memory that is free.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", every_logit: bool = False
+    ) -> None:
         checkpoint = Checkpoint.open(folder)
         _refuse_if_too_large(checkpoint, dtype, device)
-        self.model: CachedModel = open_cached(checkpoint, dtype, last_only=True, device=device)
+        self.model: CachedModel = open_cached(checkpoint, dtype, last_only=not every_logit, device=device)
         self.context, self.index_topk = self.model.captured.max_length, self.model.indexer.index_topk
         self._dtype, self._device = dtype, device
         self._load = self.model.source.loader(self.model.cached.program)
@@ -36,7 +39,8 @@ class Variants:
         """With caches of its own."""
         cached = self.model.cached
         widths = {f"past_{name}": width for cache in cached.caches for name, width in cache.widths.items()}
-        return TorchSession(
+        kind = TorchSession if self.model.cached.last_only else EveryLogit
+        return kind(
             cached.program, self._weight, widths, batch, capacity, self._dtype, self._device, overrides(variant)
         )
 
