@@ -265,7 +265,7 @@ def _add_long(command: argparse.ArgumentParser) -> None:
         help="hide things in long texts, too, and ask for them: dense, DSA, oracle and window",
     )
     group.add_argument(
-        "--lengths", metavar="L", help="tokens of a prompt with its answer, as in 4k,8k (default: the context)"
+        "--lengths", metavar="L", help="tokens of a prompt with its answer, as in 4k,8k (default 4k, or the context)"
     )
     group.add_argument("--depths", metavar="D", help="percent of the text before a needle (default 0,25,50,75,100)")
     group.add_argument(
@@ -292,14 +292,14 @@ def _long_settings(args: argparse.Namespace) -> Any:
 
     from ..optimizer.model.cached_model import context_of
     from ..optimizer.model.checkpoint import Checkpoint
-    from ..optimizer.proof.tasks.long import Settings, read_numbers
+    from ..optimizer.proof.tasks.long import LONG, Settings, read_numbers
 
     numbers: dict[str, Any] = {
         name: read_numbers(f"--{name}", lists[name]) for name in ("lengths", "depths") if name in lists
     }
     tasks: dict[str, Any] = {"tasks": tuple(lists["tasks"].split(","))} if "tasks" in lists else {}
     if "lengths" not in numbers:
-        numbers["lengths"] = (context_of(Checkpoint.open(args.dsa)),)
+        numbers["lengths"] = (min(LONG, context_of(Checkpoint.open(args.dsa))),)
     return Settings(**numbers, **tasks, **given)
 
 

@@ -10,7 +10,7 @@ print(lm_eval.simple_evaluate(harness_model("model-dsa", variant="dense"), tasks
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,43 +112,40 @@ def wrapped(model: TextModel) -> Any:
         from lm_eval.api.model import LM
     except ImportError as error:
         raise UserError(f"lm-evaluation-harness cannot be loaded ({error}): pip install 'mla2dsa[harness]'") from error
-
-    class Adapter(LM):  # type: ignore[misc]  # what lm_eval says of its types is not looked at
-        """Requests are answered in the order of their texts, so that those with one context follow one another."""
-
-        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            return self._answered("loglikelihood", requests, model.loglikelihood)
-
-        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-            return self._answered("loglikelihood_rolling", requests, model.rolling)
-
-        def generate_until(self, requests: list[Any]) -> list[str]:
-            return self._answered("generate_until", requests, model.generate_until)
-
-        def _answered(self, kind: str, requests: list[Any], answer: Any) -> list[Any]:
-            found: dict[int, Any] = {}
-            for number in _by_text(requests):
-                arguments = requests[number].args
-                found[number] = answer(*arguments)
-                self.cache_hook.add_partial(kind, arguments, found[number])
-            return [found[number] for number in range(len(requests))]
-
-        @property
-        def tokenizer_name(self) -> str:
-            return model.name.replace("/", "__")
-
-        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            return str(
-                model.tokenizer.apply_chat_template(
-                    chat_history,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=not add_generation_prompt,
-                )
-            )
-
-    return Adapter()
+    made = type("Adapter", (_Answers, LM), {})()
+    made.model = model
+    return made
 
 
-def _by_text(requests: Sequence[Any]) -> Iterator[int]:
-    yield from sorted(range(len(requests)), key=lambda number: str(requests[number].args[0]))
+class _Answers:
+    """The part of an LM that is ours. Requests are answered in the order of their texts, so that those with one context follow one
+    another."""
+
+    model: TextModel
+    cache_hook: Any  # an LM's
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        return self._answered("loglikelihood", requests, self.model.loglikelihood)
+
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        return self._answered("loglikelihood_rolling", requests, self.model.rolling)
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        return self._answered("generate_until", requests, self.model.generate_until)
+
+    def _answered(self, kind: str, requests: list[Any], answer: Callable[..., Any]) -> list[Any]:
+        found: dict[int, Any] = {}
+        for number in sorted(range(len(requests)), key=lambda number: str(requests[number].args[0])):
+            arguments = requests[number].args
+            found[number] = answer(*arguments)
+            self.cache_hook.add_partial(kind, arguments, found[number])
+        return [found[number] for number in range(len(requests))]
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.model.name.replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        template = self.model.tokenizer.apply_chat_template
+        going_on = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        return str(template(chat_history, tokenize=False, **going_on))

@@ -24,6 +24,7 @@ from .sessions import Variants
 from .words import built_in, from_text
 
 ALL = "long"  # the gate of all tasks
+LONG = 4096  # tokens where none are said: the shortest that RULER has
 
 
 @dataclass(frozen=True)

@@ -78,14 +78,20 @@ def test_a_model_that_does_not_fit(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_verify_long(folder: Path) -> None:
-    """An example that was never taught to look things up: dense does not find them either, so a gate shows nothing and fails."""
-    done = mla2dsa("verify", TINY, folder, *QUICK, *LONG, "--gate", "needle=2", "--gate", "long-logprob=5", "--json")
+    """Limits that no model misses and limits that all do, and one that says what the scores say."""
+    gates = ("--gate", "needle=2", "--gate", "long-logprob=50", "--gate", "single-logprob=-50")
+    done = mla2dsa("verify", TINY, folder, *QUICK, *LONG, *gates, "--json")
     result = done.json()
-    failed = [check for check in result["checks"] if not check["passed"]]
+    held = {check["name"].split(" at ")[0]: check for check in result["checks"] if " at 256 tokens" in check["name"]}
     assert done.code == 1
-    assert [check["name"] for check in failed] == ["needle at 256 tokens: points of accuracy lost to dense"]
-    assert "dense itself answers 0%" in done.err
+    assert (held["long-logprob"]["passed"], held["single-logprob"]["passed"]) == (True, False)
     found = result["long"]
+    dense, dsa = (
+        next(s["accuracy"] for s in found["scores"] if (s["variant"], s["task"]) == (variant, "single"))
+        for variant in ("dense", "dsa")
+    )
+    assert held["needle"]["value"] == dense - dsa
+    assert held["needle"]["passed"] is (dense > 2 and dense - dsa <= 2)
     assert {score["variant"] for score in found["scores"]} == set(VARIANTS)
     assert {(score["task"], score["depth"]) for score in found["scores"]} == {("single", 50), ("variables", None)}
     assert all(score["logprob"] < 0 for score in found["scores"])
