@@ -307,8 +307,7 @@ def verify_folders(
     allow_partial: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Verification:
-    """Open both folders, read `text` (random tokens without one), and run every check. gates: NAME=LIMIT. long: run these tasks, too.
-    Raises UserError."""
+    """Open both folders, read `text` (random tokens without one), run every check, and `long`. gates: NAME=LIMIT. Raises UserError."""
     limits = Verify()
     wanted = read_gates(gates, [*TEXT_GATES, *(gate_names(long) if long is not None else [])])
     sequences = limits.sequences if sequences is None else sequences
@@ -322,17 +321,13 @@ def verify_folders(
     read = partial(_read, pair, sequences, _length(pair, sequence_length), trust_remote_code)
     main, foreign = read(text), None if foreign_text is None else read(foreign_text)
     limit = limits.max_loss_delta if max_loss_delta is None else max_loss_delta
-    result = verify(
-        pair, main.sequences, main.origin, limit, skip_transformers, on_progress, decode=main.decode, foreign=foreign,
-        fp8=True, gates=wanted,
-    )  # fmt: skip
+    result = verify(pair, main.sequences, main.origin, limit, skip_transformers, on_progress, None, decode=main.decode,
+                    foreign=foreign, fp8=True, gates=wanted)  # fmt: skip
     del pair
     if long is None:
         return result
-    asked = run_long(
-        dsa, long, device=device, trust_remote_code=trust_remote_code,
-        on_progress=None if on_progress is None else partial(on_progress, "long"),
-    )  # fmt: skip
+    tell = None if on_progress is None else partial(on_progress, "long")
+    asked = run_long(dsa, long, device=device, trust_remote_code=trust_remote_code, on_progress=tell)
     return replace(result, long=asked, checks=(*result.checks, *long_checks(asked, wanted)))
 
 

@@ -97,7 +97,7 @@ class TextModel:
             return new[-1] in self._ends or any(end in self.tokenizer.decode(new) for end in until)
 
         new = self.scorer.continued(ids, most, sampling, done)
-        text = self.tokenizer.decode([token for token in new if token not in self._ends])
+        text: str = self.tokenizer.decode([token for token in new if token not in self._ends])
         return text[: min((text.index(end) for end in until if end in text), default=len(text))]
 
 
