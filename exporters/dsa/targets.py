@@ -88,6 +88,10 @@ def _routed(facts: Facts) -> bool:
     return bool(facts.config.get("n_routed_experts")) and (facts.config.get("first_k_dense_replace") or 0) < layers
 
 
+def _quantised(facts: Facts) -> Any:
+    return (facts.config.get("quantization_config") or {}).get("quant_method")
+
+
 def _router_of(facts: Facts) -> tuple[Any, Any]:
     return facts.config.get("scoring_func"), facts.config.get("topk_method")
 
@@ -152,6 +156,11 @@ _SIGMOID = Requirement(
     lambda facts: not _routed(facts) or facts.config.get("scoring_func") != "softmax",
     "scoring_func is softmax, and its class takes a sigmoid whatever that says",
 )
+_FUSED = Requirement(
+    "no query latent that is made beside FP8 weights",
+    lambda facts: not facts.query_form or _quantised(facts) != "fp8",
+    "the query latent is made in plain numbers beside a quantised kv_a_proj_with_mqa, and it fuses the two",
+)
 _MTP = Requirement(
     "no multi-token-prediction layer without an indexer",
     lambda facts: facts.mtp_indexers or not facts.config.get("num_nextn_predict_layers"),
@@ -167,7 +176,13 @@ _TEMPLATE = Requirement(
 _GGUF = Requirement(
     "a GGUF file",
     lambda facts: False,
-    "it reads GGUF only, which is not written here (its own converter may take the folder)",
+    "it reads GGUF only, which is not written here: its own convert_hf_to_gguf.py makes one of the folder, where it knows the "
+    "tokenizer and tokenizer_config.json has add_bos_token",
+)
+_HADAMARD = Requirement(
+    "index_head_dim a multiple of 64 (it rotates index keys by a Hadamard matrix)",
+    lambda facts: facts.config.get("index_head_dim", 0) % 64 == 0,
+    "index_head_dim is {index_head_dim}, expected a multiple of 64",
 )
 
 TARGETS = (
@@ -177,7 +192,10 @@ TARGETS = (
     ),
     Target(
         "vllm", "0.33", "vllm/models/deepseek_v32/nvidia/model.py", "vllm serve {model} --tokenizer-mode hf",
-        (_CLASS, _Q_LATENT, _UNTIED, _INDEX_WIDTH, _INDEX_HEADS, _TOPK, _FLASH_MLA, _NO_BIAS, _ROPE_YARN, _ROUTERS, _MTP, _TEMPLATE),
+        (
+            _CLASS, _Q_LATENT, _FUSED, _UNTIED, _INDEX_WIDTH, _INDEX_HEADS, _TOPK, _FLASH_MLA, _NO_BIAS, _ROPE_YARN, _ROUTERS, _MTP,
+            _TEMPLATE,
+        ),
         ran="0.32.0's parser, config and weight loader on a CPU (docs/vllm.txt): every parameter was loaded, no tensor left over",
         ties=False,
     ),
@@ -194,7 +212,10 @@ TARGETS = (
         (_CLASS, _Q_LATENT, _UNTIED, _SIGMOID), ran="yes, on a CPU: logits and greedy text equal ours up to index_topk", ties=False,
     ),
     Target(
-        "llama.cpp", "no pinned version", "pull requests 23346 and 25407 (DeepSeek-V3.2, GLM-5.2)", "llama-server -m FILE.gguf", (_GGUF,)
+        "llama.cpp", "in llama-cpp-python 0.3.36", "conversion/deepseek.py, src/models/deepseek32.cpp, src/llama-kv-cache.cpp",
+        "llama-server -m FILE.gguf", (_GGUF, _HADAMARD),
+        ran="by hand, on a CPU: GGUF files that its own converter made (float32, no vocabulary) of random deepseek_v3, Moonlight and Youtu "
+        "models gave transformers' logits to 2e-6, below index_topk and above",
     ),
 )  # fmt: skip
 NAMES = tuple(target.name for target in TARGETS)

@@ -91,9 +91,16 @@ def loaded(command: str, folder: Path) -> dict[str, Any]:
     """A checkpoint by vLLM's own config, class and loader. Raises whatever they raise."""
     config = started(command, folder).create_engine_config()
     model_config = config.model_config
+    said = {
+        "architecture": model_config.architecture,
+        "tokenizer_mode": model_config.tokenizer_mode,
+        "dtype": str(model_config.dtype),
+    }
     with set_current_vllm_config(config):
         from vllm.models.deepseek_v32.nvidia.model import DeepseekV32ForCausalLM
 
+        if config.quant_config is not None:
+            return {**said, **quantised(config.quant_config)}
         torch.set_default_dtype(model_config.dtype)  # as vLLM does while it makes a model
         model = DeepseekV32ForCausalLM(vllm_config=config)
         torch.set_default_dtype(torch.float32)
@@ -111,10 +118,31 @@ def loaded(command: str, folder: Path) -> dict[str, Any]:
 
         model.load_weights(tensors())
         return {
-            "architecture": model_config.architecture, "tokenizer_mode": model_config.tokenizer_mode, "dtype": str(model_config.dtype),
-            "tensors": stored, "mtp": mtp, "parameters": len(watched.parameters), "unfilled": watched.unfilled(),
+            **said, "tensors": stored, "mtp": mtp, "parameters": len(watched.parameters), "unfilled": watched.unfilled(),
             "left_over": left_over, "values": same_values(folder, watched.parameters), **attention(model), **routing(model),
         }  # fmt: skip
+
+
+def quantised(config: Any) -> dict[str, Any]:
+    """Which linears of the first layer vLLM takes for plain and which for quantised, by its own rules: there is no kernel for blocks
+    of FP8 or packed INT4 on a CPU, so no model is made."""
+    from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
+    from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
+
+    fused = {"gate_up_proj": ["gate_proj", "up_proj"], "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"]}
+    attention = ("indexer.wq_b", "fused_qkv_a_proj", "q_b_proj", "kv_b_proj", "o_proj")
+    names = [
+        *(f"model.layers.1.self_attn.{name}" for name in attention),
+        "model.layers.1.mlp.experts.0.down_proj",
+        "lm_head",
+    ]
+    plain = {}
+    for name in names:
+        if config.get_name() == "fp8":
+            plain[name] = is_layer_skipped(name, config.ignored_layers, fused)
+        else:
+            plain[name] = should_ignore_layer(name, config.ignore, fused)
+    return {"quantised": config.get_name(), "plain": plain}
 
 
 def same_values(folder: Path, parameters: dict[str, nn.Parameter]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -58,6 +59,15 @@ def test_a_reason_names_the_field(name: str, fields: dict[str, Any], sizes: Writ
     assert reasons("transformers", facts_of(config, choose(config, {}), sizes)) == ""
 
 
+@pytest.mark.parametrize(("method", "loads"), [("fp8", False), ("compressed-tensors", True), (None, True)])
+def test_a_query_latent_is_not_made_beside_fp8_for_vllm(method: str | None, loads: bool) -> None:
+    """It fuses q_a_proj with kv_a_proj_with_mqa, and raises where one is quantised and the other is not."""
+    config = {**V3, "q_lora_rank": None, **({"quantization_config": {"quant_method": method}} if method else {})}
+    layout = replace(choose(V3, {}), forms=("identity",))
+    (found,) = verdicts(facts_of(config, layout, SIZES), ["vllm"])
+    assert (found.loads, "fuses the two" in str(found)) == (loads, not loads)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_own_layout_loads_nowhere_for_one_reason(name: str) -> None:
     (found,) = verdicts(facts_of(V3, Layout("own", "asked for"), SIZES), [name])
@@ -85,7 +95,8 @@ def test_every_requirement_is_asked_by_a_condition_that_can_fail_and_hold() -> N
     good = facts_of(V3, choose(V3, {}), SIZES)
     bad = Facts({"attention_bias": True, "scoring_func": "softmax", "tie_word_embeddings": True, "n_routed_experts": 1,
                  "num_hidden_layers": 1, "index_topk": 1, "num_nextn_predict_layers": 1,
-                 "rope_scaling": {"type": "longrope"}}, "own", chat_template=True)  # fmt: skip
+                 "rope_scaling": {"type": "longrope"}, "quantization_config": {"quant_method": "fp8"}}, "own", "identity",
+                chat_template=True)  # fmt: skip
     for target in TARGETS[:-1]:
         for one in target.requirements:
             assert one.met(good), (target.name, one.asks)
