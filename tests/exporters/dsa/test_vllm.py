@@ -220,7 +220,7 @@ def test_what_vllm_said_is_kept() -> None:
     assert list(found) == list(CASES)
     for name, line in found.items():
         good = (
-            ["plain indexer.wq_b" in line]
+            ["plain self_attn.indexer.wq_b" in line]
             if CASES[name].quantised
             else ["left over none" in line, "unfilled none; indexers equal" in line]
         )
