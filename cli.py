@@ -16,7 +16,7 @@ from types import FrameType
 
 from . import __version__
 from .commands.answers import add_answers
-from .commands.common import Parser, run_command
+from .commands.common import Parser, agreed, joined, left_with, run_command, under_torchrun
 from .commands.conversion import add_conversion
 from .commands.engines import add_engines
 from .commands.kernels import add_kernels
@@ -44,14 +44,15 @@ MLA2DSA_DEBUG=1 shows a traceback with an error"""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     with _stoppable() as received:
-        return _run(argv, received)
+        return left_with(_run(argv, received))
 
 
 def _run(argv: Sequence[str] | None, received: list[int]) -> int:
     try:
         _open_streams()
-        result = run_command(_parser().parse_args(argv))
-        sys.stdout.flush()
+        with joined():
+            result = run_command(_parser().parse_args(argv))
+            sys.stdout.flush()
         return result
     except SeveralErrors as error:
         return _fail(error.lines, error.exit_code)
@@ -62,7 +63,7 @@ def _run(argv: Sequence[str] | None, received: list[int]) -> int:
         return _fail(["interrupted; nothing was left half-written" + said], 128 + (received or [signal.SIGINT])[0])
     except BrokenPipeError:
         _drop_broken_stdout()
-        return 1
+        return _fail([], 1)
     except OSError as error:
         _drop_broken_stdout()
         return _fail([f"{error.filename or 'reading or printing'}: {error.strerror or error}"], 1)
@@ -75,15 +76,17 @@ def _stoppable() -> Iterator[list[int]]:
     """SIGTERM (a container or a scheduler stops us) and SIGHUP (the terminal is closed) end a command as Ctrl-C does: with what it
     has begun cleared away. The numbers of those that came. A signal that is ignored (nohup) or handled already is left alone."""
     received: list[int] = []
+    once = under_torchrun()  # it sends on what has come to all already: the second signal is no wish to end at once
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        raise KeyboardInterrupt
+        if not (once and received[1:]):
+            raise KeyboardInterrupt
 
     mine = threading.current_thread() is threading.main_thread()
     numbers = [signal.SIGTERM, signal.SIGHUP] if mine else []
     numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
-    for number in numbers:
+    for number in [*numbers, *([signal.SIGINT] if once else [])]:
         signal.signal(number, interrupt)
     try:
         yield received
@@ -126,9 +129,10 @@ def _fail(lines: Sequence[str], code: int) -> int:
         import traceback
 
         traceback.print_exc()
-    first, *others = map(_plain_line, lines)
-    with suppress(OSError):  # a full disk behind stderr: the exit code is all that can be told
-        print("\n  ".join([f"mla2dsa: {first}", *others]), file=sys.stderr)
+    lines, code = agreed([_plain_line(line) for line in lines], code)
+    if lines:
+        with suppress(OSError):  # a full disk behind stderr: the exit code is all that can be told
+            print("\n  ".join([f"mla2dsa: {lines[0]}", *lines[1:]]), file=sys.stderr)
     return code
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import UsageError
+from ..runtime.processes import join_processes, processes, several
 
 MODEL_HELP = "folder of a checkpoint, or a Hugging Face hub id"
 
@@ -51,16 +53,18 @@ def command_parser(
     *,
     graphs: bool = False,
     intermixed: bool = False,
+    together: bool = False,
 ) -> argparse.ArgumentParser:
     """A command that calls `run` with its arguments, and takes --json and -v. about: a phrase, without a full stop.
 
-    graphs: passes run over a model's graph in it, so it takes --dump-graphs, too. intermixed: see `Parser`.
+    graphs: passes run over a model's graph in it, so it takes --dump-graphs, too. intermixed: see `Parser`. together: processes of
+    torchrun share its work.
     """
     command: Parser = commands.add_parser(
         name, help=about, description=about[0].upper() + about[1:] + ".", epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, together=together)
     command.intermixed = intermixed
     command.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     command.add_argument(
@@ -92,11 +96,45 @@ def add_drop_stale(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def under_torchrun() -> bool:
+    """Whether there are several processes, which torchrun started."""
+    return several()
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Together with the other processes of torchrun, if there are any; all of them come out of it when all are through."""
+    join_processes()
+    yield
+    processes().end()
+
+
+def agreed(lines: Sequence[str], code: int) -> tuple[Sequence[str], int]:
+    """(lines to tell, exit code) of a process that fails with these: one of several tells for all of them."""
+    return processes().agreed(lines, code)
+
+
+def left_with(code: int) -> int:
+    """`code`. One of several processes that fails is gone at once: a thread of it may wait for others, and torchrun would kill
+    whoever takes longer to go, so that codes would differ."""
+    if code and under_torchrun():
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    return code
+
+
 def run_command(args: argparse.Namespace) -> int:
     """The command that was asked for, with its log on stderr and its graphs in --dump-graphs; returns the exit code."""
+    if under_torchrun() and not getattr(args, "together", False):
+        raise UsageError(
+            "torchrun: the work of `convert` alone is shared among processes; start this command without it"
+        )
+    if not processes().first:
+        return int(args.run(args))
     with _logged(args.verbose), _graphs_dumped(args):
-        code: int = args.run(args)
-        return code
+        return int(args.run(args))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, UserError
+from ..runtime.processes import processes
 from .common import MODEL_HELP, add_drop_stale, add_trust, command_parser
 from .cost import add_cost, cost_of, cost_wanted
 
@@ -149,6 +150,7 @@ def _add_convert(commands: Any) -> None:
         "write the DSA checkpoint of a dense MLA checkpoint, verified",
         example,
         graphs=True,
+        together=True,
     )
     command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     command.add_argument("out", metavar="OUT", type=Path, help="folder to write")
@@ -175,6 +177,8 @@ def _add_convert(commands: Any) -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
+    if not processes().first:
+        return _convert_with_others(args)
     from ..optimizer.before.findings import Findings
     from ..optimizer.before.preflight import check_conversion
 
@@ -199,12 +203,7 @@ def _convert(args: argparse.Namespace) -> int:
         print_json(plan_json(plan)) if args.json else show_plan(plan)
         return 0
     with Progress() as progress:
-        outcome = convert(
-            args.model, args.out, recipe, resume=args.resume, overwrite=args.overwrite, device=args.device,
-            skip_verification=args.skip_verification, skip_transformers=args.skip_transformers,
-            trust_remote_code=args.trust_remote_code, drop_stale=args.drop_stale_quantization, allow_partial=args.allow_partial,
-            listener=progress.listener(),
-        )  # fmt: skip
+        outcome = convert(args.model, args.out, recipe, **_options(args), listener=progress.listener())
     if args.json:
         print_json(outcome.report)
         return 0
@@ -214,6 +213,25 @@ def _convert(args: argparse.Namespace) -> int:
         show_verification(outcome.verification, layers=False)
     print(f"{args.out}: written in {outcome.report['seconds']:.0f} s{'' if outcome.verification else ', NOT verified'}")
     return 0
+
+
+def _convert_with_others(args: argparse.Namespace) -> int:
+    """What a process does that is not the first: it computes, and says nothing."""
+    recipe = read_recipe_of(args)
+    if not args.dry_run:
+        from ..optimizer.convert import convert
+
+        convert(args.model, args.out, recipe, **_options(args))
+    return 0
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "resume": args.resume, "overwrite": args.overwrite, "device": args.device,
+        "skip_verification": args.skip_verification, "skip_transformers": args.skip_transformers,
+        "trust_remote_code": args.trust_remote_code, "drop_stale": args.drop_stale_quantization,
+        "allow_partial": args.allow_partial,
+    }  # fmt: skip
 
 
 def _add_verify(commands: Any) -> None:

@@ -22,6 +22,7 @@ from ..files.json_files import read_json
 from ..files.model.model_files import CONFIG, checkpoint_files, left_out, remote_tokenizer
 from ..files.staging import InTheWay, check_target, claim
 from ..kernels.spec import IndexerWeights
+from ..runtime.processes import processes
 from ..runtime.shelf import Shelf
 from .before.binding import target_verdicts
 from .before.cuts import Sequences, cut_text
@@ -103,12 +104,13 @@ def convert(
     when another run is at it.
 
     Finished layers outlive a failure, Ctrl-C or kill in a hidden folder beside `out`, for `resume`; KeyboardInterrupt
-    then carries a line that says so.
+    then carries a line that says so. Of several processes, the others compute: the first alone looks at `out`, and begins.
     """
-    started = time.monotonic()
-    with Findings() as found:
-        check_conversion(found, model, out, recipe, overwrite=overwrite, drop_stale=drop_stale)
-    usable_device(device)
+    first, started = processes().first, time.monotonic()
+    if first:
+        with Findings() as found:
+            check_conversion(found, model, out, recipe, overwrite=overwrite, drop_stale=drop_stale)
+    device = usable_device(device)
     with ExitStack() as claimed:
 
         def check(checkpoint: Checkpoint) -> None:
@@ -117,7 +119,7 @@ def convert(
             if not (skip_verification or skip_transformers):
                 refuse_if_too_large(checkpoint)
 
-        prepared = _writable(prepare(model, recipe, allow_partial, check=check, drop_stale=drop_stale))
+        prepared = _prepared(model, recipe, allow_partial, check, drop_stale)
         job = _settled(_job(prepared, recipe, device, listener or Listener(), trust_remote_code, allow_partial))
         shelf = _shelf(out, prepared.plan.resources)
         job.tell.on_plan(prepared.plan)
@@ -126,8 +128,20 @@ def convert(
             return _written(job, out, weights, layers, None if skip_verification else prove, started)
 
 
-def _writable(prepared: Prepared) -> Prepared:
-    """Raises UserError when the plan has a refusal."""
+def _prepared(
+    model: str, recipe: Recipe, allow_partial: bool, check: Callable[[Checkpoint], None], drop_stale: bool
+) -> Prepared:
+    """In the first process after `check`, in the others once it is through. Raises UserError when the plan has a refusal."""
+    first = processes().first
+    if not first:
+        processes().wait()  # the model is here, and OUT is ours
+
+    def checked(checkpoint: Checkpoint) -> None:
+        if first:
+            check(checkpoint)
+            processes().wait()
+
+    prepared = prepare(model, recipe, allow_partial, check=checked, drop_stale=drop_stale)
     if prepared.plan.refusal:
         raise UserError(prepared.plan.refusal)
     return prepared
@@ -141,14 +155,17 @@ def _written(
     proved: Callable[[Path], Verification] | None,
     started: float,
 ) -> Outcome:
-    """The checkpoint at `out`, which gets that name once it is proved. started: as time.monotonic() tells it."""
+    """The checkpoint at `out`, which gets that name once it is proved. started: as time.monotonic() tells it. The first process
+    writes it, all prove it."""
+    if not processes().first:
+        return Outcome(job.prepared.plan, layers, proved(processes().from_first(Path)) if proved else None, {})
     prepared, proof, reports = job.prepared, list[Verification](), list[Mapping[str, Any]]()
     layout, checkpoint = job.layout, prepared.checkpoint
     assert layout is not None  # `_settled`
 
     def prove(folder: Path) -> Mapping[str, Any]:
         if proved is not None:
-            proof.append(proved(folder))
+            proof.append(proved(processes().from_first(lambda: folder)))
         reports.append(_report(job, layout, layers, proof, time.monotonic() - started))
         return reports[0]
 
@@ -177,8 +194,11 @@ def _job(
 
 def _settled(job: _Job) -> _Job:
     """With the layout; where the model has no query latent, the way of making one is chosen on the real weights, before work."""
+    _check_same(job)
     prepared = job.prepared
     assert prepared.layout is not None  # or the plan's refusal was raised
+    if not processes().first:
+        return job  # what is written is no affair of the others
     source = WeightSource(prepared.checkpoint, prepared.capture, job.device)
     sequence = (job.sequences.calibration or job.sequences.proof)[0]
     try:
@@ -193,6 +213,15 @@ def _settled(job: _Job) -> _Job:
         raise UserError(f"--target {unmet[0].target} ({unmet[0].version}): {unmet[0]} ({layout.why})")
     plan = replace(prepared.plan, targets=targets)
     return replace(job, layout=layout, prepared=replace(prepared, plan=plan))
+
+
+def _check_same(job: _Job) -> None:
+    """Raises UserError unless all processes were given the same; they may be on several machines."""
+    mine, *others = processes().gathered(_fingerprint(job))
+    if differing := [number for number, other in enumerate(others, start=1) if other != mine]:
+        raise UserError(
+            f"process {differing[0]} reads another model, recipe or text than process 0; put the same files on every machine"
+        )
 
 
 def fingerprint(
@@ -242,7 +271,7 @@ def _shelf(out: Path, needed: Resources) -> Shelf:
     """Where hidden states wait: on the file system of `out`. Raises UserError when there, or in memory, is no room for what is
     needed."""
     place = existing_parent(out.parent)
-    refuse_conversion(needed, place)
+    refuse_conversion(needed, place, processes().beside)
     return Shelf(place)
 
 
@@ -250,7 +279,14 @@ def _shelf(out: Path, needed: Resources) -> Shelf:
 def _indexers(
     job: _Job, out: Path, resume: bool, overwrite: bool, shelf: Shelf
 ) -> Iterator[tuple[dict[str, IndexerWeights], tuple[LayerResult, ...]]]:
-    """(weights by layer name, results of the calibration); what was calibrated is kept until the block ends well."""
+    """(weights by layer name, results of the calibration); what was calibrated is kept until the block ends well. Nothing of it
+    is there for other processes than the first."""
+    if not processes().first:
+        if job.prepared.donor is None:
+            for _ in _calibrated(job, None, shelf):
+                pass
+        yield {}, ()
+        return
     if job.prepared.donor is not None:
         yield _donated(job.prepared, job.prepared.donor), ()
         return
@@ -276,8 +312,10 @@ def _donated(prepared: Prepared, donor: Donor) -> dict[str, IndexerWeights]:
     return dict(donor.weights(sites)) | {module: donor.weights_of(module, rope) for module in prepared.mtp_modules}
 
 
-def _calibrated(job: _Job, store: ProgressStore, shelf: Shelf) -> Iterator[LayerResult]:
-    recipe, tell, finished = job.recipe, job.tell, store.load()
+def _calibrated(job: _Job, store: ProgressStore | None, shelf: Shelf) -> Iterator[LayerResult]:
+    """store: the first process's."""
+    recipe, tell = job.recipe, job.tell
+    finished = processes().from_first(lambda: store.load() if store else {})
     cut, training = job.sequences, _training(recipe, len(job.prepared.plan.layers))
     results = calibrate(
         WeightSource(job.prepared.checkpoint, job.prepared.capture, job.device),
@@ -287,7 +325,7 @@ def _calibrated(job: _Job, store: ProgressStore, shelf: Shelf) -> Iterator[Layer
     )  # fmt: skip
     for result in results:
         resumed = result.name in finished
-        if not resumed:
+        if store and not resumed:
             store.save(result)
         tell.on_layer(result, resumed)
         yield result

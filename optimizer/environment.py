@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import UsageError
+from ..runtime.processes import processes
 
 _PACKAGES = (
     "torch",
@@ -65,9 +66,17 @@ def _plugin() -> str:
 
 
 def usable_device(name: str) -> str:
-    """`name` itself. Raises UsageError when torch has no such device here."""
+    """`name` itself; of several processes, "cuda" is another GPU for each. Raises UsageError when torch has no such device here."""
     import torch
 
+    shared = processes()
+    if name == "cuda" and shared.count > 1 and torch.cuda.is_available():
+        if shared.local >= torch.cuda.device_count():
+            raise UsageError(
+                f"--device cuda: {shared.beside} processes and {torch.cuda.device_count()} GPUs on this machine; start one a GPU "
+                "(torchrun --nproc-per-node)"
+            )
+        name = f"cuda:{shared.local}"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

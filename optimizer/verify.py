@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import UsageError, UserError
 from ..files.model.text_model import is_other_part, is_wrapper
 from ..kernels.spec import IndexerConfig
+from ..runtime.processes import processes
 from ..runtime.shelf import Shelf
 from .environment import usable_device
 from .model.capture import model_class_of, read_config
@@ -101,14 +102,15 @@ def verify(
     gates: Mapping[str, float] | None = None,
 ) -> Verification:
     """Run every check. sequences: [L] held-out token ids, L > index_topk. shelf: where hidden states wait (None: one of its
-    own). foreign: text of another domain; fp8: measure the indexers with FP8 scores, too; gates: limits as --gate has them."""
+    own). foreign: text of another domain; fp8: measure the indexers with FP8 scores, too; gates: limits as --gate has them. Of several
+    processes, the first compares and all measure; each has the result."""
     shelf, topk = shelf or Shelf(), pair.config.index_topk
     if len(sequences[0]) <= topk + 1:
         raise UserError(
             f"{origin}: sequences of {len(sequences[0])} tokens, expected more than index_topk {topk}; give longer text"
         )
     report = on_progress or (lambda stage, done, total: None)
-    checks, skipped = _proved_exact(pair, sequences, skip_transformers, report)
+    checks, skipped = processes().from_first(lambda: _proved_exact(pair, sequences, skip_transformers, report))
     texts = [_measured(pair, Text(sequences, origin, decode), "text", report, shelf, fp8)]
     checks += quality_checks(texts[0], max_loss_delta)
     if foreign is not None:

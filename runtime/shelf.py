@@ -1,4 +1,4 @@
-"""Tensors that nobody needs for a while: in memory up to a budget, beyond it in a file that has no name.
+"""Tensors that nobody needs for a while: in memory up to a budget, beyond it in a file that has no name; on no other device.
 
 Streaming keeps a few tensors of every sequence while the others are run. Those that went to the file come back as a memory
 map, so that only what is read of them takes memory, and only while it is used. The file is nobody's but this process's, and
@@ -37,35 +37,40 @@ class Shelf:
     def put(self, tensor: Tensor) -> Kept:
         """`tensor`, which nobody writes to from here on. Its room is free again once what is returned, and what came of it, is
         gone. Raises OSError where the file system is full."""
+        device, tensor = tensor.device, tensor.detach().cpu()
         if tensor.numel() * tensor.element_size() < tensor.untyped_storage().nbytes():
             tensor = tensor.clone()  # a part of something larger, which would stay with it
         size = tensor.untyped_storage().nbytes()
         if not size or self._held + size <= self._budget:
             self._held += size
-            kept = Kept(tensor)
+            kept = Kept(tensor, device)
             weakref.finalize(kept, self._release, size)
             return kept
         if self._room is None:
             self._room = _Room(self._place)
-        plain = tensor.detach().cpu().contiguous()
-        return Kept(tensor.new_empty(0), self._room.put(plain.flatten().view(torch.uint8)), tuple(tensor.shape))
+        part = self._room.put(tensor.contiguous().flatten().view(torch.uint8))
+        return Kept(tensor.new_empty(0), device, part, tensor.shape)
 
     def _release(self, size: int) -> None:
         self._held -= size
 
 
 class Kept:
-    """A tensor on a shelf. like: the tensor itself, or one of its dtype and device when it is in the file."""
+    """A tensor on a shelf. like: the tensor itself, or one of its dtype when it is in the file; device: where it comes from."""
 
-    def __init__(self, like: Tensor, part: _Part | None = None, shape: tuple[int, ...] = ()) -> None:
-        self._like, self._part, self._shape = like, part, shape
+    def __init__(
+        self, like: Tensor, device: torch.device, part: _Part | None = None, shape: torch.Size | None = None
+    ) -> None:
+        self._like, self._part = like, part
+        self.shape, self.dtype, self.device = tuple(like.shape if shape is None else shape), like.dtype, device
 
     def get(self) -> Tensor:
-        """The tensor; from the file contiguous, and mapped anew, so that it takes memory for as long as the caller has it."""
+        """The tensor, back where it comes from. From the file it is contiguous, and mapped anew, so that it takes memory for as
+        long as the caller has it."""
         if self._part is None:
-            return self._like
-        found = torch.frombuffer(_Map(self._part), dtype=self._like.dtype, count=torch.Size(self._shape).numel())
-        return found.view(self._shape).to(self._like.device)
+            return self._like.to(self.device)
+        found = torch.frombuffer(_Map(self._part), dtype=self.dtype, count=torch.Size(self.shape).numel())
+        return found.view(self.shape).to(self.device)
 
 
 class _Room:

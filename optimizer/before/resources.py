@@ -205,16 +205,19 @@ def resources(found: Streams, recipe: Recipe, context: int, vocabulary: int) -> 
     )
 
 
-def refuse_if_too_large(needed: Resources, place: Path) -> None:
-    """Raises UserError when the memory that is free now, or the disk at `place`, has no room for it."""
-    more, free = needed.streaming, free_memory()
+def refuse_if_too_large(needed: Resources, place: Path, count: int = 1) -> None:
+    """Raises UserError when the memory that is free now, or the disk at `place`, has no room for it. count: of processes on this
+    machine, of which each has a layer and as many samples as one alone: fewer sequences, more layers at once."""
+    more, free = count * needed.streaming, free_memory()
     if more > free:
+        fewer = "" if count == 1 else f" for {count} processes"
+        mend = f"{', start fewer processes' if count > 1 else ''}, or use another machine"
         raise UserError(
-            f"the conversion needs {_gib(more)} more memory, {_gib(free)} are free; set a smaller sequence_length than "
-            f"{needed.sequence_length} in the recipe, or use another machine"
+            f"the conversion needs {_gib(more)} more memory{fewer}, {_gib(free)} are free; set a smaller sequence_length than "
+            f"{needed.sequence_length} in the recipe{mend}"
         )
     disk = Needs()
-    disk.add(place, needed.disk, "hidden states of the sequences, while it runs")
+    disk.add(place, count * needed.disk, "hidden states of the sequences, while it runs")
     if faults := disk.faults():
         raise UserError(faults[0])
 

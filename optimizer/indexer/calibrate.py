@@ -21,11 +21,13 @@ from ...kernels.spec import IndexerConfig, IndexerWeights
 from ...passes.matching.sites import MlaSite
 from ...passes.tap import ROWS_INPUT, SITE_TAPS, TABLE_TAPS, Tapped, tap
 from ...runtime.execute import PieceRunner
+from ...runtime.processes import processes
 from ...runtime.shelf import Kept, Shelf
 from ..model.weights import WeightSource
 from .distil import DistilSchedule
 from .layer_fit import NO_TRAINING, NOTHING_SPENT, Samples, Spent, Training, fit
 from .samples import ShelvedSamples, SiteMaps, SiteSample
+from .sharing import by_layer
 from .site_maps import check_maps, read_maps
 
 
@@ -87,29 +89,33 @@ def calibrate(
     vocabulary: go through every token, to look at the signs of head weights. done: results of an earlier run, passed through.
     Raises UserError naming the layer when something cannot be read or does not converge. shelf: as for `layer_samples`.
     """
-    spent, first, last = NOTHING_SPENT, len(sequences), len(sequences) + len(held_out)
-    for site, samples, maps in layer_samples(source, [*sequences, *held_out, *vocabulary], how, on_sequence, shelf):
-        if done is not None and site.name in done:
-            result = done[site.name]
-        else:
-            try:
-                parts = Samples(samples[:first], samples[first:last], samples[last:])
-                result = _fit(site, maps(), parts, how, spent, on_step)
-                del parts
-            except UserError as error:
-                raise error if site.name in str(error) else UserError(f"{site.name}: {error}") from error
+    spent, finished = NOTHING_SPENT, done or {}
+    first, last = len(sequences), len(sequences) + len(held_out)
+
+    def fitted(site: MlaSite, samples: Sequence[SiteSample], maps: Callable[..., SiteMaps]) -> LayerResult:
+        if site.name in finished:
+            return finished[site.name]
+        try:
+            parts = Samples(samples[:first], samples[first:last], samples[last:])
+            return _fit(site, maps(samples=samples), parts, how, spent, on_step)
+        except UserError as error:
+            raise error if site.name in str(error) else UserError(f"{site.name}: {error}") from error
+
+    shelf, everything = shelf or Shelf(), [*sequences, *held_out, *vocabulary]
+    layers = layer_samples(source, everything, how, on_sequence, shelf, processes().own(len(everything)))
+    for result in by_layer(layers, fitted, shelf, finished, in_turn=how.training.budget is not None):
         spent = Spent(spent.layers + 1, spent.steps + result.steps, spent.seconds + result.seconds)
-        del samples, maps  # before the next layer's are gathered
         yield result
 
 
 def layer_samples(
     source: WeightSource, sequences: Sequence[Tensor], how: Calibration, on_sequence: OnSequence | None = None,
-    shelf: Shelf | None = None,
-) -> Iterator[tuple[MlaSite, Sequence[SiteSample], Callable[[], SiteMaps]]]:  # fmt: skip
-    """Stream the dense model; yield (site, a sample per sequence, its checked linear maps on demand), layer by layer.
+    shelf: Shelf | None = None, numbers: Sequence[int] | None = None,
+) -> Iterator[tuple[MlaSite, ShelvedSamples, Callable[..., SiteMaps]]]:  # fmt: skip
+    """Stream the dense model; yield (site, a sample per sequence, its linear maps on demand, checked), layer by layer.
 
-    shelf: where samples and hidden states wait (None: on one of its own)."""
+    shelf: where samples and hidden states wait (None: on one of its own). numbers: of the sequences to stream (None: all); with
+    none of them, layers come all the same. The maps take other `samples` to be checked on."""
     length = min(len(s) for s in sequences)
     if length <= how.config.index_topk:
         raise UserError(
@@ -121,7 +127,11 @@ def layer_samples(
     names = tapped.program.graph_signature.inputs_to_parameters
     sites = {tapped.taps[f"{site.name}.mass"]: site for site in tapped.found.sites}
     runner = PieceRunner(tapped.program, load, [site.core.out.name for site in sites.values()], shelf=shelf)
-    inputs = [_inputs(ids, tapped, how, number, source.device) for number, ids in enumerate(sequences)]
+    numbers = range(len(sequences)) if numbers is None else numbers
+    inputs = [_inputs(sequences[number], tapped, how, number, source.device) for number in numbers]
+    if not inputs:
+        for site in sites.values():
+            yield site, ShelvedSamples([]), partial(_checked_maps, site, names, load)
     gathered: list[dict[str, Kept]] = [{} for _ in inputs]
     for seen in runner.run(inputs, [node for name, node in tapped.taps.items() if not name.endswith(".attention")]):
         gathered[seen.sequence] |= {name: shelf.put(tensor[0].float()) for name, tensor in seen.values.items()}
@@ -134,12 +144,12 @@ def layer_samples(
         for site in here:
             samples = ShelvedSamples([_sample(site, tapped, kept, inputs[i], shelf) for i, kept in enumerate(gathered)])
             _forget(site, tapped, gathered)
-            yield site, samples, partial(_checked_maps, site, samples, names, load)
+            yield site, samples, partial(_checked_maps, site, names, load, samples=samples)
             del samples  # before the next layer's are gathered
 
 
 def _checked_maps(
-    site: MlaSite, samples: Sequence[SiteSample], names: Mapping[str, str], load: Callable[[str], Tensor]
+    site: MlaSite, names: Mapping[str, str], load: Callable[[str], Tensor], samples: Sequence[SiteSample]
 ) -> SiteMaps:
     maps = read_maps(site, names, load)
     check_maps(site, maps, samples[0])
@@ -190,7 +200,8 @@ def _fit(
         training = replace(training, schedule=_seeded(training.schedule, site))
     found = fit(maps, samples, how.config, training, spent, report)
     timed = training.budget is not None and training.budget.unit == "seconds"
-    return LayerResult(site.name, **{**vars(found), "seconds": found.seconds if timed else 0.0})
+    weights = IndexerWeights(**{name: tensor.cpu() for name, tensor in vars(found.weights).items()})
+    return LayerResult(site.name, **{**vars(found), "weights": weights, "seconds": found.seconds if timed else 0.0})
 
 
 def _seeded(schedule: DistilSchedule, site: MlaSite) -> DistilSchedule:

@@ -71,14 +71,14 @@ class SiteSample:
 class ShelvedSamples(Sequence[SiteSample]):
     """Samples of one layer, each put together anew when it is asked for: go through them one by one.
 
-    shelved: the fields of every sample.
+    shelved: the fields of every sample. Whoever is through with one may take it out.
     """
 
-    def __init__(self, shelved: Sequence[Mapping[str, Kept]]) -> None:
-        self._shelved = shelved
+    def __init__(self, shelved: list[Mapping[str, Kept]]) -> None:
+        self.shelved = shelved
 
     def __len__(self) -> int:
-        return len(self._shelved)
+        return len(self.shelved)
 
     @overload
     def __getitem__(self, index: int) -> SiteSample: ...
@@ -86,5 +86,5 @@ class ShelvedSamples(Sequence[SiteSample]):
     def __getitem__(self, index: slice) -> ShelvedSamples: ...
     def __getitem__(self, index: int | slice) -> SiteSample | ShelvedSamples:
         if isinstance(index, slice):
-            return ShelvedSamples(self._shelved[index])
-        return SiteSample(**{name: kept.get() for name, kept in self._shelved[index].items()})
+            return ShelvedSamples(self.shelved[index])
+        return SiteSample(**{name: kept.get() for name, kept in self.shelved[index].items()})

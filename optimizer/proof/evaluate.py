@@ -15,11 +15,14 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from ...kernels.spec import IndexerConfig, IndexerWeights
+from ...passes.matching.sites import MlaSite
 from ...runtime.execute import PieceRunner
+from ...runtime.processes import processes
 from ...runtime.shelf import Shelf
 from ..indexer.calibrate import Calibration, layer_samples
 from ..indexer.indexer_math import index_scores, mean_recall, oracle_scores, window_scores
-from ..indexer.samples import SiteSample
+from ..indexer.samples import SiteMaps, SiteSample
+from ..indexer.sharing import by_layer
 from ..model.weights import WeightSource
 from . import baselines
 from .figures import NAN, POSITIONS, Decode, Quality, Tally, log_probabilities, quality
@@ -70,25 +73,36 @@ def on_text(
     on_sequence: Callable[[int, int], None] | None = None,
     decode: Decode | None = None,
 ) -> TextResult:
-    """Stream all programs in step; one sequence's logits of each are in memory at a time. sequences: [L] ids. decode: for the
-    excerpt of the worst sequence."""
-    inputs = [program_inputs(ids, device) for ids in sequences]
+    """Stream all programs in step; one sequence's logits of each are in memory at a time. sequences: [L] ids, of which each of
+    several processes takes its own; all of them get the result. decode: for the excerpt of the worst sequence."""
+    shared, own = processes(), list[_Figures]()
+    numbers = shared.own(len(sequences))
+    inputs = [program_inputs(sequences[number], device) for number in numbers]
     streams = {name: runner.outputs_of(inputs) for name, runner in selections.items()}
-    tallies: dict[str, list[Tally]] = {name: [] for name in selections}
-    losses: list[Tensor] = []
-    for number, (expected, *_) in enumerate(dense.outputs_of(inputs)):
+    for number, (expected, *_) in zip(numbers, dense.outputs_of(inputs) if inputs else (), strict=True):
         targets = sequences[number][index_topk + 1 :].to(device)
         expected = _judged(expected, index_topk)
-        losses.append(_losses(expected, targets))
+        found = _Figures(_losses(expected, targets).cpu(), {name: Tally() for name in streams})
         for name, stream in streams.items():
-            tallies[name].append(Tally())
-            tallies[name][-1].add(expected, _judged(next(stream)[0], index_topk), targets)
+            found.tallies[name].add(expected, _judged(next(stream)[0], index_topk), targets)
+        own.append(found)
         del expected  # logits of a large vocabulary are the largest thing here
         if on_sequence is not None:
-            on_sequence(number + 1, len(sequences))
-    loss = torch.cat(losses)
-    results = {name: quality(found, sequences, index_topk + 1, decode) for name, found in tallies.items()}
+            on_sequence(len(own), len(numbers))
+    figures = shared.in_order(own)
+    loss = torch.cat([of.losses for of in figures])
+    results = {
+        name: quality([of.tallies[name] for of in figures], sequences, index_topk + 1, decode) for name in selections
+    }
     return TextResult(float(loss.double().mean()), len(loss), len(sequences[0]), results)
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """Of one sequence. losses: nats of every judged target, [N]; tallies: by selection."""
+
+    losses: Tensor
+    tallies: dict[str, Tally]
 
 
 def _judged(logits: Tensor, index_topk: int) -> Tensor:
@@ -141,21 +155,22 @@ def layer_recalls(
     shelf: Shelf | None = None,
 ) -> list[LayerRecall]:
     """Recall of every layer's indexer on the dense model's hidden states. shelf: as for `layer_samples`."""
-    found = []
-    for site, samples, _ in layer_samples(source, sequences, Calibration(config, rows), shelf=shelf):
-        few = list[Tensor]()
-        scorer = partial(_scores, indexers[site.name], config, few)
-        found.append(
-            LayerRecall(
-                site.name,
-                mean_recall(scorer, samples, config.index_topk),
-                mean_recall(oracle_scores, samples, config.index_topk),
-                mean_recall(window_scores, samples, config.index_topk),
-                _chance(samples, config.index_topk),
-                float(torch.cat(few).double().mean()),
-            )
+
+    def measured(site: MlaSite, samples: Sequence[SiteSample], maps: Callable[..., SiteMaps]) -> LayerRecall:
+        few, topk = list[Tensor](), config.index_topk
+        return LayerRecall(
+            site.name,
+            mean_recall(partial(_scores, indexers[site.name], config, few), samples, topk),
+            mean_recall(oracle_scores, samples, topk),
+            mean_recall(window_scores, samples, topk),
+            _chance(samples, topk),
+            float(torch.cat(few).double().mean()),
         )
-    return found
+
+    shelf = shelf or Shelf()
+    numbers = processes().own(len(sequences))
+    layers = layer_samples(source, sequences, Calibration(config, rows), shelf=shelf, numbers=numbers)
+    return list(by_layer(layers, measured, shelf))
 
 
 def _scores(weights: IndexerWeights, config: IndexerConfig, few: list[Tensor], sample: SiteSample) -> Tensor:
