@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import UserError
@@ -113,8 +113,9 @@ class Processes:
         """(lines to tell, exit code) of a process that fails with these. One that fails of itself has the others fail."""
         if self.count == 1:
             return lines, code
-        for number in (signal.SIGTERM, signal.SIGINT):  # torchrun's, once another one has ended
-            signal.signal(number, signal.SIG_IGN)
+        if current_thread() is main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):  # torchrun's, once another one has ended
+                signal.signal(number, signal.SIG_IGN)
         try:
             return self._agreed(lines, code)
         except RuntimeError:  # torchrun is gone, and with it what all of them see
