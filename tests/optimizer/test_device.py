@@ -21,6 +21,7 @@ from torch import Tensor
 from mla2dsa.kernels.spec import IndexerConfig
 from mla2dsa.optimizer.indexer.calibrate import Calibration, LayerResult, calibrate, layer_samples
 from mla2dsa.optimizer.indexer.distil import DistilSchedule
+from mla2dsa.optimizer.indexer.layer_fit import Training
 from mla2dsa.optimizer.model.weights import WeightSource
 from mla2dsa.optimizer.proof.evaluate import on_text
 from mla2dsa.runtime.execute import PieceRunner
@@ -64,7 +65,7 @@ def test_the_device_is_held_to_what_it_is(present: Present) -> None:
 
 @pytest.mark.parametrize("schedule", [None, DistilSchedule(3)], ids=["closed-form", "distil"])
 def test_calibration_on_a_device_is_the_cpus(source: WeightSource, schedule: DistilSchedule | None) -> None:
-    how = Calibration(CONFIG, rows=16, schedule=schedule)
+    how = Calibration(CONFIG, rows=16, training=Training(schedule))
     expected = list(calibrate(source, text(3), text(1, seed=1), how))
     with Present():
         found = list(calibrate(replace(source, device=NAME), text(3), text(1, seed=1), how))

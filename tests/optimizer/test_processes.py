@@ -60,7 +60,7 @@ def assert_same(one: Path, many: Path) -> None:
 
 
 def test_closed_form_of_two_is_that_of_one(flags: list[object], tmp_path: Path) -> None:
-    flags = [*flags, "--skip-verification"]
+    flags = [*flags, "--indexer", "closed-form", "--skip-verification"]
     one = mla2dsa("convert", TINY, tmp_path / "one", *flags)
     two = together(2, "-m", "mla2dsa", "convert", TINY, tmp_path / "two", *flags)
     assert (one.code, two.code) == (0, 0), one.err + two.err

@@ -80,3 +80,14 @@ def test_layers_that_are_done_are_not_sent(tmp_path: Path) -> None:
         return list(by_layer(streamed(3, own().own(4), shelf, []), work, shelf, {"layer 1"}))
 
     assert Threads(2).run(everything) == [[("layer 0", 4), ("layer 1", 0), ("layer 2", 4)]] * 2
+
+
+def test_layers_in_turn_know_what_became_of_those_before(tmp_path: Path) -> None:
+    def everything() -> list[int]:
+        shelf, taken = Shelf(tmp_path), list[int]()
+        layers = streamed(5, own().own(3), shelf, [])
+        for found in by_layer(layers, lambda *_: sum(taken) + 1, shelf, in_turn=True):
+            taken.append(found)
+        return taken
+
+    assert Threads(2).run(everything) == [[1, 2, 4, 8, 16]] * 2
