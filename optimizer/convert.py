@@ -104,10 +104,9 @@ def convert(
     when another run is at it.
 
     Finished layers outlive a failure, Ctrl-C or kill in a hidden folder beside `out`, for `resume`; KeyboardInterrupt
-    then carries a line that says so. Of several processes, the others compute: the first alone looks at `out`, and begins.
-    """
-    first, started = processes().first, time.monotonic()
-    if first:
+    then carries a line that says so. Of several processes, the first alone looks at `out`, and begins."""
+    started = time.monotonic()
+    if processes().first:
         with Findings() as found:
             check_conversion(found, model, out, recipe, overwrite=overwrite, drop_stale=drop_stale)
     device = usable_device(device)
