@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,16 @@ def quick_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model is captured once per session: most of a short command's time is spent there."""
     for module in ("plan", "proof.pair"):
         monkeypatch.setattr(f"mla2dsa.optimizer.{module}.capture", saved.captured)
+
+
+@pytest.fixture(scope="module")
+def captured_once() -> Iterator[None]:
+    """`quick_capture` for a whole file, and for sessions too: float32 alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("plan", "proof.pair"):
+            patch.setattr(f"mla2dsa.optimizer.{module}.capture", saved.captured)
+        patch.setattr("mla2dsa.optimizer.model.cached_model.capture", lambda config, dtype: saved.captured(config))
+        yield
 
 
 @dataclass(frozen=True)

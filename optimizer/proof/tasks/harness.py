@@ -18,6 +18,8 @@ from ....errors import UsageError, UserError
 from ....files.dtypes import torch_dtype
 from ....files.model.stop_tokens import stop_tokens
 from ....runtime.generation import Sampling
+from ...model.cached_model import context_of
+from ...model.checkpoint import Checkpoint
 from ...model.text import load_tokenizer
 from ..scorer import Scorer
 from .examples import split
@@ -41,10 +43,11 @@ class TextModel:
     ) -> None:  # fmt: skip
         if variant not in VARIANTS:
             raise UsageError(f"variant {variant!r}: expected one of {', '.join(VARIANTS)}")
+        context = context_of(Checkpoint.open(Path(folder)))
+        length = context if max_length is None else max_length
+        if not 1 < length <= context:
+            raise UsageError(f"max_length {length}, expected 2 to the context of {context} tokens")
         variants = Variants(Path(folder), torch_dtype(dtype), device, every_logit=True)
-        length = variants.context if max_length is None else max_length
-        if not 1 < length <= variants.context:
-            raise UsageError(f"max_length {length}, expected 2 to the context of {variants.context} tokens")
         tokenizer: Any = load_tokenizer(Path(folder), trust_remote_code)
         ends = {*stop_tokens(Path(folder)), tokenizer.eos_token_id} - {None}
         self._use(variants.session(variant, 1, length), tokenizer, sorted(ends), str(folder))

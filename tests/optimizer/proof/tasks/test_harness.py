@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import TINY, small_conversion
+from command_line import TINY, captured_once, small_conversion  # noqa: F401
 from torch import Tensor
 
 from mla2dsa.errors import UsageError, UserError
@@ -21,7 +21,7 @@ CONTEXT = (TINY / "held_out" / "py_compile.py.txt").read_text()[:400]  # longer 
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(captured_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     return small_conversion(tmp_path_factory)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import dense_checkpoint
-from command_line import SMALL_TOPK, TINY, assert_refused, mla2dsa, quick_capture, small_conversion  # noqa: F401
+from command_line import SMALL_TOPK, TINY, assert_refused, captured_once, mla2dsa, small_conversion  # noqa: F401
 from torch import Tensor
 
 from mla2dsa.errors import UserError
@@ -22,12 +22,17 @@ LENGTH = 190
 QUICK = ("--sequences", 1, "--sequence-length", 64, "--skip-transformers")
 LONG = ("--long", "--lengths", 256, "--depths", "50", "--samples", 1, "--tasks", "single,variables", "--style", "code")
 
-pytestmark = pytest.mark.usefixtures("quick_capture")
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(captured_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     return small_conversion(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def variants(folder: Path) -> Variants:
+    return Variants(folder)
 
 
 def fed(variants: Variants, variant: str, rows: list[Tensor]) -> Tensor:
@@ -42,14 +47,16 @@ def fed(variants: Variants, variant: str, rows: list[Tensor]) -> Tensor:
     return logits
 
 
-def test_a_session_chooses_as_the_program_without_caches_does(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_chooses_as_the_program_without_caches_does(
+    folder: Path, variants: Variants, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Left to itself, or with the oracle's keys, a window's or all of them; in tiles of queries, too."""
     ids = read_tokens(TINY / "held_out", load_tokenizer(TINY)).ids[:LENGTH]
     pair = open_pair(TINY, folder)
     dense, runners = pair.runners()
     monkeypatch.setattr("mla2dsa.optimizer.proof.tasks.selections.QUERY_ROWS", 50)
     monkeypatch.setattr("mla2dsa.optimizer.proof.tasks.selections.BLOCK_ELEMENTS", 1 << 14)
-    variants, rows = Variants(folder), [ids, ids[:150]]
+    rows = [ids, ids[:150]]
     assert variants.index_topk == SMALL_TOPK
     seen = []
     for variant in VARIANTS:
@@ -61,10 +68,10 @@ def test_a_session_chooses_as_the_program_without_caches_does(folder: Path, monk
     assert all(float((one - two).abs().max()) > 0.05 for one, two in pairwise(seen))
 
 
-def test_weights_are_in_memory_once(folder: Path) -> None:
-    variants, loaded = Variants(folder), list[str]()
-    load = variants._load
-    variants._load = lambda name: loaded.append(name) or load(name)  # type: ignore[assignment,func-returns-value]
+def test_weights_are_in_memory_once(variants: Variants, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, load = list[str](), variants._load
+    monkeypatch.setattr(variants, "_held", {})
+    monkeypatch.setattr(variants, "_load", lambda name: loaded.append(name) or load(name))
     for variant in ("dense", "dsa"):
         fed(variants, variant, [torch.arange(40)])
     assert loaded
