@@ -17,6 +17,7 @@ from types import FrameType
 from . import __version__
 from .commands.answers import add_answers
 from .commands.common import Parser, agreed, joined, left_with, run_command, under_torchrun
+from .commands.comparing import add_compare
 from .commands.conversion import add_conversion
 from .commands.engines import add_engines
 from .commands.kernels import add_kernels
@@ -32,6 +33,8 @@ EPILOG = """examples:
   mla2dsa verify ./model ./model-dsa --text held-out.txt
   mla2dsa strip ./model-dsa ./model-again
   mla2dsa generate ./model-dsa "What is MLA?" --chat
+  mla2dsa compare ./model ./model-dsa "def main():"
+  mla2dsa serve ./model ./model-dsa --port 8000
   mla2dsa build ./model-dsa ./engine --max batch=4,cache_length=65536
   mla2dsa deploy ./model ./engine --calibration ./texts --sm 90
   mla2dsa kernels build --sm 80,90 --out ./kernels
@@ -151,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     add_conversion(commands)
     add_use(commands)
     add_answers(commands)
+    add_compare(commands)
     add_engines(commands)
     add_kernels(commands)
     return parser

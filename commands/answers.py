@@ -26,18 +26,7 @@ def _add_generate(commands: Any) -> None:
     about = "continue prompts, or answer them with --chat; the text alone goes to stdout"
     command = command_parser(commands, "generate", _generate, about, example, graphs=True, intermixed=True)
     command.add_argument("model", metavar="MODEL", help=MODEL)
-    command.add_argument(
-        "prompts",
-        metavar="PROMPT",
-        nargs="*",
-        help="the text to continue; - reads stdin; several come one after another",
-    )
-    command.add_argument(
-        "--prompt-file", type=Path, metavar="FILE",
-        help='a file that is a prompt, or .jsonl with one a line: {"prompt": "..."} or a string',
-    )  # fmt: skip
-    command.add_argument("--chat", action="store_true", help="prompts are questions in the model's chat template")
-    command.add_argument("--system", metavar="TEXT", help="what is said to the model before a question; with --chat")
+    add_prompts(command, "--prompt-file")
     command.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
     )
@@ -48,6 +37,22 @@ def _add_generate(commands: Any) -> None:
     _add_sampling(command)
     command.add_argument("--device", default="cpu", help="where torch runs (default cpu)")
     add_trust(command)
+
+
+def add_prompts(command: argparse.ArgumentParser, file: str) -> None:
+    """file: the option that names a file of them."""
+    command.add_argument(
+        "prompts",
+        metavar="PROMPT",
+        nargs="*",
+        help="the text to continue; - reads stdin; several come one after another",
+    )
+    command.add_argument(
+        file, dest="prompt_file", type=Path, metavar="FILE",
+        help='a file that is a prompt, or .jsonl with one a line: {"prompt": "..."} or a string',
+    )  # fmt: skip
+    command.add_argument("--chat", action="store_true", help="prompts are questions in the model's chat template")
+    command.add_argument("--system", metavar="TEXT", help="what is said to the model before a question; with --chat")
 
 
 def _add_sampling(command: argparse.ArgumentParser) -> None:
@@ -74,7 +79,7 @@ def _generate(args: argparse.Namespace) -> int:
     from .show.tables import print_json
 
     check_count(args.max_new_tokens)
-    prompts = _prompts(args)
+    prompts = prompts_of(args)
     opened = open_model(args.model, args.runtime, args.device, args.trust_remote_code)
     sampling = _sampling(args, opened.folder)
     answers: list[dict[str, Any]] = []
@@ -84,7 +89,7 @@ def _generate(args: argparse.Namespace) -> int:
         )
         pieces: list[Piece] = []
         if len(prompts) > 1 and not args.json:
-            print(f"==> {_heading(prompt)} <==")
+            print(f"==> {heading(prompt)} <==")
         for piece in answer(opened, ask):
             pieces.append(piece)
             print("" if args.json else piece.text, end="", flush=True)
@@ -154,12 +159,7 @@ def _check_models(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Raises UsageError."""
-    if not args.prompts and args.prompt_file is None:
-        raise UsageError("no prompt: give one, - for stdin, or --prompt-file FILE")
-    if args.system is not None and not args.chat:
-        raise UsageError("--system is said in a conversation: pass --chat, too")
-    if args.prompts.count("-") > 1:
-        raise UsageError("- reads stdin, which has one text: give it once")
+    check_prompts(args)
     if args.temperature is None and not (args.top_p is None and args.top_k is None):
         raise UsageError(
             "--top-p and --top-k go with --temperature: pass it, too (1 leaves the likelihoods as they are)"
@@ -168,7 +168,18 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--stop is empty, expected a text")
 
 
-def _prompts(args: argparse.Namespace) -> list[str]:
+def check_prompts(args: argparse.Namespace) -> None:
+    """Raises UsageError."""
+    if not args.prompts and args.prompt_file is None:
+        raise UsageError("no prompt: give one, - for stdin, or a file of them (--help says how)")
+    if args.system is not None and not args.chat:
+        raise UsageError("--system is said in a conversation: pass --chat, too")
+    if args.prompts.count("-") > 1:
+        raise UsageError("- reads stdin, which has one text: give it once")
+
+
+def prompts_of(args: argparse.Namespace) -> list[str]:
+    """Those of the command line, then those of the file."""
     from ..optimizer.answers.prompts import read_prompts
 
     given = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompts]
@@ -185,7 +196,7 @@ def _sampling(args: argparse.Namespace, folder: Path) -> Any:
     return Sampling(args.temperature, top_p, args.seed, args.top_k or 0)
 
 
-def _heading(prompt: str) -> str:
+def heading(prompt: str) -> str:
     """One line, whatever the prompt holds."""
     return short(" ".join(prompt.split()), 60)
 

@@ -107,6 +107,21 @@ def steps(
         logits = session.step(picked[:, None], at, at, begin, last)
 
 
+class Walk:
+    """One sequence that is led: `logits` [vocab] float32 say what may come next, and whoever reads them decides."""
+
+    def __init__(self, session: Session, prompt: Sequence[int], most: int) -> None:
+        """most: tokens that may be fed, and one more that is only looked at. Raises UserError where they do not fit."""
+        _check(session, [prompt], len(prompt), most)
+        self._session, self._at = session, torch.tensor([[len(prompt)]])
+        self.logits = prefill(session, [prompt], len(prompt))[0]
+
+    def feed(self, token: int) -> None:
+        zero = torch.zeros(1, dtype=torch.int64)
+        self.logits = self._session.step(torch.tensor([[token]]), self._at, self._at, zero, zero)[0]
+        self._at = self._at + 1
+
+
 def _check(session: Session, prompts: Sequence[Sequence[int]], longest: int, max_new_tokens: int) -> None:
     if not all(len(prompt) for prompt in prompts):
         raise UserError("the prompt is empty: give at least one token")
