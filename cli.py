@@ -6,21 +6,25 @@ Results on stdout, progress and errors on stderr, exit codes 0, 1, 2.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import FrameType
 
 from . import __version__
 from .commands.answers import add_answers
-from .commands.common import Parser, agreed, joined, left_with, run_command, under_torchrun
+from .commands.common import agreed, joined, left_with, run_command, under_torchrun
 from .commands.comparing import add_compare
+from .commands.completion import add_completion
 from .commands.conversion import add_conversion
 from .commands.engines import add_engines
 from .commands.kernels import add_kernels
+from .commands.parser import Parser
 from .commands.use import add_use
 from .errors import SeveralErrors, UserError, short
 
@@ -41,37 +45,48 @@ EPILOG = """examples:
 
 exit codes: 0 done, 1 failed (nothing matched, a check did not hold, bad files), 2 called in a way it does not take,
 130 interrupted (Ctrl-C), 143 and 129 the same by SIGTERM and by a closed terminal; nothing is left half-written by any
-MLA2DSA_DEBUG=1 shows a traceback with an error"""
+MLA2DSA_DEBUG=1 shows a traceback with an error; with --json an error is one JSON object on stderr; NO_COLOR is heard"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     with _stoppable() as received:
-        return left_with(_run(argv, received))
+        return left_with(_run(sys.argv[1:] if argv is None else argv, received))
 
 
-def _run(argv: Sequence[str] | None, received: list[int]) -> int:
+def _run(argv: Sequence[str], received: list[int]) -> int:
+    tell = partial(_fail, as_json="--json" in argv)
     try:
         _open_streams()
         with joined():
-            result = run_command(_parser().parse_args(argv))
+            result = run_command(_arguments(argv))
             sys.stdout.flush()
         return result
     except SeveralErrors as error:
-        return _fail(error.lines, error.exit_code)
+        return tell(error.lines, error.exit_code)
     except UserError as error:
-        return _fail([str(error)], error.exit_code)
+        return tell([str(error)], error.exit_code)
     except KeyboardInterrupt as error:
         said = f"; {error}" if error.args else ""
-        return _fail(["interrupted; nothing was left half-written" + said], 128 + (received or [signal.SIGINT])[0])
+        return tell(["interrupted; nothing was left half-written" + said], 128 + (received or [signal.SIGINT])[0])
     except BrokenPipeError:
         _drop_broken_stdout()
-        return _fail([], 1)
+        return tell([], 1)
     except OSError as error:
         _drop_broken_stdout()
-        return _fail([f"{error.filename or 'reading or printing'}: {error.strerror or error}"], 1)
+        return tell([f"{error.filename or 'reading or printing'}: {error.strerror or error}"], 1)
     except Exception as error:
-        return _fail([_unexpected(error)], 1)
+        return tell([_unexpected(error)], 1)
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Raises UsageError, which names the --help of the command that was called."""
+    parser = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        args.parser.refuse(unknown)
+    args.parser_of_all = parser
+    return args
 
 
 @contextmanager
@@ -127,15 +142,19 @@ def _unexpected(error: Exception) -> str:
     return f"internal error: {type(error).__name__}: {first} (MLA2DSA_DEBUG=1 shows where; please report it)"
 
 
-def _fail(lines: Sequence[str], code: int) -> int:
+def _fail(lines: Sequence[str], code: int, as_json: bool) -> int:
+    """One line on stderr for each of `lines`; as_json: one line that is a JSON object, for all."""
     if os.environ.get("MLA2DSA_DEBUG") == "1":
         import traceback
 
         traceback.print_exc()
     lines, code = agreed([_plain_line(line) for line in lines], code)
     if lines:
+        said = "\n  ".join([f"mla2dsa: {lines[0]}", *lines[1:]])
+        if as_json:
+            said = json.dumps({"error": lines[0], "details": [line.strip() for line in lines[1:]], "exit_code": code})
         with suppress(OSError):  # a full disk behind stderr: the exit code is all that can be told
-            print("\n  ".join([f"mla2dsa: {lines[0]}", *lines[1:]]), file=sys.stderr)
+            print(said, file=sys.stderr)
     return code
 
 
@@ -150,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"mla2dsa {__version__}")
+    parser.set_defaults(parser=parser)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_conversion(commands)
     add_use(commands)
@@ -157,4 +177,5 @@ def _parser() -> argparse.ArgumentParser:
     add_compare(commands)
     add_engines(commands)
     add_kernels(commands)
+    add_completion(commands)
     return parser

@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ..errors import UsageError
 from ..runtime.processes import join_processes, processes, several
+from .parser import Parser
+from .show.quiet import QUIET
 
 MODEL_HELP = "folder of a checkpoint, or a Hugging Face hub id"
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with its complaints in one line like every other. intermixed: arguments of any number may stand after options."""
-
-    intermixed = False
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """argparse's own takes them all before the first option, or none."""
-        if not self.intermixed:
-            return super().parse_known_args(args, namespace)
-        self.intermixed = False  # argparse calls this again
-        try:
-            return self.parse_known_intermixed_args(args, namespace)
-        finally:
-            self.intermixed = True
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 def architectures(text: str) -> tuple[int, ...]:
@@ -55,7 +39,7 @@ def command_parser(
     intermixed: bool = False,
     together: bool = False,
 ) -> argparse.ArgumentParser:
-    """A command that calls `run` with its arguments, and takes --json and -v. about: a phrase, without a full stop.
+    """A command that calls `run` with its arguments, and takes --json, -v, -q and --log-file. about: a phrase, without a full stop.
 
     graphs: passes run over a model's graph in it, so it takes --dump-graphs, too. intermixed: see `Parser`. together: processes of
     torchrun share its work.
@@ -64,13 +48,21 @@ def command_parser(
         name, help=about, description=about[0].upper() + about[1:] + ".", epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    command.set_defaults(run=run, together=together)
+    command.set_defaults(run=run, together=together, parser=command)
     command.intermixed = intermixed
-    command.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    command.add_argument(
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of tables; errors, too")
+    loud = command.add_mutually_exclusive_group()
+    loud.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr: errors alone")
+    loud.add_argument(
         "-v", "--verbose", action="count", default=0,
         help="log to stderr what each graph pass did and could not do; -vv with every detail",
     )  # fmt: skip
+    command.add_argument(
+        "--log-file",
+        metavar="FILE",
+        type=Path,
+        help="write what -vv logs to FILE, a new file, with the time of each line",
+    )
     if graphs:
         command.add_argument(
             "--dump-graphs", metavar="DIR", type=Path,
@@ -133,8 +125,17 @@ def run_command(args: argparse.Namespace) -> int:
         )
     if not processes().first:
         return int(args.run(args))
-    with _logged(args.verbose), _graphs_dumped(args):
+    with _logged(args.verbose, args.log_file), _graphs_dumped(args), _quiet(args.quiet):
         return int(args.run(args))
+
+
+@contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    before = QUIET.set(quiet)
+    try:
+        yield
+    finally:
+        QUIET.reset(before)
 
 
 @contextmanager
@@ -151,23 +152,50 @@ def _graphs_dumped(args: argparse.Namespace) -> Iterator[None]:
 
 
 @contextmanager
-def _logged(verbose: int) -> Iterator[None]:
-    """Our loggers, and nobody else's, on stderr: INFO once asked for, DEBUG twice. Without -v nothing is logged."""
-    if not verbose:
+def _logged(verbose: int, file: Path | None) -> Iterator[None]:
+    """Our loggers, and nobody else's, on stderr: INFO once asked for, DEBUG twice; all of it in `file`. Else nothing is logged."""
+    if not verbose and file is None:
         yield
         return
-    logger, handler = logging.getLogger("mla2dsa"), _Stderr()
-    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    logger = logging.getLogger("mla2dsa")
     level, propagate = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG if verbose > 1 else logging.INFO)
-    logger.propagate = False  # a library that gives the root logger a handler would print every line again
+    with ExitStack() as closing:
+        handlers = [_on_stderr(verbose)] if verbose else []
+        handlers += [closing.enter_context(_in_file(file))] if file is not None else []
+        for handler in handlers:
+            logger.addHandler(handler)
+        logger.setLevel(min(handler.level for handler in handlers))
+        logger.propagate = False  # a library that gives the root logger a handler would print every line again
+        try:
+            yield
+        finally:
+            for handler in handlers:
+                logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
+
+
+def _on_stderr(verbose: int) -> logging.Handler:
+    handler = _Stderr(logging.DEBUG if verbose > 1 else logging.INFO)
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    return handler
+
+
+@contextmanager
+def _in_file(file: Path) -> Iterator[logging.Handler]:
+    from ..files.writing import create
+
     try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate
+        stream = io.TextIOWrapper(create(file), encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    except FileExistsError:
+        raise UsageError(f"--log-file {file}: is there already; name a new file") from None
+    except OSError as error:
+        raise UsageError(f"--log-file {file}: {error.strerror or error}") from None
+    handler = logging.StreamHandler(stream)
+    handler.setLevel(logging.DEBUG)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    with stream:
+        yield handler
 
 
 class _Stderr(logging.Handler):

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, UserError
 from .common import MODEL_HELP, add_drop_stale, add_trust, architectures, command_parser
 from .conversion import add_recipe, read_recipe_of
 
@@ -188,6 +188,11 @@ def _add_bench(commands: Any) -> None:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    from ..files.manifests.engine_manifest import engine_folder
+
+    if engine_folder(args.engine) is None:  # before torch is imported, which takes seconds
+        raise UserError(f"{args.engine}: no engine folder; run `mla2dsa build` first")
+
     from ..optimizer.bench import bench
     from .show.engines import show_bench
     from .show.tables import print_json

@@ -13,7 +13,12 @@ from .common import architectures, command_parser
 def add_kernels(commands: Any) -> None:
     """kernels, with its own commands."""
     about = "compile the GPU kernels ahead of time, or list them"
-    group = commands.add_parser("kernels", help=about, description=about[0].upper() + about[1:] + ".")
+    group = commands.add_parser(
+        "kernels", help=about, description=about[0].upper() + about[1:] + ".",
+        epilog="examples:\n  mla2dsa kernels build --sm 90 --out ./kernels\n  mla2dsa kernels list ./kernels",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    group.set_defaults(parser=group)
     inner = group.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_build(inner)
     _add_list(inner)

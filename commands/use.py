@@ -85,6 +85,11 @@ def _add_inspect(commands: Any) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from ..files.model.model_files import is_folder
+
+    if not Path(args.target).is_file():
+        is_folder(args.target)  # or its error is raised, before torch is imported, which takes seconds
+
     from ..optimizer.inspect import inspect
     from .show.conversion import show_description
     from .show.tables import print_json

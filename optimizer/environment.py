@@ -18,15 +18,20 @@ _PACKAGES = (
     "huggingface-hub",
     "triton",
     "onnx",
-    "onnxruntime-gpu",
+    "onnxscript",
     "onnxruntime",
     "tensorrt",
     "tensorrt-rtx",
+    "starlette",
+    "uvicorn",
 )
 
 
+_ALSO = {"onnxruntime": "onnxruntime-gpu"}  # another build of the same package: one of them is enough
+
+
 def environment() -> dict[str, Any]:
-    """Versions by package (None: not installed), devices, and per capability "usable" or the reason it is not."""
+    """Versions by package (None: not installed), devices, and per command and capability "usable" or the reason it is not."""
     from ..kernels import amx
 
     versions = {name: _version(name) for name in _PACKAGES}
@@ -37,9 +42,8 @@ def environment() -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
         "packages": versions,
         "devices": devices,
+        "commands": _commands(versions, devices),
         "usable": {
-            "plan, convert, verify, strip (CPU)": _needs(versions, "torch", "transformers"),
-            "kernels build (no GPU)": _needs(versions, "triton"),
             "bfloat16 on AMX tiles (CPU)": amx.status(),
             "build engines with TensorRT-RTX (no GPU)": _needs(versions, "tensorrt-rtx", "triton"),
             "build and run engines with TensorRT": _engines(versions, devices),
@@ -47,6 +51,36 @@ def environment() -> dict[str, Any]:
             "convert and verify with --device cuda": "usable" if devices else "no CUDA device that this torch can use",
         },
     }
+
+
+def _commands(versions: dict[str, str | None], devices: list[str]) -> dict[str, str]:
+    """What each command of the command line can do here."""
+    model = _needs(versions, "torch", "transformers", "safetensors")
+    onnx = _needs(versions, "torch", "transformers", "onnx", "onnxscript")
+    engines = _engines(versions, devices)
+    building = _either(
+        _needs(versions, "tensorrt-rtx", "triton"), "with --backend tensorrt-rtx", engines, "with TensorRT"
+    )
+    asking = model if model != "usable" else f"usable in torch{_runtimes(versions, engines)}"
+    serving = _needs(versions, "starlette", "uvicorn")
+    return {
+        **dict.fromkeys(("plan", "convert", "verify", "strip", "inspect", "compare"), model),
+        "env": "usable", "completion": "usable", "export": onnx,
+        "generate": asking, "serve": asking if serving == "usable" else serving,
+        "build": building, "deploy": building, "bench": engines,
+        "kernels": _needs(versions, "triton"),
+    }  # fmt: skip
+
+
+def _either(one: str, how: str, other: str, how_else: str) -> str:
+    """The states of two ways of doing something, in one."""
+    usable = [text for state, text in ((one, how), (other, how_else)) if state == "usable"]
+    return f"usable {' and '.join(usable)}" if usable else f"{how}: {one}; {how_else}: {other}"
+
+
+def _runtimes(versions: dict[str, str | None], engines: str) -> str:
+    onnx = " and onnxruntime" if versions["onnxruntime"] else ""
+    return f"{onnx}{' and TensorRT' if engines == 'usable' else ''}"
 
 
 def _engines(versions: dict[str, str | None], devices: list[str]) -> str:
@@ -86,10 +120,13 @@ def usable_device(name: str) -> str:
 
 
 def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    for name in (package, _ALSO.get(package)):
+        try:
+            if name is not None:
+                return version(name) if name == package else f"{version(name)} ({name})"
+        except PackageNotFoundError:
+            continue
+    return None
 
 
 def _needs(versions: dict[str, str | None], *packages: str) -> str:

@@ -15,6 +15,7 @@ from ...optimizer.proof.limits import Measured
 from ...optimizer.verify import Verification
 from .long import show_long
 from .quality import show_text
+from .quiet import QUIET
 from .tables import print_table, table
 
 
@@ -150,8 +151,18 @@ def show_environment(found: Mapping[str, Any]) -> None:
     for name, installed in found["packages"].items():
         print(f"  {name:16} {installed or 'not installed'}")
     print("devices: " + ("; ".join(found["devices"]) or "no CUDA device"))
+    print("commands:")
+    for names, state in _by_state(found["commands"]):
+        print(f"  {names}: {state}")
+    print("beside:")
     for name, state in found["usable"].items():
         print(f"  {name}: {state}")
+
+
+def _by_state(commands: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Commands of the same state together, in their order."""
+    states = dict.fromkeys(commands.values())
+    return [(", ".join(name for name in commands if commands[name] == state), state) for state in states]
 
 
 def show_description(found: Mapping[str, Any], indent: str = "") -> None:
@@ -182,9 +193,9 @@ class Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
 
-        console = Console(stderr=True, highlight=False)
+        console = Console(stderr=True, highlight=False, quiet=QUIET.get())
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bars = Bars(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self._bars = Bars(*columns, console=console, disable=console.quiet or not console.is_terminal, transient=True)
         self._console = console
         self._tasks: dict[str, Any] = {}
 

@@ -117,7 +117,7 @@ def test_json_is_one_object_from_every_command(tmp_path: Path, tmp_path_factory:
 def test_env_says_what_is_usable() -> None:
     done = mla2dsa("env")
     assert (done.code, done.err) == (0, "")
-    assert "plan, convert, verify, strip (CPU): usable" in done.out
+    assert "  plan, convert, verify, strip, inspect, " in done.out
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -215,7 +215,7 @@ def test_model_that_is_sparse_already(command: str, tmp_path: Path, tmp_path_fac
         (["--indexer", "donor:"], ["--indexer", "donor needs a path (donor:PATH)"]),
         (["--indexer", "donor"], ["--indexer", "donor needs a path (donor:PATH)"]),
         (["--recipe", "/nowhere.yaml"], ["/nowhere.yaml", "recipe cannot be read"]),
-        (["--frobnicate"], ["unrecognized arguments: --frobnicate", "mla2dsa --help"]),
+        (["--frobnicate"], ["unrecognized arguments: --frobnicate", "see mla2dsa plan --help"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and (not value or value[0].startswith("--")) else "",
 )

@@ -1,0 +1,56 @@
+"""argparse with its complaints in one line: the right --help, and what was probably meant."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from ..errors import UsageError
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes no abbreviations: a script that says --over would change its meaning with the next option.
+
+    intermixed: arguments of any number may stand after options.
+    """
+
+    intermixed = False
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **settings})
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """argparse's own takes them all before the first option, or none."""
+        if not self.intermixed:
+            return super().parse_known_args(args, namespace)
+        self.intermixed = False  # argparse calls this again
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self.intermixed = True
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+    def refuse(self, words: Sequence[str]) -> NoReturn:
+        """Raises UsageError for words that this command does not take."""
+        near = [near_to(word.partition("=")[0], self._option_string_actions) for word in words if word.startswith("--")]
+        self.error(f"unrecognized arguments: {' '.join(words)}{''.join(near)}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """argparse's own, with what was probably meant."""
+        if action.choices is not None and value not in action.choices:
+            known = ", ".join(map(str, action.choices))
+            raise argparse.ArgumentError(
+                action, f"invalid choice: {value!r}{near_to(str(value), action.choices)} (choose from {known})"
+            )
+
+
+def near_to(word: str, known: Iterable[Any]) -> str:
+    """`, did you mean X?` for the nearest of what is known, or nothing where none is near."""
+    names = list(map(str, known))
+    begun = [name for name in names if len(word) > 4 and name.startswith(word)]
+    found = begun or difflib.get_close_matches(word, names, n=1, cutoff=0.65)
+    return f", did you mean {found[0]}?" if found else ""
