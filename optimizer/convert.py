@@ -19,7 +19,7 @@ from ..exporters.dsa.layout import Layout
 from ..exporters.dsa.names import UNPROVEN_CONFIG, file_names
 from ..files.finite import finite
 from ..files.json_files import read_json
-from ..files.model.model_files import CONFIG, checkpoint_files, left_out, remote_tokenizer
+from ..files.model.model_files import CONFIG, left_out, remote_tokenizer
 from ..files.staging import InTheWay, check_target, claim
 from ..kernels.spec import IndexerWeights
 from ..runtime.processes import processes
@@ -390,7 +390,7 @@ def _report(
         },
         "layers": [layer.summary() for layer in layers],
         "verification": proof[0].to_json() if proof else None,
-        "left_out": left_out(checkpoint.path, checkpoint_files(checkpoint.path, checkpoint.whole_tensors)),
+        "left_out": left_out(checkpoint.path, file_names(checkpoint.path, checkpoint.whole_tensors)),
         "seconds": round(seconds, 1),
     }
     return {name: finite(entry) for name, entry in report.items()}

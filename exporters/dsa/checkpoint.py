@@ -8,10 +8,12 @@
       model.safetensors.index.json       ->     model.safetensors.index.json    all tensors
                                                 mla2dsa.source-index.json       the dense index, for `strip`
       tokenizer.json ...                 ->     tokenizer.json ...              (copy)
+      README.md                          ->     mla2dsa.source-README.md        (copy)
+                                                README.md                       the card of the sparse model (`card.py`)
                                                 mla2dsa.json                    manifest
 
 Weights are hard-linked: never write into them. The other files are copies, since people do edit those in place. What is no
-part of the model (its card, scripts, images) stays behind (`files/model/model_files.py`): it speaks of the dense one.
+part of the model (scripts, images) stays behind (`files/model/model_files.py`): it speaks of the dense one.
 Where a family's rule folds something, or multi-token prediction is dropped, the shards concerned are written anew (`shards.py`).
 config.json gets its name after the proof: a folder that a killed run leaves is no checkpoint to anybody. The manifest is
 the last file, and lists all others.
@@ -54,6 +56,7 @@ from ...files.staging import staged_folder
 from ...files.temporary import move_file
 from ...files.writing import create, place_file, write_json
 from ...kernels.spec import IndexerConfig, IndexerWeights
+from .card import write_card
 from .config import dsa_config
 from .folding import pairs
 from .folds import Folding
@@ -117,6 +120,7 @@ def write_dsa_checkpoint(
         write_json(folder / UNPROVEN_CONFIG, settings)
         read_index(folder)  # what is published reads back: every header, every file size
         report = _proved(folder, prove)
+        write_card(folder, source, manifest, report)
         move_file(folder / UNPROVEN_CONFIG, folder / CONFIG)
         write_manifest(folder, MANIFEST, {**entries, "report": report, **manifest})
     return out

@@ -159,8 +159,9 @@ def test_conversion_is_reproducible_and_overwrites(tmp_path: Path, tmp_path_fact
     assert done.code == 0, done.err
     before, after = contents(first), contents(out)
     assert before[INDEXER_SHARD] == after[INDEXER_SHARD]
-    assert {name for name in before if before[name] != after.get(name)} == {"report.json", "mla2dsa.json"}
+    assert {name for name in before if before[name] != after.get(name)} == {"report.json", "mla2dsa.json", "README.md"}
     assert set(before) == set(after)
+    assert b"**Not verified**" in (out / "README.md").read_bytes()
 
 
 def test_strip_gives_the_dense_model_back(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -168,7 +169,7 @@ def test_strip_gives_the_dense_model_back(tmp_path: Path, tmp_path_factory: pyte
     done = mla2dsa("strip", dsa, tmp_path / "dense")
     assert (done.code, done.err) == (0, "")
     assert "bit for bit" in done.out
-    assert done.out.splitlines()[-1].endswith("README.md, corpus.py, held_out/, train.py, training.json")
+    assert done.out.splitlines()[-1].endswith("corpus.py, held_out/, train.py, training.json")
     given, restored = contents(TINY), contents(tmp_path / "dense")
     assert restored == {name: given[name] for name in restored}
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"} < set(restored)
