@@ -1,0 +1,129 @@
+"""The Python front door: `mla2dsa.plan`, `convert`, `verify`, `export`, `build`. Loaded when one of them is asked for.
+
+Each does what the command of its name does, raises UserError and UsageError with its messages, and gives a `Result`, which prints as the
+command does. Settings are those of a recipe (docs/recipe.md), by keyword: `index_topk=512, indexer="distil"`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from .optimizer.build import Built
+    from .optimizer.convert import Listener, Outcome
+    from .optimizer.export import Exported
+    from .optimizer.plan import Plan
+    from .optimizer.recipe import Recipe
+    from .optimizer.verify import Verification
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, repr=False)
+class Result(Generic[T]):
+    """value: what was made, typed. data: the same as the command prints it with --json."""
+
+    value: T
+    data: Mapping[str, Any]
+    show: Callable[[], None] = field(compare=False)
+
+    def __repr__(self) -> str:
+        """As the command prints it."""
+        with redirect_stdout(io.StringIO()) as printed:
+            self.show()
+        return printed.getvalue().rstrip()
+
+
+def plan(
+    model: str | Path, *, recipe: str | Path | None = None, allow_partial: bool = False, **settings: Any
+) -> Result[Plan]:
+    """What a conversion of `model` (a folder or a hub id) would do, and why not; reads no weight."""
+    from .commands.show.conversion import plan_json, show_plan
+    from .optimizer.plan import prepare
+
+    made = prepare(str(model), _recipe(recipe, settings), allow_partial).plan
+    return Result(made, plan_json(made), lambda: show_plan(made))
+
+
+def convert(
+    model: str | Path,
+    out: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    skip_verification: bool = False,
+    skip_transformers: bool = False,
+    device: str = "cpu",
+    listener: Listener | None = None,
+    **settings: Any,
+) -> Result[Outcome]:
+    """Write the DSA checkpoint of `model` to `out`, whole and verified or not at all. listener: is told how far the work is."""
+    from .commands.show.conversion import show_layers, show_plan, show_verification
+    from .optimizer.convert import convert
+
+    done = convert(
+        str(model), Path(out), _recipe(recipe, settings), overwrite=overwrite, resume=resume, device=device,
+        skip_verification=skip_verification, skip_transformers=skip_transformers, listener=listener,
+    )  # fmt: skip
+
+    def show() -> None:
+        show_plan(done.plan)
+        show_layers(done.layers, done.report)
+        if done.verification is not None:
+            show_verification(done.verification, layers=False)
+        print(f"{out}: written{'' if done.verification else ', NOT verified'}")
+
+    return Result(done, done.report, show)
+
+
+def verify(
+    dense: str | Path, dsa: str | Path, *, text: str | Path | None = None, sequences: int | None = None,
+    sequence_length: int | None = None, max_loss_delta: float | None = None, skip_transformers: bool = False, device: str = "cpu",
+) -> Result[Verification]:  # fmt: skip
+    """Hold `dsa` against the dense checkpoint that it was made from. A check that does not hold is in the result:
+    `.value.passed`, `.value.failure()`."""
+    from .commands.show.conversion import show_verification
+    from .optimizer.verify import verify_folders
+
+    found = verify_folders(
+        Path(dense), Path(dsa), None if text is None else str(text), sequences=sequences, sequence_length=sequence_length,
+        max_loss_delta=max_loss_delta, skip_transformers=skip_transformers, device=device,
+    )  # fmt: skip
+    return Result(found, found.to_json(), lambda: show_verification(found))
+
+
+def export(
+    model: str | Path, out: str | Path, *, format: str = "onnx", dtype: str = "float32", max_batch: int = 1,
+    max_seq: int | None = None, copy_weights: bool = False, overwrite: bool = False,
+) -> Result[Exported]:  # fmt: skip
+    """Write the graph of a DSA checkpoint with its caches to `out`: "onnx" or "pt2"."""
+    from .optimizer.export import export
+
+    done = export(
+        model, Path(out), format, dtype, max_batch, max_seq, copy_weights=copy_weights, overwrite=overwrite
+    )  # fmt: skip
+    return Result(done, done.manifest, lambda: print(f"{done.folder}: {format}, {dtype}"))
+
+
+def build(source: str | Path, out: str | Path, **options: Any) -> Result[Built]:
+    """A TensorRT engine with our plugins from a DSA checkpoint or an ONNX export. options: fields of `BuildOptions`, as
+    backend="tensorrt-rtx", sms=[90], most={"batch": 4, "cache_length": 65536}."""
+    from .commands.show.engines import show_built
+    from .optimizer.build import build
+    from .optimizer.build_plan import BuildOptions, plan_build
+
+    built = build(plan_build(source, Path(out), BuildOptions(**options)))
+    return Result(built, built.manifest, lambda: show_built(Path(out), built))
+
+
+def _recipe(file: str | Path | None, settings: Mapping[str, Any]) -> Recipe:
+    from .optimizer.recipe import read_recipe
+
+    named = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    return read_recipe(None if file is None else str(file), named)
