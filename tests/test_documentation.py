@@ -17,7 +17,11 @@ ROOMS = {folder.name for folder in ROOT.iterdir() if (folder / "__init__.py").is
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.MULTILINE))
 
-OTHERS = {"llama.cpp", *(name for target in DSA_TARGETS for name in files_named(target.source))}  # of other projects
+OTHERS = {
+    "convert_hf_to_gguf.py",
+    "llama.cpp",
+    *(name for target in DSA_TARGETS for name in files_named(target.source)),
+}  # of other projects
 
 
 def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
