@@ -92,7 +92,7 @@ def rows() -> None:
     import torch
 
     from mla2dsa.kernels import anchors
-    from mla2dsa.optimizer.proof import baselines, evaluate
+    from mla2dsa.optimizer.proof import baselines, figures
 
     q, k, v = (torch.randn(1, 16, 4096, width) for width in (192, 192, 128))
     mask = torch.ones(4096, 4096, dtype=torch.bool).tril()[None, None]
@@ -100,11 +100,11 @@ def rows() -> None:
     indices = torch.zeros(1, 2048, 512, dtype=torch.int32)
     logits, targets = torch.randn(2048, 32768), torch.zeros(2048, dtype=torch.int64)
     for size in (64, 256, 512, 1024, 2048):
-        anchors.QUERY_ROWS = baselines.QUERY_ROWS = evaluate.POSITIONS = size
+        anchors.QUERY_ROWS = baselines.QUERY_ROWS = figures.POSITIONS = size
         calls = {
             "dense attention": lambda: anchors.dense_attention(q, k, v, mask, 0.1),
             "oracle": lambda: baselines.oracle(query, kv, indices, 0.1, 512),
-            "distributions": lambda: evaluate._Tally().add(logits, logits, targets),
+            "distributions": lambda: figures.Tally().add(logits, logits, targets),
         }
         for name, call in calls.items():
             started = time.perf_counter()

@@ -51,6 +51,17 @@ def command_parser(
     command.set_defaults(run=run, together=together, parser=command)
     command.intermixed = intermixed
     command.add_argument("--json", action="store_true", help="print one JSON object instead of tables; errors, too")
+    _add_logging(command)
+    if graphs:
+        command.add_argument(
+            "--dump-graphs", metavar="DIR", type=Path,
+            help="write the graph before and after each pass to DIR, a new or empty folder",
+        )  # fmt: skip
+    return command
+
+
+def _add_logging(command: argparse.ArgumentParser) -> None:
+    """What is told while a command runs."""
     loud = command.add_mutually_exclusive_group()
     loud.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr: errors alone")
     loud.add_argument(
@@ -63,12 +74,6 @@ def command_parser(
         type=Path,
         help="write what -vv logs to FILE, a new file, with the time of each line",
     )
-    if graphs:
-        command.add_argument(
-            "--dump-graphs", metavar="DIR", type=Path,
-            help="write the graph before and after each pass to DIR, a new or empty folder",
-        )  # fmt: skip
-    return command
 
 
 def add_trust(command: argparse.ArgumentParser) -> None:

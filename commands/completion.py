@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from ..compat.argparse_private import actions, commands
 from .common import command_parser
 
 _BASH = """# mla2dsa completion bash >> ~/.bash_completion, or: source <(mla2dsa completion bash)
@@ -50,13 +51,8 @@ def _completion(args: argparse.Namespace) -> int:
 def parsers(parser: argparse.ArgumentParser, path: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
     """Every command with its words, " kernels build", the whole one first, as "" ."""
     yield path, parser
-    for name, below in _below(parser).items():
+    for name, below in commands(parser).items():
         yield from parsers(below, f"{path} {name}")
-
-
-def _below(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    groups = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    return {name: below for group in groups for name, below in group.choices.items()}
 
 
 def _bash(parser: argparse.ArgumentParser) -> str:
@@ -64,9 +60,9 @@ def _bash(parser: argparse.ArgumentParser) -> str:
     for path, one in parsers(parser):
         if path:
             paths.append(f"      {_quoted(path)}) path={_quoted(path)} ;;")
-        options = [option for action in one._actions for option in action.option_strings]
-        words.append(f"        {_quoted(path)}) known={_quoted(' '.join([*_below(one), *options]))} ;;")
-        for action in one._actions:
+        options = [option for action in actions(one) for option in action.option_strings]
+        words.append(f"        {_quoted(path)}) known={_quoted(' '.join([*commands(one), *options]))} ;;")
+        for action in actions(one):
             if action.option_strings and action.choices:
                 cases = "|".join(_quoted(f"{path} {option}") for option in action.option_strings)
                 values.append(f"    {cases}) known={_quoted(' '.join(map(str, action.choices)))} ;;")
@@ -78,9 +74,9 @@ def _fish(parser: argparse.ArgumentParser) -> str:
     for path, one in parsers(parser):
         seen = "; and ".join(f"__fish_seen_subcommand_from {name}" for name in path.split()) or "__fish_use_subcommand"
         where = f"complete -c mla2dsa -n {_quoted(seen)}"
-        for name, below in _below(one).items():
+        for name, below in commands(one).items():
             lines.append(f"{where} -a {name} -d {_quoted(below.description or '')}")
-        for action in one._actions:
+        for action in actions(one):
             long = [option for option in action.option_strings if option.startswith("--")]
             choices = f" -x -a {_quoted(' '.join(map(str, action.choices)))}" if action.choices else ""
             lines += [f"{where} -l {option[2:]}{choices} -d {_quoted(action.help or '')}" for option in long]

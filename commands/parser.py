@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
+from ..compat.argparse_private import options
 from ..errors import UsageError
 
 
@@ -36,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
     def refuse(self, words: Sequence[str]) -> NoReturn:
         """Raises UsageError for words that this command does not take."""
-        near = [near_to(word.partition("=")[0], self._option_string_actions) for word in words if word.startswith("--")]
+        near = [near_to(word.partition("=")[0], options(self)) for word in words if word.startswith("--")]
         self.error(f"unrecognized arguments: {' '.join(words)}{''.join(near)}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:

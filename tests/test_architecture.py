@@ -72,7 +72,7 @@ MAY_IMPORT = {
     "optimizer": {*SHARED, *EXPORTERS, *OPTIMIZER, "kernels/gpu/binaries", "kernels/gpu/programs"},
     "commands/show": {*FILES, *EXPORTERS, *OPTIMIZER},
     "serving": {*LOWEST, "runtime", "optimizer/answers"},
-    "commands": {*FILES, *EXPORTERS, *OPTIMIZER, "runtime", "serving", "commands/show"},
+    "commands": {"compat", *FILES, *EXPORTERS, *OPTIMIZER, "runtime", "serving", "commands/show"},
     "cli": {*LOWEST, "commands"},
     "api": {*LOWEST, *OPTIMIZER, "commands/show"},
     "__main__": {"cli"},

@@ -72,15 +72,15 @@ def _per_layer(hf_config: Any, count: int) -> list[tuple[str, list[Any] | tuple[
 
 def _kind(layer: torch.nn.Module) -> list[Any]:
     """All that tells a layer from others, apart from its number and the values of its weights."""
-    found: list[Any] = []
+    found: list[Any] = [list(layer.state_dict())]
     for name, module in layer.named_modules():
         plain = {key: _comparable(value) for key, value in vars(module).items() if key != NUMBER and key[:1] != "_"}
         tensors = [
-            (kind, key, None if tensor is None else (tensor.shape, tensor.dtype))
-            for kind, held in (("parameter", module._parameters), ("buffer", module._buffers))
-            for key, tensor in held.items()
+            (kind, key, tensor.shape, tensor.dtype)
+            for kind, held in (("parameter", module.named_parameters), ("buffer", module.named_buffers))
+            for key, tensor in held(recurse=False)
         ]
-        found.append((name, type(module), plain, tensors, sorted(module._non_persistent_buffers_set)))
+        found.append((name, type(module), plain, tensors))
     return found
 
 
@@ -107,27 +107,29 @@ class _Unread:
 def shortened(model: torch.nn.Module, hf_config: Any, runs: list[Run]) -> Iterator[None]:
     """While it lasts, `model` has two layers of every run, with the names they have in the whole."""
     layers = model.get_submodule(runs[0].path)
-    whole = dict(layers._modules)
+    whole = dict(layers.named_children())
     dropped = {number for run in runs for number in run.left_out}
     numbered = [
         (module, getattr(module, NUMBER))
         for run in runs
         for number in run.exported
-        for module in whole[str(number)].modules()  # type: ignore[union-attr]
+        for module in whole[str(number)].modules()
         if hasattr(module, NUMBER)
     ]
     fields = _per_layer(hf_config, len(whole))
     try:
         for number in dropped:
-            del layers._modules[str(number)]
+            delattr(layers, str(number))
         for module, _ in numbered:
             setattr(module, NUMBER, _Unread())
         for name, values in fields:
             vars(hf_config)[name] = type(values)(v for number, v in enumerate(values) if number not in dropped)
         yield
     finally:
-        layers._modules.clear()
-        layers._modules.update(whole)
+        for name, _ in list(layers.named_children()):
+            delattr(layers, name)
+        for name, layer in whole.items():  # again in their order
+            layers.add_module(name, layer)
         for module, number in numbered:
             setattr(module, NUMBER, number)
         vars(hf_config).update(fields)

@@ -29,7 +29,7 @@ def shell(script: str, tmp_path: Path, **environment: str | None) -> Done:
 def assert_one_line(done: Done, code: int, *parts: str) -> None:
     lines = done.err.splitlines()
     assert (len(lines), done.code) == (1, code), done.err
-    assert lines[0].startswith("mla2dsa: ")
+    assert lines[0].startswith(("mla2dsa: ", '{"error": '))  # with --json an error is an object
     assert "internal error" not in lines[0]
     assert all(part in lines[0] for part in parts), lines[0]
 
