@@ -75,9 +75,9 @@ test-triton: install
 	  PYTHONPATH="$$folder" $(BIN)/pytest -n 2 -q $(TRITON_TESTS); \
 	done
 
-# What takes minutes and is no part of CI: whole conversions, held to what `plan` says of their memory.
+# What takes minutes and is no part of CI: whole conversions, held to what `plan` says of their memory, or distilled.
 test-slow: install
-	MLA2DSA_SLOW_TESTS=1 $(BIN)/pytest -q tests/benchmarks/test_memory.py
+	MLA2DSA_SLOW_TESTS=1 $(BIN)/pytest -q tests/benchmarks/test_memory.py "tests/optimizer/test_convert.py::test_loss_on_held_out_text"
 
 # vLLM's config, model class and weight loader on converted checkpoints, without a GPU: minutes, and 3 GB in an environment of its
 # own, for it pins other versions than ours. Its wheel asks for torchvision, torchaudio and torchcodec; as pip finds them, they keep

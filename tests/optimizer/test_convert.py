@@ -1,6 +1,7 @@
 """What `convert` writes: files, report, the same bytes every time, donors, and how well it does on held-out text."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -303,9 +304,15 @@ def test_bad_indexers_do_not_become_a_checkpoint(
 # Quality
 
 
+SLOW = pytest.mark.skipif(not os.environ.get("MLA2DSA_SLOW_TESTS"), reason="takes minutes: make test-slow")
+
+
 @pytest.mark.parametrize(
     ("recipe", "tokens", "limit"),
-    [("indexer: closed-form", 16_384, 0.03), ("distil: {steps: 100}\nbudget: 256 steps", 65_536, 0.02)],
+    [
+        ("indexer: closed-form", 16_384, 0.03),
+        pytest.param("distil: {steps: 100}\nbudget: 256 steps", 65_536, 0.02, marks=SLOW),
+    ],
     ids=["closed-form", "auto"],
 )
 def test_loss_on_held_out_text(
