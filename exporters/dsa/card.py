@@ -70,6 +70,9 @@ def _body(
     yield from _serving(report.get("plan", {}).get("targets", {}))
 
 
+_FIGURES = {"loss_delta": "+.4f", "standard_error": ".4f", "kl": ".4f", "same_top": ".1%"}
+
+
 def _recipe(recipe: Any, indexer: Any) -> Iterator[str]:
     import yaml
 
@@ -88,14 +91,21 @@ def _verification(found: Any) -> Iterator[str]:
         return
     yield "| check | value | limit | |\n|---|---|---|---|"
     for check in found["checks"]:
-        yield f"| {_cell(check['name'])} | {check['value']:.3g} | {check['limit']:.3g} | {'ok' if check['passed'] else 'FAILED'} |"
+        value, limit = (_figure(check[name], ".3g") for name in ("value", "limit"))
+        yield f"| {_cell(check['name'])} | {value} | {limit} | {'ok' if check['passed'] else 'FAILED'} |"
     text = found["text"]
-    yield f"\n{text['positions']} positions, sequences of {text['length']} tokens; dense loss {text['dense_loss']:.4f} nats/token.\n"
+    loss = _figure(text["dense_loss"], ".4f")
+    yield f"\n{text['positions']} positions, sequences of {text['length']} tokens; dense loss {loss} nats/token.\n"
     yield "| selection | loss increase | s.e. | KL | same top token |\n|---|---|---|---|---|"
     for name, one in text["by_selection"].items():
-        figures = f"{one['loss_delta']:+.4f} | {one['standard_error']:.4f} | {one['kl']:.4f} | {one['same_top']:.1%}"
-        yield f"| {_SELECTIONS.get(name, name)} | {figures} |"
+        figures = (_figure(one[field], form) for field, form in _FIGURES.items())
+        yield f"| {_SELECTIONS.get(name, name)} | {' | '.join(figures)} |"
     yield from (f"\nNot checked: {name}" for name in found.get("skipped", ()))
+
+
+def _figure(value: Any, form: str) -> str:
+    """None is what a report has for a figure that is not a number: the error of a single sequence."""
+    return "-" if value is None else format(value, form)
 
 
 def _serving(targets: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

@@ -11,7 +11,7 @@ import pytest
 from command_line import TINY, mla2dsa, quick_capture, small_conversion  # noqa: F401  (a fixture)
 from huggingface_hub import ModelCard
 
-from mla2dsa.exporters.dsa.card import write_card
+from mla2dsa.exporters.dsa.card import _verification, write_card
 
 pytestmark = pytest.mark.usefixtures("quick_capture")
 TARGETS = {
@@ -75,3 +75,13 @@ def test_a_card_that_cannot_be_read_does_no_harm(readme: str | None, tmp_path: P
     assert str(tmp_path) not in card.text
     assert card.data.base_model is None
     assert ("mla2dsa.source-README.md" in card.text) == (readme is not None)
+
+
+def test_a_figure_that_is_no_number_is_a_dash() -> None:
+    """Of a single sequence there is no standard error, which JSON has as null."""
+    quality = {"loss_delta": 0.01, "standard_error": None, "kl": 0.02, "same_top": 0.9}
+    text = {"positions": 10, "length": 64, "dense_loss": 2.0, "by_selection": {"dsa": quality}}
+    checks = [{"name": "loss", "value": None, "limit": 0.05, "passed": False}]
+    lines = "\n".join(_verification({"checks": checks, "text": text}))
+    assert "| loss | - | 0.05 | FAILED |" in lines
+    assert "| +0.0100 | - | 0.0200 | 90.0% |" in lines
