@@ -144,48 +144,57 @@ def report(model: nn.Module, recall: Recall, data: Tensor, lengths: list[int], c
     return figures
 
 
+def resume(state: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], recall: Recall) -> int:
+    """How many steps are done, after loading what they led to."""
+    if not state.exists():
+        return 0
+    saved = torch.load(state, weights_only=False)
+    model.load_state_dict(saved["model"])
+    for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(values)
+    recall.random.setstate(saved["random"])
+    return int(saved["done"])
+
+
+def keep(state: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], recall: Recall, done: int) -> None:
+    """Whole or not at all."""
+    values = [optimizer.state_dict() for optimizer in optimizers]
+    whole = {"model": model.state_dict(), "optimizers": values, "random": recall.random.getstate(), "done": done}
+    torch.save(whole, state.with_suffix(".tmp"))
+    state.with_suffix(".tmp").replace(state)
+
+
+def update(model: nn.Module, optimizers: list[torch.optim.Optimizer], loss: Tensor, lr: float) -> None:
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("share", 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
 def train(model: nn.Module, recall: Recall, held: Tensor, args: argparse.Namespace) -> None:
     optimizers, balance = build_optimizers(model), Balance(model)
     schedule = [stage for stage in args.stages for _ in range(stage.steps)]
-    state, start, done = args.out / "state.pt", time.monotonic(), 0
-    if state.exists():
-        saved = torch.load(state, weights_only=False)
-        model.load_state_dict(saved["model"])
-        for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(values)
-        recall.random.setstate(saved["random"])
-        done = saved["done"]
-    kept = time.monotonic()
+    state, start = args.out / "state.pt", time.monotonic()
+    done, kept = resume(state, model, optimizers, recall), start
     for step in range(done, len(schedule)):
         stage, lr = schedule[step], args.lr * tiny.rate_factor(step, len(schedule), args.decay_from)
         loss = loss_of(model, *batch_of(recall, stage, args.share))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("share", 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        update(model, optimizers, loss, lr)
         balance.step()
         last = step + 1 == len(schedule) or schedule[step + 1] != stage
         if (step + 1) % 10 == 0 or last:
+            seconds = time.monotonic() - start
             print(
-                f"step {step + 1}/{len(schedule)}  {stage.context}  loss {loss.item():.4f}  {time.monotonic() - start:.0f} s",
-                flush=True,
+                f"step {step + 1}/{len(schedule)}  {stage.context}  loss {loss.item():.4f}  {seconds:.0f} s", flush=True
             )
         if last or (step + 1) % 100 == 0:
             lengths = sorted({min(1024, 4 * stage.context), stage.context})
             print(json.dumps(report(model, recall, held, lengths, 20)), flush=True)
         if last or time.monotonic() - kept > 240:
-            values = [optimizer.state_dict() for optimizer in optimizers]
-            whole = {
-                "model": model.state_dict(),
-                "optimizers": values,
-                "random": recall.random.getstate(),
-                "done": step + 1,
-            }
-            torch.save(whole, state.with_suffix(".tmp"))
-            state.with_suffix(".tmp").replace(state)
+            keep(state, model, optimizers, recall, step + 1)
             kept = time.monotonic()
 
 
