@@ -66,7 +66,12 @@ def mla2dsa(*arguments: object) -> Done:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([str(argument) for argument in arguments])
-    return Done(code, out.getvalue(), err.getvalue())
+    return Done(code, out.getvalue(), "".join(map(_as_line, err.getvalue().splitlines(keepends=True))))
+
+
+def _as_line(line: str) -> str:
+    """With --json an error is an object: the line that it would be without."""
+    return f"mla2dsa: {json.loads(line)['error']}\n" if line.startswith('{"error": ') else line
 
 
 def assert_refused(done: Done, code: int, *parts: object) -> None:
