@@ -62,8 +62,8 @@ def test_errors_are_json_with_json(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     done = mla2dsa(*call.split())
-    assert (done.code, done.out, len(done.err.splitlines())) == (code, "", 1)
-    said = json.loads(done.err)
+    assert (done.code, done.out, len(done.raw_err.splitlines())) == (code, "", 1)
+    said = json.loads(done.raw_err)
     assert (said["exit_code"], len(said["details"])) == (code, details)
     assert said["error"]
     assert not said["error"].startswith("mla2dsa:")

@@ -53,6 +53,7 @@ class Done:
     code: int
     out: str
     err: str
+    raw_err: str = ""  # as it was; in err, errors of --json are lines
 
     def json(self) -> dict[str, Any]:
         """The one JSON object on stdout."""
@@ -66,7 +67,8 @@ def mla2dsa(*arguments: object) -> Done:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([str(argument) for argument in arguments])
-    return Done(code, out.getvalue(), "".join(map(_as_line, err.getvalue().splitlines(keepends=True))))
+    said = "".join(map(_as_line, err.getvalue().splitlines(keepends=True)))
+    return Done(code, out.getvalue(), said, err.getvalue())
 
 
 def _as_line(line: str) -> str:
