@@ -1,7 +1,8 @@
 """The Python front door: `mla2dsa.plan`, `convert`, `verify`, `export`, `build`. Loaded when one of them is asked for.
 
-Each does what the command of its name does, raises UserError and UsageError with its messages, and gives a `Result`, which prints as the
-command does. Settings are those of a recipe (docs/recipe.md), by keyword: `index_topk=512, indexer="distil"`.
+Each does what the command of its name does, with the same looks before any work, raises UserError and UsageError with its messages, and
+gives a `Result`, which prints as the command does. Settings are those of a recipe (docs/recipe.md), by keyword: `index_topk=512,
+indexer="distil"`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -42,11 +43,18 @@ class Result(Generic[T]):
 def plan(
     model: str | Path, *, recipe: str | Path | None = None, allow_partial: bool = False, **settings: Any
 ) -> Result[Plan]:
-    """What a conversion of `model` (a folder or a hub id) would do, and why not; reads no weight."""
+    """What a conversion of `model` (a folder or a hub id) would do, and why not; reads no weight, and fetches none."""
     from .commands.show.conversion import plan_json, show_plan
+    from .files.model.hub import planned_folder
+    from .optimizer.before.findings import Findings
+    from .optimizer.before.preflight import check_plan
     from .optimizer.plan import prepare
 
-    made = prepare(str(model), _recipe(recipe, settings), allow_partial).plan
+    wanted = _recipe(recipe, settings)
+    with planned_folder(str(model)) as folder:
+        with Findings() as found:
+            check_plan(found, folder, wanted)
+        made = replace(prepare(folder, wanted, allow_partial).plan, model=str(model))
     return Result(made, plan_json(made), lambda: show_plan(made))
 
 
@@ -83,18 +91,27 @@ def convert(
 
 
 def verify(
-    dense: str | Path, dsa: str | Path, *, text: str | Path | None = None, sequences: int | None = None,
-    sequence_length: int | None = None, max_loss_delta: float | None = None, skip_transformers: bool = False, device: str = "cpu",
+    dense: str | Path, dsa: str | Path, *, text: str | Path | None = None, foreign_text: str | Path | None = None,
+    sequences: int | None = None, sequence_length: int | None = None, max_loss_delta: float | None = None,
+    gates: Mapping[str, float] | None = None, skip_transformers: bool = False, device: str = "cpu",
 ) -> Result[Verification]:  # fmt: skip
-    """Hold `dsa` against the dense checkpoint that it was made from. A check that does not hold is in the result:
-    `.value.passed`, `.value.failure()`."""
+    """Hold `dsa` against the dense checkpoint that it was made from. Raises `FailedVerification`, a UserError that has all figures as
+    `.verification`, for a check that does not hold. gates: limits as --gate has them."""
     from .commands.show.conversion import show_verification
-    from .optimizer.verify import verify_folders
+    from .optimizer.before.findings import Findings
+    from .optimizer.before.preflight import check_verify
+    from .optimizer.verify import FailedVerification, verify_folders
 
+    texts = [None if path is None else str(path) for path in (text, foreign_text)]
+    with Findings() as looked:
+        check_verify(looked, Path(dense), Path(dsa), *texts)
     found = verify_folders(
-        Path(dense), Path(dsa), None if text is None else str(text), sequences=sequences, sequence_length=sequence_length,
-        max_loss_delta=max_loss_delta, skip_transformers=skip_transformers, device=device,
+        Path(dense), Path(dsa), texts[0], foreign_text=texts[1], sequences=sequences, sequence_length=sequence_length,
+        max_loss_delta=max_loss_delta, gates=[f"{name}={limit}" for name, limit in (gates or {}).items()],
+        skip_transformers=skip_transformers, device=device,
     )  # fmt: skip
+    if not found.passed:
+        raise FailedVerification(found)
     return Result(found, found.to_json(), lambda: show_verification(found))
 
 
@@ -103,8 +120,12 @@ def export(
     max_seq: int | None = None, copy_weights: bool = False, overwrite: bool = False,
 ) -> Result[Exported]:  # fmt: skip
     """Write the graph of a DSA checkpoint with its caches to `out`: "onnx" or "pt2"."""
+    from .optimizer.before.findings import Findings
+    from .optimizer.before.preflight import check_export
     from .optimizer.export import export
 
+    with Findings() as found:
+        check_export(found, model, Path(out), format, dtype, copy_weights=copy_weights, overwrite=overwrite)
     done = export(
         model, Path(out), format, dtype, max_batch, max_seq, copy_weights=copy_weights, overwrite=overwrite
     )  # fmt: skip
@@ -115,10 +136,15 @@ def build(source: str | Path, out: str | Path, **options: Any) -> Result[Built]:
     """A TensorRT engine with our plugins from a DSA checkpoint or an ONNX export. options: fields of `BuildOptions`, as
     backend="tensorrt-rtx", sms=[90], most={"batch": 4, "cache_length": 65536}."""
     from .commands.show.engines import show_built
+    from .optimizer.before.findings import Findings
+    from .optimizer.before.preflight import check_build
     from .optimizer.build import build
     from .optimizer.build_plan import BuildOptions, plan_build
 
-    built = build(plan_build(source, Path(out), BuildOptions(**options)))
+    wanted = BuildOptions(**options)
+    with Findings() as found:
+        check_build(found, source, Path(out), wanted.dtype, overwrite=wanted.overwrite)
+    built = build(plan_build(source, Path(out), wanted))
     return Result(built, built.manifest, lambda: show_built(Path(out), built))
 
 

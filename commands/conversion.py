@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, UserError
+from ..errors import UsageError
 from ..runtime.processes import processes
 from .common import MODEL_HELP, add_drop_stale, add_trust, command_parser
 from .cost import add_cost, cost_of, cost_wanted
@@ -329,7 +329,7 @@ def _verify(args: argparse.Namespace) -> int:
         check_verify(found, args.dense, args.dsa, args.text, args.foreign_text, args.haystack)
     long = _long_settings(args)
 
-    from ..optimizer.verify import verify_folders
+    from ..optimizer.verify import FailedVerification, verify_folders
     from .show.conversion import Progress, show_verification
     from .show.tables import print_json
 
@@ -343,7 +343,7 @@ def _verify(args: argparse.Namespace) -> int:
         )  # fmt: skip
     print_json(result.to_json()) if args.json else show_verification(result)
     if not result.passed:
-        raise UserError(result.failure())
+        raise FailedVerification(result)
     return 0
 
 

@@ -45,7 +45,7 @@ from .plan import Plan, Prepared, layout_of, prepare
 from .proof.pair import open_pair
 from .proof.transformers_check import refuse_if_too_large
 from .recipe import WRITTEN, Recipe, read_budget
-from .verify import Verification, verify
+from .verify import FailedVerification, Verification, verify
 
 
 @dataclass(frozen=True)
@@ -351,7 +351,7 @@ def _proved(job: _Job, folder: Path, skip_transformers: bool, shelf: Shelf) -> V
     decode = load_tokenizer(checkpoint.path, trusted).decode if job.recipe.calibration else None
     result = verify(pair, text.proof, text.origin, limit, skip_transformers, job.tell.on_progress, shelf, decode=decode)
     if not result.passed:
-        raise UserError(result.failure())
+        raise FailedVerification(result)
     return result
 
 

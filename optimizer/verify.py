@@ -87,6 +87,14 @@ class Text:
     decode: Decode | None = None
 
 
+class FailedVerification(UserError):
+    """A check does not hold. verification: all that was found."""
+
+    def __init__(self, verification: Verification) -> None:
+        super().__init__(verification.failure())
+        self.verification = verification
+
+
 def verify(
     pair: Pair,
     sequences: Sequence[Tensor],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from command_line import LAYERS, TINY, mla2dsa, quick_capture, small_conversion,
 
 import mla2dsa as package
 from mla2dsa.errors import UsageError, UserError
+from mla2dsa.optimizer.verify import FailedVerification
 
 pytestmark = pytest.mark.usefixtures("quick_capture")
 FUNCTIONS = [name for name in package.__all__ if not name.startswith("_")]
@@ -48,6 +50,14 @@ def test_plan_prints_as_the_command_does() -> None:
         package.plan(TINY, index_topkk=64)
 
 
+def test_what_is_wrong_is_said_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="things to mend"):
+        package.verify(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match="taken"):
+        package.export(TINY, tmp_path / "taken")
+
+
 def test_convert_export_and_verify(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     out = tmp_path / "dsa"
     settings = {"index_topk": 32, "sequence_length": 192, "tokens": 2304, "rows": 64, "indexer": "closed-form"}
@@ -57,8 +67,12 @@ def test_convert_export_and_verify(tmp_path: Path, tmp_path_factory: pytest.Temp
     assert repr(done).endswith(f"{out}: written, NOT verified")
     exported = package.export(out, tmp_path / "pt2", format="pt2")
     assert (repr(exported), exported.data["format"]) == (f"{tmp_path / 'pt2'}: pt2, float32", 1)
-    proved = package.verify(TINY, out, text=text, sequences=1, sequence_length=64, skip_transformers=True)
-    assert proved.data["passed"] == proved.value.passed
+    check = partial(package.verify, TINY, out, text=text, sequences=1, sequence_length=64, skip_transformers=True)
+    proved = check(max_loss_delta=10.0)
+    assert proved.value.passed
     assert "dense = DSA up to index_topk" in repr(proved)
+    with pytest.raises(FailedVerification, match=r"loss increase, .*, expected at most -10") as failed:
+        check(gates={"loss": -10.0}, max_loss_delta=10.0)
+    assert not failed.value.verification.passed
     with pytest.raises(UserError, match="no such"):
         package.build(tmp_path / "nowhere", tmp_path / "engine", backend="tensorrt-rtx")

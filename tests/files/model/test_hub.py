@@ -27,30 +27,44 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 def plan(hub: Hub, model: str, home: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own: huggingface_hub reads where the hub is when it is imported."""
+    return python(hub, home, "-m", "mla2dsa", "plan", model, *SMALL, *flags)
+
+
+def python(hub: Hub, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: huggingface_hub reads where the hub is when it is imported."""
     environment = {
         **os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home), "TMPDIR": str(home),
         "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": "",
     }  # fmt: skip
     home.mkdir(exist_ok=True)
-    command = [sys.executable, "-P", "-m", "mla2dsa", "plan", model, *SMALL, *flags]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-P", *arguments], env=environment, capture_output=True, text=True)
+
+
+def assert_headers_only(hub: Hub) -> None:
+    shards = {place.file for place in read_index(hub.folder).values()}
+    long = [file for file in shards if file.stat().st_size > 200_000]
+    assert len(long) > 1
+    assert {file.name for file in shards} <= hub.sent.keys()
+    assert all(hub.sent[file.name] <= 100_001 for file in long)  # what huggingface_hub asks for at once
 
 
 def test_a_plan_fetches_no_weights(hub: Hub, tmp_path: Path) -> None:
     done = plan(hub, "owner/name", tmp_path / "home", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
+    assert_headers_only(hub)
     here = plan(hub, str(hub.folder), tmp_path / "home", "--json")
     local = json.loads(here.stdout)
     assert found["model"] == "owner/name"
     assert {**found, "model": 0, "here": 0} == {**local, "model": 0, "here": 0}
-    shards = {place.file for place in read_index(hub.folder).values()}
-    long = [file for file in shards if file.stat().st_size > 200_000]
-    assert len(long) > 1
-    assert {file.name for file in shards} <= hub.sent.keys()
-    assert all(hub.sent[file.name] <= 100_001 for file in long)  # what huggingface_hub asks for at once
     assert not list((tmp_path / "home").glob("mla2dsa-*"))
+
+
+def test_a_plan_from_python_fetches_none_either(hub: Hub, tmp_path: Path) -> None:
+    script = "import mla2dsa; print(mla2dsa.plan('owner/name', index_topk=64, index_head_dim=32).value.model)"
+    done = python(hub, tmp_path / "home", "-c", script)
+    assert (done.returncode, done.stdout) == (0, "owner/name\n"), done.stderr
+    assert_headers_only(hub)
 
 
 def test_what_is_wrong_is_said_of_the_id(hub: Hub, tmp_path: Path) -> None:
