@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import TINY, training_text
+from tiny_text import TINY, training_text
 from torch import Tensor
 
 from mla2dsa.kernels.spec import IndexerConfig, IndexerWeights

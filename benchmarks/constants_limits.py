@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from constants_fits import CLOSED, DISTILLED, FEWER_HEADS, TOPK, Bench, Indexers, Setting, overridden
-from quality import TINY
 from safetensors.torch import load_file, save_file
+from tiny_text import TINY
 from torch import Tensor
 
 from mla2dsa.errors import UserError

@@ -19,8 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +27,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from tiny_text import TINY, training_text
 from torch import Tensor
 
 from mla2dsa.errors import UserError
@@ -54,7 +53,6 @@ from mla2dsa.optimizer.proof.figures import Quality
 from mla2dsa.optimizer.recipe import CLOSED_FORM_SEQUENCES, DISTIL_SEQUENCES, Recipe, read_recipe
 from mla2dsa.runtime.execute import PieceRunner
 
-TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny-mla"
 ORDER = ("oracle", "auto", "closed-form", "window", "random", "chance")
 BASELINES = {"oracle": baselines.oracle, "window": baselines.window, "chance": baselines.chance}
 
@@ -145,15 +143,6 @@ def chance_scores(sample: SiteSample) -> Tensor:
     scores = torch.rand(sample.mass.shape, generator=torch.Generator().manual_seed(len(sample.hidden)))
     future = torch.arange(scores.shape[-1]) > sample.rows[:, None]
     return scores.masked_fill(future, -torch.inf)
-
-
-def training_text(folder: str) -> Path:
-    """tiny-mla's corpus of the running Python, without the held-out files."""
-    out = Path(folder) / "train.txt"
-    subprocess.run(
-        [sys.executable, TINY / "corpus.py", "--split", "train", "--out", out], check=True, stdout=subprocess.DEVNULL
-    )
-    return out
 
 
 def measure(args: argparse.Namespace) -> tuple[TextResult, list[Row]]:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from constants_fits import LENGTH, TOPK, Remembered, foreign_text, overridden, owner_of, remembered
-from quality import TINY, training_text
+from tiny_text import TINY, training_text
 from torch import Tensor
 
 from mla2dsa.kernels.spec import IndexerConfig, IndexerWeights
