@@ -153,10 +153,8 @@ def sequence_length(found: Streams, recipe: Recipe, context: int) -> int:
     shortest = min(length, math.ceil(topk * _SHORTEST))
     if _worst(found, length) <= PASS_BUDGET:
         return length
-    lengths: list[int] = [
-        *range(length - _STEP, shortest, -_STEP),
-        shortest,
-    ]  # halving: each look goes through the whole graph
+    lengths: list[int] = [*range(length - _STEP, shortest, -_STEP), shortest]
+    # halving, since each look goes through the whole graph
     fits = bisect_left(lengths[:-1], True, key=lambda tokens: _worst(found, tokens) <= PASS_BUDGET)
     return lengths[fits]
 

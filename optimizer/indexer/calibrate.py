@@ -25,37 +25,20 @@ from ...runtime.processes import processes
 from ...runtime.shelf import Kept, Shelf
 from ..model.weights import WeightSource
 from .distil import DistilSchedule
-from .layer_fit import NO_TRAINING, NOTHING_SPENT, Samples, Spent, Training, fit
+from .layer_fit import NO_TRAINING, NOTHING_SPENT, Fit, Samples, Spent, Training, fit
 from .samples import ShelvedSamples, SiteMaps, SiteSample
 from .sharing import by_layer
 from .site_maps import check_maps, read_maps
 
 
 @dataclass(frozen=True)
-class LayerResult:
-    """One layer's indexer and how it does on the held-out sequences.
-
-    indexer: "closed-form" or "distilled", which was taken; why: in words. recall: head-mean dense attention mass its index_topk
-    keys capture; oracle: the most any selection can; window: the last index_topk - 4 tokens and 4 sinks. negative: share of
-    the vocabulary's tokens whose head weights sum below zero. steps: of distillation, taken or not; seconds: what they took,
-    where the budget is of time (0 otherwise). stats: of the closed form.
-    """
+class LayerResult(Fit):
+    """A layer's. seconds: only where the budget is of time, 0 otherwise, so that results are the same from run to run."""
 
     name: str
-    weights: IndexerWeights
-    indexer: str
-    why: str
-    recall: float
-    oracle: float
-    window: float
-    closed_form_recall: float
-    negative: float
-    steps: int
-    seconds: float
-    stats: dict[str, float]
 
     def summary(self) -> dict[str, Any]:
-        return {key: val for key, val in self.__dict__.items() if key != "weights"}
+        return {"name": self.name, **{key: val for key, val in vars(self).items() if key not in ("name", "weights")}}
 
 
 @dataclass(frozen=True)
@@ -201,7 +184,9 @@ def _fit(
     found = fit(maps, samples, how.config, training, spent, report)
     timed = training.budget is not None and training.budget.unit == "seconds"
     weights = IndexerWeights(**{name: tensor.cpu() for name, tensor in vars(found.weights).items()})
-    return LayerResult(site.name, **{**vars(found), "weights": weights, "seconds": found.seconds if timed else 0.0})
+    return LayerResult(
+        **{**vars(found), "weights": weights, "seconds": found.seconds if timed else 0.0}, name=site.name
+    )
 
 
 def _seeded(schedule: DistilSchedule, site: MlaSite) -> DistilSchedule:

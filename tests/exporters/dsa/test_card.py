@@ -33,7 +33,7 @@ def card_of(tmp_path: Path, readme: str | None, model: str, report: Mapping[str,
     folder.mkdir()
     if readme is not None:
         (source / "README.md").write_text(readme)
-    recipe = {"indexer": "distil", "donor": None, "calibration": "/home/me/secret.txt", "distil": {"steps": 3}}
+    recipe = {"indexer": "distil", "donor": None, "calibration": "/private/secret.txt", "distil": {"steps": 3}}
     write_card(folder, source, {"model": model, "recipe": recipe}, report)
     return ModelCard.load(folder / "README.md")
 

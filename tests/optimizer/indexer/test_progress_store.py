@@ -20,7 +20,7 @@ FIRST, SECOND, THIRD = (f"model.layers.{number}.self_attn" for number in range(3
 def result(name: str, value: float) -> LayerResult:
     shapes = IndexerWeights.shapes(IndexerConfig(index_topk=64, index_n_heads=2, index_head_dim=32), 16, 8)
     weights = IndexerWeights.from_tensors({key: torch.full(shape, value) for key, shape in shapes.items()})
-    return LayerResult(name, weights, "distilled", "why", 0.1, 0.2, 0.3, 0.1, 0.0, 12, 3.5, {})
+    return LayerResult(weights, "distilled", "why", 0.1, 0.2, 0.3, 0.1, 0.0, 12, 3.5, {}, name)
 
 
 def values(store: ProgressStore) -> dict[str, float]:
