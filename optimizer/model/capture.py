@@ -8,6 +8,7 @@ version-proof graph), "sdpa" and "eager" are plain transformers. MoE experts sta
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ from . import hf_interfaces
 # What the hub calls a model that transformers knows under another name.
 _ALIASES = {"kimi_k2": "deepseek_v3", "sarvam_mla": "deepseek_v3"}
 ATTENTION = ("anchor", "sdpa", "eager")
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,11 @@ def _export_layer_by_layer(model: torch.nn.Module, hf_config: Any, max_length: i
             with shortened(model, text, runs):
                 program = _export(model, max_length, device)
             return repeated(program, model, runs)
-        except (NotRepeatable, UserError):  # of the part; the whole says itself what is wrong with it, if anything is
-            pass
+        except (
+            NotRepeatable,
+            UserError,
+        ) as error:  # of the part; the whole says itself what is wrong with it, if anything is
+            _LOG.info("layers that look alike are exported one by one: %s", error)
     return _export(model, max_length, device)
 
 
