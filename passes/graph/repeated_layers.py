@@ -2,7 +2,9 @@
 
 Of every run of layers that are built alike, two are exported, and what the second one's part of the graph does must be what the
 first one's does, with the first one's results in the place of what that had been given. The others are then copies of the second.
-Where anything is not as simple as that, `NotRepeatable` is raised, and the model has to be exported whole.
+Where anything is not as simple as that, `NotRepeatable` is raised, and the model has to be exported whole. What no layer and no
+config shows, a loop over layers that does something else from the tenth on, is seen by the verification, which holds the graph
+against transformers' own model.
 """
 
 from __future__ import annotations
@@ -50,6 +52,8 @@ def alike(model: torch.nn.Module, hf_config: Any) -> list[Run]:
     if not lists:
         return []
     path, layers = max(lists.items(), key=lambda item: len(item[1]))
+    if len(set(layers)) < len(layers) or _longer(hf_config, len(layers)):
+        return []
     given = [values for _, values in _per_layer(hf_config, len(layers))]
     kinds = [(_kind(layer), [values[number] for values in given]) for number, layer in enumerate(layers)]
     runs, first = [], 0
@@ -70,27 +74,35 @@ def _per_layer(hf_config: Any, count: int) -> list[tuple[str, list[Any] | tuple[
     ]
 
 
+def _longer(hf_config: Any, count: int) -> bool:
+    """Whether a field has more values than layers, and not all the same: some may be those of the layers, others of more."""
+    lists = (value for value in vars(hf_config).values() if isinstance(value, list | tuple))
+    return any(len(value) > count and any(one != value[0] for one in value[:count]) for value in lists)
+
+
 def _kind(layer: torch.nn.Module) -> list[Any]:
-    """All that tells a layer from others, apart from its number and the values of its weights."""
-    found: list[Any] = [list(layer.state_dict())]
-    for name, module in layer.named_modules():
-        plain = {key: _comparable(value) for key, value in vars(module).items() if key != NUMBER and key[:1] != "_"}
-        tensors = [
-            (kind, key, tensor.shape, tensor.dtype)
-            for kind, held in (("parameter", module.named_parameters), ("buffer", module.named_buffers))
-            for key, tensor in held(recurse=False)
-        ]
-        found.append((name, type(module), plain, tensors))
-    return found
+    """All that tells a layer from others, apart from its number and the values of its weights: whatever it and its modules hold,
+    hooks among it."""
+    held = [(name, type(module), vars(module)) for name, module in layer.named_modules()]
+    return [
+        list(layer.state_dict()),
+        *((n, t, _comparable({k: v for k, v in own.items() if k != NUMBER})) for n, t, own in held),
+    ]
 
 
 def _comparable(value: Any) -> Any:
-    """Something that is equal for equal values; objects are equal to themselves alone."""
+    """Something that is equal for equal values: weights and buffers by their kind, other objects as themselves alone."""
+    if isinstance(value, torch.Tensor):
+        return (value.shape, value.dtype)
+    if isinstance(value, torch.nn.Module):
+        return type(value)  # what it holds is compared where its turn comes
     if isinstance(value, int | float | str | bool | type(None) | torch.dtype):
         return (type(value), value)
+    if isinstance(value, dict):
+        return [(_comparable(key), _comparable(held)) for key, held in value.items()]
     if isinstance(value, list | tuple):
         return [_comparable(item) for item in value]
-    return id(value)
+    return sorted(map(repr, value)) if isinstance(value, set | frozenset) else id(value)
 
 
 class _Unread:

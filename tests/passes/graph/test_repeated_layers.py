@@ -99,6 +99,41 @@ def test_what_config_says_of_each_layer_tells_them_apart(field: str) -> None:
     assert alike(model, model.config) == [Run("model.layers", 0, 4)]
 
 
+def test_a_list_for_more_than_the_layers_forbids_it() -> None:
+    """Of layers and what comes after them: cut to the layers that are exported, it would say something else of them."""
+    model = families.build("deepseek_v3", num_hidden_layers=6, first_k_dense_replace=0, device="meta")
+    model.config.layer_types = [0, 0, 1, 0, 0, 0, 1]
+    assert alike(model, model.config) == []
+    model.config.layer_types = [0] * 7
+    assert alike(model, model.config) == [Run("model.layers", 0, 6)]
+
+
+def mark(module: torch.nn.Module) -> None:
+    module._factor = 2.0  # type: ignore[assignment]
+
+
+CHANGES: dict[str, Any] = {
+    "private attribute": mark,
+    "hook": lambda module: module.register_forward_hook(lambda *_: None),
+    "buffer": lambda module: module.register_buffer("more", torch.ones(1, device="meta"), persistent=False),
+    "module": lambda module: module.add_module("more", torch.nn.Identity()),
+    "training": lambda module: module.train(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_what_a_layer_holds_tells_it_apart(change: Any) -> None:
+    model = families.build("deepseek_v3", num_hidden_layers=6, first_k_dense_replace=0, device="meta").eval()
+    change(model.model.layers[4].self_attn)
+    assert alike(model, model.config) == [Run("model.layers", 0, 4)]
+
+
+def test_one_layer_in_two_places_forbids_it() -> None:
+    model = families.build("deepseek_v3", num_hidden_layers=6, first_k_dense_replace=0, device="meta")
+    model.model.layers[4] = model.model.layers[3]
+    assert alike(model, model.config) == []
+
+
 def changed_forward(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
