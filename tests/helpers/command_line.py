@@ -67,8 +67,12 @@ def mla2dsa(*arguments: object) -> Done:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([str(argument) for argument in arguments])
-    said = "".join(map(_as_line, err.getvalue().splitlines(keepends=True)))
-    return Done(code, out.getvalue(), said, err.getvalue())
+    return finished(code, out.getvalue(), err.getvalue())
+
+
+def finished(code: int, out: str, err: str) -> Done:
+    """What a call left, errors of --json as lines."""
+    return Done(code, out, "".join(map(_as_line, err.splitlines(keepends=True))), err)
 
 
 def _as_line(line: str) -> str:

@@ -15,6 +15,7 @@ from command_line import (
     LAYERS,
     TINY,
     Done,
+    finished,
     mla2dsa,
     quick_capture,  # noqa: F401  (a fixture)
     training_text,
@@ -40,7 +41,7 @@ def together(count: int, *command: object) -> Done:
     torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([*torchrun, *map(str, command)], env=environment, capture_output=True, text=True, timeout=240)
-    return Done(done.returncode, done.stdout, done.stderr)
+    return finished(done.returncode, done.stdout, done.stderr)
 
 
 def ours(done: Done) -> list[str]:
