@@ -17,53 +17,62 @@ from ..indexer.indexer_math import SINKS
 QUERY_ROWS = 512
 
 
-def _attended(
-    q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_rank: int, choose: Callable[[slice, Tensor], Tensor]
+# (q rows, kv, first key and end of the keys of each [B, t], scale, places) -> keys of a tile of queries [B, t, places], -1 for none
+Choose = Callable[[Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
+
+
+def attend(
+    choose: Choose, q: Tensor, kv: Tensor, begin: Tensor, end: Tensor, scale: float, kv_lora_rank: int, places: int
 ) -> Tensor:
-    """Attention over the keys that `choose` gives for a tile of queries, whose key ranges end at [B, t]: [B, t, K]."""
-    tokens = q.shape[1]
-    chosen = torch.empty_like(indices, dtype=torch.int32)
-    for start in range(0, tokens, QUERY_ROWS):
-        rows = slice(start, min(start + QUERY_ROWS, tokens))
-        end = torch.arange(rows.start + 1, rows.stop + 1, device=q.device).expand(q.shape[0], -1)
-        chosen[:, rows] = choose(rows, end).to(torch.int32)
+    """Attention over the keys that `choose` gives, of those from `begin` to `end` [B, T]. See `sparse_mla` for the shapes."""
+    chosen = torch.empty(*q.shape[:2], places, dtype=torch.int32, device=q.device)
+    for start in range(0, q.shape[1], QUERY_ROWS):
+        rows = slice(start, start + QUERY_ROWS)
+        chosen[:, rows] = choose(q[:, rows], kv, begin[:, rows], end[:, rows], scale, places).to(torch.int32)
     out: Tensor = torch.ops.mla2dsa.sparse_mla(q, kv, chosen, scale, kv_lora_rank)
     return out
 
 
+def oracle_keys(q: Tensor, kv: Tensor, begin: Tensor, end: Tensor, scale: float, places: int) -> Tensor:
+    """Those with the most head-mean dense attention: no single set per query can capture more."""
+    best = torch.ops.mla2dsa.attention_mass(q, kv, begin, end, scale).topk(places, dim=-1)
+    chosen: Tensor = best.indices.masked_fill(best.values <= 0, -1)
+    return chosen
+
+
+def window_keys(q: Tensor, kv: Tensor, begin: Tensor, end: Tensor, scale: float, places: int) -> Tensor:
+    """The first SINKS in range and the most recent ones, `places` in all."""
+    first = min(SINKS, places)
+    sinks = begin[..., None] + torch.arange(first, device=q.device)
+    recent = end[..., None] - 1 - torch.arange(places - first, device=q.device)
+    sinks = sinks.masked_fill(sinks >= end[..., None], -1)
+    return torch.cat([sinks, recent.masked_fill(recent < begin[..., None] + first, -1)], -1)
+
+
+def _causal(choose: Choose, q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_rank: int) -> Tensor:
+    """In the place of `sparse_mla` in a program without caches or padding: every query sees the keys up to its own."""
+    end = torch.arange(1, q.shape[1] + 1, device=q.device).expand(q.shape[:2])
+    return attend(choose, q, kv, torch.zeros_like(end), end, scale, kv_lora_rank, indices.shape[-1])
+
+
 def oracle(q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_rank: int) -> Tensor:
-    """The keys with the most head-mean dense attention: no single set per query can capture more."""
-
-    def choose(rows: slice, end: Tensor) -> Tensor:
-        mass = torch.ops.mla2dsa.attention_mass(q[:, rows], kv, torch.zeros_like(end), end, scale)
-        best = mass.topk(indices.shape[-1], dim=-1)
-        chosen: Tensor = best.indices.masked_fill(best.values <= 0, -1)
-        return chosen
-
-    return _attended(q, kv, indices, scale, kv_lora_rank, choose)
+    """`oracle_keys` in the place of the indexer's."""
+    return _causal(oracle_keys, q, kv, indices, scale, kv_lora_rank)
 
 
 def window(q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_rank: int) -> Tensor:
-    """The most recent keys and the first SINKS, index_topk in all."""
-    count = indices.shape[-1]
-    first = min(SINKS, count)
-
-    def choose(rows: slice, end: Tensor) -> Tensor:
-        recent = end[..., None] - 1 - torch.arange(count - first, device=q.device)
-        sinks = torch.arange(first, device=q.device).expand(*end.shape, first)
-        return torch.cat([sinks.masked_fill(sinks >= end[..., None], -1), recent.masked_fill(recent < first, -1)], -1)
-
-    return _attended(q, kv, indices, scale, kv_lora_rank, choose)
+    """`window_keys` in the place of the indexer's."""
+    return _causal(window_keys, q, kv, indices, scale, kv_lora_rank)
 
 
 def chance(q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_rank: int) -> Tensor:
     """index_topk past keys drawn at random (seeded by the length)."""
     generator = torch.Generator(device=q.device).manual_seed(kv.shape[1])
 
-    def choose(rows: slice, end: Tensor) -> Tensor:
+    def drawn(q: Tensor, kv: Tensor, begin: Tensor, end: Tensor, scale: float, places: int) -> Tensor:
         noise = torch.rand(*end.shape, kv.shape[1], generator=generator, device=q.device)
         noise = noise.masked_fill(torch.arange(kv.shape[1], device=q.device) >= end[..., None], -1.0)
-        best = noise.topk(indices.shape[-1], dim=-1)
+        best = noise.topk(places, dim=-1)
         return best.indices.masked_fill(best.values < 0, -1)
 
-    return _attended(q, kv, indices, scale, kv_lora_rank, choose)
+    return _causal(drawn, q, kv, indices, scale, kv_lora_rank)

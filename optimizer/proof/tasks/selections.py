@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,14 +10,11 @@ from torch import Tensor
 
 from ....kernels import ops  # noqa: F401  (registers torch.ops.mla2dsa)
 from ....kernels.reference import accumulation_dtype, in_range, softmax_or_zero
-from ...indexer.indexer_math import BLOCK_ELEMENTS, SINKS
-from ..baselines import QUERY_ROWS
+from ...indexer.indexer_math import BLOCK_ELEMENTS
+from ..baselines import Choose, attend, oracle_keys, window_keys
 
 INDEXER, ATTENTION = torch.ops.mla2dsa.lightning_indexer.default, torch.ops.mla2dsa.sparse_mla.default
 VARIANTS = ("dense", "dsa", "oracle", "window")
-
-# (q rows, latent rows, begin, end, scale, places) -> slots of a tile of queries [B, t, places], -1 where there is none
-Choose = Callable[[Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
 
 
 def overrides(variant: str) -> dict[Any, Any]:
@@ -27,7 +24,7 @@ def overrides(variant: str) -> dict[Any, Any]:
     seen = _Ranges()
     if variant == "dense":
         return {INDEXER: seen.take, ATTENTION: seen.dense}
-    choose: Mapping[str, Choose] = {"oracle": _oracle, "window": _window}
+    choose: Mapping[str, Choose] = {"oracle": oracle_keys, "window": window_keys}
     rule = choose[variant]
     return {INDEXER: seen.take, ATTENTION: lambda *args: seen.sparse(rule, *args)}
 
@@ -61,27 +58,5 @@ class _Ranges:
     def sparse(self, choose: Choose, q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_rank: int) -> Tensor:
         """Attention to the keys that `choose` gives."""
         last = int(self.end.max())
-        places = min(indices.shape[-1], last)
-        chosen = torch.empty(*q.shape[:2], places, dtype=torch.int32, device=q.device)
-        for start in range(0, q.shape[1], QUERY_ROWS):
-            rows = slice(start, start + QUERY_ROWS)
-            tile = (q[:, rows], kv[:, :last], self.begin[:, rows], self.end[:, rows])
-            chosen[:, rows] = choose(*tile, scale, places).to(torch.int32)
-        out: Tensor = torch.ops.mla2dsa.sparse_mla(q, kv, chosen, scale, kv_lora_rank)
-        return out
-
-
-def _oracle(q: Tensor, kv: Tensor, begin: Tensor, end: Tensor, scale: float, places: int) -> Tensor:
-    """Those with the most head-mean dense attention."""
-    best = torch.ops.mla2dsa.attention_mass(q, kv, begin, end, scale).topk(places, dim=-1)
-    chosen: Tensor = best.indices.masked_fill(best.values <= 0, -1)
-    return chosen
-
-
-def _window(q: Tensor, kv: Tensor, begin: Tensor, end: Tensor, scale: float, places: int) -> Tensor:
-    """The first SINKS in range and the most recent ones."""
-    first = min(SINKS, places)
-    sinks = begin[..., None] + torch.arange(first, device=q.device)
-    recent = end[..., None] - 1 - torch.arange(places - first, device=q.device)
-    sinks = sinks.masked_fill(sinks >= end[..., None], -1)
-    return torch.cat([sinks, recent.masked_fill(recent < begin[..., None] + first, -1)], -1)
+        keys, places = kv[:, :last], min(indices.shape[-1], last)
+        return attend(choose, q, keys, self.begin, self.end, scale, kv_lora_rank, places)

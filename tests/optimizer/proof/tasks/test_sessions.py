@@ -54,7 +54,7 @@ def test_a_session_chooses_as_the_program_without_caches_does(
     ids = read_tokens(TINY / "held_out", load_tokenizer(TINY)).ids[:LENGTH]
     pair = open_pair(TINY, folder)
     dense, runners = pair.runners()
-    monkeypatch.setattr("mla2dsa.optimizer.proof.tasks.selections.QUERY_ROWS", 50)
+    monkeypatch.setattr("mla2dsa.optimizer.proof.baselines.QUERY_ROWS", 50)
     monkeypatch.setattr("mla2dsa.optimizer.proof.tasks.selections.BLOCK_ELEMENTS", 1 << 14)
     rows = [ids, ids[:150]]
     assert variants.index_topk == SMALL_TOPK
