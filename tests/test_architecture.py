@@ -74,7 +74,7 @@ MAY_IMPORT = {
     "serving": {*LOWEST, "runtime", "optimizer/answers"},
     "commands": {"compat", *FILES, *EXPORTERS, *OPTIMIZER, "runtime", "serving", "commands/show"},
     "cli": {*LOWEST, "commands"},
-    "api": {*LOWEST, *OPTIMIZER, "commands/show"},
+    "api": {*FILES, *OPTIMIZER, "commands/show"},
     "__main__": {"cli"},
 }
 MOST_FILES = 15  # directly in a room
