@@ -52,8 +52,8 @@ def test_nothing_far_is_suggested(word: str, near: str) -> None:
 @pytest.mark.parametrize(
     ("call", "code", "details"),
     [
-        ("plan /nowhere --json", 1, 0), ("plna --json", 2, 0), (f"plan {TINY} --json --index-topk 0", 2, 0),
-        (f"convert {TINY} out --index-topk 5000 --calibration /nowhere --json", 2, 2),
+        ("plan /nowhere --json", 1, 0), ("plna --json", 2, 0), ("plan tiny --json --index-topk 0", 2, 0),
+        ("convert tiny out --index-topk 5000 --calibration /nowhere --json", 2, 2),
     ],
     ids=["path", "command", "value", "several"],
 )  # fmt: skip
@@ -61,6 +61,7 @@ def test_errors_are_json_with_json(
     call: str, code: int, details: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("tiny").symlink_to(TINY)  # a path without spaces
     done = mla2dsa(*call.split())
     assert (done.code, done.out, len(done.raw_err.splitlines())) == (code, "", 1)
     said = json.loads(done.raw_err)
