@@ -350,6 +350,7 @@ def _proved(job: _Job, folder: Path, skip_transformers: bool, shelf: Shelf) -> V
     trusted = bool(job.remote_code)
     decode = load_tokenizer(checkpoint.path, trusted).decode if job.recipe.calibration else None
     result = verify(pair, text.proof, text.origin, limit, skip_transformers, job.tell.on_progress, shelf, decode=decode)
+    processes().wait()  # nobody reads the folder any more, which is renamed next
     if not result.passed:
         raise FailedVerification(result)
     return result
