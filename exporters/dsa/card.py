@@ -52,7 +52,14 @@ def _kept(source: Path) -> dict[str, Any]:
         given = ModelCard((source / CARD).read_text(errors="replace")).data.to_dict()
     except (ValueError, TypeError, YAMLError):  # people write these by hand; it lies beside as it was
         return {}
-    return {name: given[name] for name in _STILL_TRUE if given.get(name) is not None}
+    return {name: given[name] for name in _STILL_TRUE if _is_plain(given.get(name))}
+
+
+def _is_plain(value: Any) -> bool:
+    """A text or a list of texts, as these fields have: YAML could hold a list within itself."""
+    return isinstance(value, str) or (
+        isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
+    )
 
 
 def _body(

@@ -65,6 +65,14 @@ def test_the_base_model_is_a_hub_id(tmp_path: Path) -> None:
     assert not any(part in card.text for part in ("My words", "secret", "donor"))
 
 
+def test_metadata_is_text(tmp_path: Path) -> None:
+    """YAML can name a list within itself, and one that is a million entries."""
+    card = card_of(
+        tmp_path, "---\nlicense: &a [*a]\nlanguage: [en, zh]\nlicense_link: {a: b}\n---\nMy words", "some/model"
+    )
+    assert (card.data.license, card.data.language, card.data.get("license_link")) == (None, ["en", "zh"], None)
+
+
 @pytest.mark.parametrize(
     "readme", [None, "no metadata", "---\nlicense: [\n---\nbroken", "---\n- a list\n---\n"], ids=str
 )
