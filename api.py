@@ -73,7 +73,11 @@ def convert(
 ) -> Result[Outcome]:
     """Write the DSA checkpoint of `model` to `out`, whole and verified or not at all. listener: is told how far the work is."""
     from .commands.show.conversion import show_layers, show_plan, show_verification
+    from .errors import UsageError
     from .optimizer.convert import convert
+
+    if overwrite and resume:
+        raise UsageError("convert: overwrite and resume, expected one of them")
 
     done = convert(
         str(model), Path(out), _recipe(recipe, settings), overwrite=overwrite, resume=resume, device=device,

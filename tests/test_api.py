@@ -76,3 +76,8 @@ def test_convert_export_and_verify(tmp_path: Path, tmp_path_factory: pytest.Temp
     assert not failed.value.verification.passed
     with pytest.raises(UserError, match="no such"):
         package.build(tmp_path / "nowhere", tmp_path / "engine", backend="tensorrt-rtx")
+
+
+def test_one_of_overwrite_and_resume(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="overwrite and resume"):
+        package.convert(TINY, tmp_path / "out", overwrite=True, resume=True)
