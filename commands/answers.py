@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import UsageError, short
 from .common import add_trust, command_parser
+from .parser import a_name, a_path
 
 RUNTIMES = ("torch", "onnxruntime", "tensorrt")
 MODEL = "checkpoint, DSA or dense (folder or hub id), exported folder, or engine folder"
@@ -25,7 +26,7 @@ def _add_generate(commands: Any) -> None:
     example = 'mla2dsa generate ./model-dsa "def main():" --max-new-tokens 64\n  mla2dsa generate ./model "What is MLA?" --chat'
     about = "continue prompts, or answer them with --chat; the text alone goes to stdout"
     command = command_parser(commands, "generate", _generate, about, example, graphs=True, intermixed=True)
-    command.add_argument("model", metavar="MODEL", help=MODEL)
+    command.add_argument("model", metavar="MODEL", type=a_name, help=MODEL)
     add_prompts(command, "--prompt-file")
     command.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
@@ -48,7 +49,7 @@ def add_prompts(command: argparse.ArgumentParser, file: str) -> None:
         help="the text to continue; - reads stdin; several come one after another",
     )
     command.add_argument(
-        file, dest="prompt_file", type=Path, metavar="FILE",
+        file, dest="prompt_file", type=a_path, metavar="FILE",
         help='a file that is a prompt, or .jsonl with one a line: {"prompt": "..."} or a string',
     )  # fmt: skip
     command.add_argument("--chat", action="store_true", help="prompts are questions in the model's chat template")
@@ -104,7 +105,9 @@ def _add_serve(commands: Any) -> None:
     example = "mla2dsa serve ./model ./model-dsa --port 8000"
     about = "answer OpenAI's API with several models, to compare them; a page for it is at /"
     command = command_parser(commands, "serve", _serve, about, example, graphs=True)
-    command.add_argument("models", metavar="MODEL", nargs="+", help=f"{MODEL}; its id is the folder's name")
+    command.add_argument(
+        "models", metavar="MODEL", type=a_name, nargs="+", help=f"{MODEL}; its id is the folder's name"
+    )
     command.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine alone")
     command.add_argument("--port", type=int, default=8000, metavar="N", help="default 8000; 0 takes any that is free")
     command.add_argument(

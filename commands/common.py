@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..runtime.processes import join_processes, processes, several
-from .parser import Parser
+from .parser import Parser, a_path
 from .show.quiet import QUIET
 
 MODEL_HELP = "folder of a checkpoint, or a Hugging Face hub id"
@@ -54,7 +54,7 @@ def command_parser(
     _add_logging(command)
     if graphs:
         command.add_argument(
-            "--dump-graphs", metavar="DIR", type=Path,
+            "--dump-graphs", metavar="DIR", type=a_path,
             help="write the graph before and after each pass to DIR, a new or empty folder",
         )  # fmt: skip
     return command
@@ -71,7 +71,7 @@ def _add_logging(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--log-file",
         metavar="FILE",
-        type=Path,
+        type=a_path,
         help="write what -vv logs to FILE, a new file, with the time of each line",
     )
 

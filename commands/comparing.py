@@ -7,6 +7,7 @@ from typing import Any
 
 from .answers import RUNTIMES, add_prompts, check_prompts, heading, prompts_of
 from .common import add_trust, command_parser
+from .parser import a_name
 
 
 def add_compare(commands: Any) -> None:
@@ -14,8 +15,10 @@ def add_compare(commands: Any) -> None:
     example = 'mla2dsa compare ./model ./model-dsa "def main():" --max-new-tokens 32'
     about = "what a dense model and its DSA one say to the same prompts, and how far apart they are by position"
     command = command_parser(commands, "compare", _compare, about, example, graphs=True, intermixed=True)
-    command.add_argument("dense", metavar="DENSE", help="the dense checkpoint: folder or hub id")
-    command.add_argument("dsa", metavar="DSA", help="what was made of it: checkpoint, exported folder or engine folder")
+    command.add_argument("dense", metavar="DENSE", type=a_name, help="the dense checkpoint: folder or hub id")
+    command.add_argument(
+        "dsa", metavar="DSA", type=a_name, help="what was made of it: checkpoint, exported folder or engine folder"
+    )
     add_prompts(command, "--prompts")
     command.add_argument(
         "--runtime", choices=RUNTIMES, help="of DSA; default: that of the folder, torch for a checkpoint"

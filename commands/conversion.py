@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
 from ..runtime.processes import processes
 from .common import MODEL_HELP, add_drop_stale, add_trust, command_parser
 from .cost import add_cost, cost_of, cost_wanted
+from .parser import a_name, a_path
 
 
 def add_conversion(commands: Any) -> None:
@@ -25,7 +25,7 @@ def add_recipe(command: argparse.ArgumentParser) -> None:
     """The settings of an indexer, which `read_recipe_of` reads."""
     group = command.add_argument_group("indexer")
     group.add_argument(
-        "--recipe", metavar="FILE", help="YAML file with any of these settings and more (docs/recipe.md)"
+        "--recipe", metavar="FILE", type=a_name, help="YAML file with any of these settings and more (docs/recipe.md)"
     )
     group.add_argument(
         "--indexer", metavar="SOURCE",
@@ -105,7 +105,7 @@ def _add_plan(commands: Any) -> None:
         "mla2dsa plan ./model",
         graphs=True,
     )
-    command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    command.add_argument("model", metavar="MODEL", type=a_name, help=MODEL_HELP)
     add_partial(command)
     add_drop_stale(command)
     add_recipe(command)
@@ -152,13 +152,16 @@ def _add_convert(commands: Any) -> None:
         graphs=True,
         together=True,
     )
-    command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    command.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    command.add_argument("model", metavar="MODEL", type=a_name, help=MODEL_HELP)
+    command.add_argument("out", metavar="OUT", type=a_path, help="folder to write")
     add_recipe(command)
     add_layout(command)
     add_partial(command)
     command.add_argument(
-        "--calibration", metavar="PATH", help="text file, folder of text, or .jsonl (default: random tokens)"
+        "--calibration",
+        metavar="PATH",
+        type=a_name,
+        help="text file, folder of text, or .jsonl (default: random tokens)",
     )
     command.add_argument(
         "--tokens", type=int, metavar="N", help="how much of it to use (default 64 sequences; 16 for closed-form)"
@@ -244,14 +247,15 @@ def _add_verify(commands: Any) -> None:
         example,
         graphs=True,
     )
-    command.add_argument("dense", metavar="DENSE", type=Path, help="folder of the dense checkpoint")
-    command.add_argument("dsa", metavar="DSA", type=Path, help="folder of the DSA checkpoint")
+    command.add_argument("dense", metavar="DENSE", type=a_path, help="folder of the dense checkpoint")
+    command.add_argument("dsa", metavar="DSA", type=a_path, help="folder of the DSA checkpoint")
     command.add_argument(
-        "--text", metavar="PATH", help="held-out text: file, folder or .jsonl (default: random tokens)"
+        "--text", metavar="PATH", type=a_name, help="held-out text: file, folder or .jsonl (default: random tokens)"
     )
     command.add_argument(
         "--foreign-text",
         metavar="PATH",
+        type=a_name,
         help="text of another domain than the calibration's: every figure is given for it, too",
     )
     command.add_argument("--sequences", type=int, metavar="N", help="sequences to look at (default 8)")
@@ -294,7 +298,9 @@ def _add_long(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--style", metavar="NAME", help="wording: prose (default), as RULER's, or code, for models of code"
     )
-    group.add_argument("--haystack", metavar="PATH", help="text to hide things in (default: built-in sentences)")
+    group.add_argument(
+        "--haystack", metavar="PATH", type=a_name, help="text to hide things in (default: built-in sentences)"
+    )
     group.add_argument("--batch", type=int, metavar="N", help="prompts answered at once (default 1)")
 
 
@@ -351,8 +357,8 @@ def _add_strip(commands: Any) -> None:
     command = command_parser(
         commands, "strip", _strip, "give the dense checkpoint back, bit for bit", "mla2dsa strip ./model-dsa ./model"
     )
-    command.add_argument("dsa", metavar="DSA", type=Path, help="folder that mla2dsa convert wrote")
-    command.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    command.add_argument("dsa", metavar="DSA", type=a_path, help="folder that mla2dsa convert wrote")
+    command.add_argument("out", metavar="OUT", type=a_path, help="folder to write")
     command.add_argument("--overwrite", action="store_true", help="replace OUT")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import UsageError, UserError
 from .common import MODEL_HELP, add_drop_stale, add_trust, architectures, command_parser
 from .conversion import add_recipe, read_recipe_of
+from .parser import a_name, a_path
 
 
 def add_engines(commands: Any) -> None:
@@ -25,9 +26,10 @@ def _add_build(commands: Any) -> None:
     command.add_argument(
         "source",
         metavar="CKPT_OR_ONNX",
+        type=a_name,
         help="DSA checkpoint (folder or hub id), or what mla2dsa export wrote (folder or .onnx file)",
     )
-    command.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    command.add_argument("out", metavar="OUT", type=a_path, help="folder to write")
     command.add_argument(
         "--onnx-only",
         action="store_true",
@@ -121,12 +123,14 @@ def _add_deploy(commands: Any) -> None:
     command = command_parser(
         commands, "deploy", _deploy, about, "mla2dsa deploy ./model ./engine --calibration ./texts", graphs=True
     )
-    command.add_argument("model", metavar="CKPT", help=MODEL_HELP)
-    command.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    command.add_argument("model", metavar="CKPT", type=a_name, help=MODEL_HELP)
+    command.add_argument("out", metavar="OUT", type=a_path, help="folder to write")
     add_recipe(command)
-    command.add_argument("--calibration", metavar="PATH", help="text for the conversion (default: random tokens)")
+    command.add_argument(
+        "--calibration", metavar="PATH", type=a_name, help="text for the conversion (default: random tokens)"
+    )
     command.add_argument("--tokens", type=int, metavar="N", help="how much of it to use")
-    command.add_argument("--keep-checkpoint", metavar="DIR", type=Path, help="keep the DSA checkpoint there")
+    command.add_argument("--keep-checkpoint", metavar="DIR", type=a_path, help="keep the DSA checkpoint there")
     command.add_argument(
         "--skip-transformers", action="store_true", help="verify on the streamed graph only (large models)"
     )
@@ -179,7 +183,7 @@ def _deploy(args: argparse.Namespace) -> int:
 def _add_bench(commands: Any) -> None:
     about = "time prefill and decode of an engine on this GPU"
     command = command_parser(commands, "bench", _bench, about, "mla2dsa bench ./engine --context 32768")
-    command.add_argument("engine", metavar="ENGINE", help="engine folder, or the .engine file in one")
+    command.add_argument("engine", metavar="ENGINE", type=a_name, help="engine folder, or the .engine file in one")
     command.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (default 1)")
     command.add_argument(
         "--context", type=int, metavar="N", help="tokens of prefill (default: half of what the engine takes)"

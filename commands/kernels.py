@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
 from .common import architectures, command_parser
+from .parser import a_path
 
 
 def add_kernels(commands: Any) -> None:
@@ -28,7 +28,7 @@ def _add_build(commands: Any) -> None:
     about = "compile every kernel for GPU architectures into a folder with a manifest; needs no GPU"
     example = "mla2dsa kernels build --sm 80,90,100 --out ./kernels"
     command = command_parser(commands, "build", _build, about, example)
-    command.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to write")
+    command.add_argument("--out", metavar="DIR", type=a_path, required=True, help="folder to write")
     command.add_argument(
         "--sm",
         metavar="LIST",
@@ -56,7 +56,7 @@ def _build(args: argparse.Namespace) -> int:
 def _add_list(commands: Any) -> None:
     about = "the kernels of a pack with their resources, or those that would be built"
     command = command_parser(commands, "list", _list, about, "mla2dsa kernels list ./kernels")
-    command.add_argument("pack", metavar="DIR", type=Path, nargs="?", help="folder that mla2dsa kernels build wrote")
+    command.add_argument("pack", metavar="DIR", type=a_path, nargs="?", help="folder that mla2dsa kernels build wrote")
 
 
 def _list(args: argparse.Namespace) -> int:

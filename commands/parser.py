@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ..compat.argparse_private import options
@@ -47,6 +48,19 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(
                 action, f"invalid choice: {value!r}{near_to(str(value), action.choices)} (choose from {known})"
             )
+
+
+def a_name(text: str) -> str:
+    """The type of arguments that are a path or a hub id. An empty one is a shell variable without a value, and would mean the folder
+    that one happens to be in."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, found none (is a shell variable empty?)")
+    return text
+
+
+def a_path(text: str) -> Path:
+    """The type of arguments that are a path."""
+    return Path(a_name(text))
 
 
 def near_to(word: str, known: Iterable[Any]) -> str:

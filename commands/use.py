@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .common import command_parser
+from .parser import a_name, a_path
 
 
 def add_use(commands: Any) -> None:
@@ -21,8 +22,8 @@ def _add_export(commands: Any) -> None:
     command = command_parser(
         commands, "export", _export, "write a DSA checkpoint's graph with caches, as ONNX or .pt2", example, graphs=True
     )
-    command.add_argument("model", metavar="CKPT", help="DSA checkpoint: folder or hub id")
-    command.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    command.add_argument("model", metavar="CKPT", type=a_name, help="DSA checkpoint: folder or hub id")
+    command.add_argument("out", metavar="OUT", type=a_path, help="folder to write")
     command.add_argument("--format", choices=("onnx", "pt2"), default="onnx", help="default onnx")
     command.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default float32"

@@ -176,3 +176,27 @@ def test_no_color_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Progress()._console.no_color
     monkeypatch.delenv("NO_COLOR")
     assert not Progress()._console.no_color
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["convert", TINY, ""], ["plan", ""], ["verify", TINY, TINY, "--text", ""], ["plan", TINY, "--recipe", ""],
+        ["plan", TINY, "--log-file="], ["serve", TINY, ""], ["compare", "", TINY],
+    ],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_an_empty_path_is_not_the_folder_one_is_in(
+    words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_refused(mla2dsa(*words), 2, "expected a path, found none", "--help")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("setting", ["calibration", "donor"])
+def test_an_empty_path_in_a_recipe(setting: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(f'{setting}: ""\n')
+    assert_refused(
+        mla2dsa("plan", TINY, "--recipe", tmp_path / "recipe.yaml"), 2, setting, "expected a path, found none"
+    )
