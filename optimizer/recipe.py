@@ -30,6 +30,8 @@ Number = Annotated[float, BeforeValidator(_number)]  # YAML 1.1 reads 3e-3 as te
 def _path(value: str) -> str:
     if "\0" in value:
         raise ValueError("a path has no NUL character")
+    if not value:
+        raise ValueError("expected a path, found none")
     return value
 
 
@@ -74,7 +76,7 @@ class Verify(_Strict):
     """Limits of the verification. max_loss_delta: nats/token on held-out text, all layers sparse at once."""
 
     # benchmarks/constants.py: good conversions cost 0.02, closed forms of 24 channels 0.044; an untrained indexer in layer 0 costs 0.06.
-    max_loss_delta: Number = Field(default=0.05, gt=0)
+    max_loss_delta: Number = Field(default=0.05, gt=0, allow_inf_nan=False)
     # benchmarks/constants.py: standard error of the loss increase 0.006 with 8, 0.012 with 2.
     sequences: Count = 8
 
