@@ -32,6 +32,7 @@ _NOT_THE_GRAPH = {
     "num_mtp_layers", "num_nextn_predict_layers", "pad_token_id", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
 _NULLS = {"attention_dropout": 0.0, "norm_topk_prob": False}  # what null means to deepseek_v3
+_DTYPES = (None, "float32", "bfloat16", "float16")  # in which transformers may hold any checkpoint
 CONVERT_AGAIN = "fetch the files again, or convert again"
 NOT_A_PAIR = "compare with the checkpoint that the DSA one was made from, and convert again if a file was changed"
 
@@ -138,8 +139,9 @@ def _layout(base: Checkpoint, made: Checkpoint) -> Layout:
 def _check_same_model(base: Checkpoint, made: Checkpoint, layout: Layout, indexer: IndexerConfig) -> None:
     """The config.json of the DSA checkpoint has to mean what a conversion of the dense one would write, or one would be held
     against another model."""
-    expected = dense_words(dsa_config(base.config, replace(indexer, rope_interleave=False), [], layout))
-    one, two = read_config(expected), read_config(dense_config(made))
+    written = dsa_config(base.config, replace(indexer, rope_interleave=False), [], layout)
+    _check_loads_as(made, written)
+    one, two = read_config(dense_words(written)), read_config(dense_config(made))
     known = type(one)().to_dict().keys() - _NOT_THE_GRAPH  # what the class acts upon
     first, second = _meaning(one), _meaning(two)
     if differing := sorted(name for name in known if first.get(name) != second.get(name)):
@@ -147,6 +149,16 @@ def _check_same_model(base: Checkpoint, made: Checkpoint, layout: Layout, indexe
             f"{made.path / made.config_file}: {', '.join(differing)} other than in {base.path / base.config_file}; "
             f"set both alike, or {CONVERT_AGAIN}"
         )
+
+
+def _check_loads_as(made: Checkpoint, written: dict[str, Any]) -> None:
+    """Fields that decide what a runtime makes of the files, and no graph shows. written: the config.json of a conversion."""
+    for name in ("architectures", "dtype", "torch_dtype"):
+        expected, found = written.get(name), made.config.get(name)
+        if expected != found and not (found in _DTYPES and name != "architectures"):
+            raise UserError(
+                f"{made.path / made.config_file}: {name} is {found!r}, expected {expected!r}; {CONVERT_AGAIN}"
+            )
 
 
 def _same_graph(base: Checkpoint, made: Checkpoint) -> bool:

@@ -129,3 +129,19 @@ def test_verify_compares_two_of_a_kind(case: str, made: Path, dsa: Path) -> None
     done = mla2dsa("verify", made / "dense", dsa, "--sequence-length", 64, "--skip-transformers")
     field = next(iter(OBEYED[case]))
     assert_refused(done, 1, dsa / "config.json", field, made / "dense" / "config.json", "set both alike")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"architectures": ["LlamaForCausalLM"]},
+        {"architectures": None},
+        {"dtype": "float8_e4m3fn"},
+        {"dtype": ["bfloat16"]},
+    ],
+    ids=str,
+)
+def test_verify_refuses_what_runtimes_would_load_otherwise(fields: dict[str, Any], made: Path, dsa: Path) -> None:
+    edit_config(dsa, fields)
+    done = mla2dsa("verify", made / "dense", dsa, "--sequences", 1, "--sequence-length", 32, "--skip-transformers")
+    assert_refused(done, 1, dsa / "config.json", next(iter(fields)), "expected")
