@@ -32,6 +32,7 @@ from .proof.figures import Decode
 from .proof.fp8 import Fp8Scores
 from .proof.limits import TEXT_GATES, Check, Measured, foreign_checks, gated, quality_checks, read_gates
 from .proof.pair import CONVERT_AGAIN, NOT_A_PAIR, Pair, open_pair
+from .proof.same_tensors import same_tensors
 from .proof.tasks.long import LongResult, Settings, check_lengths, gate_names, long_checks, run_long
 from .recipe import Verify
 
@@ -134,7 +135,7 @@ def _proved_exact(
     pair: Pair, sequences: Sequence[Tensor], skip_transformers: bool, report: Callable[[str, int, int], None]
 ) -> tuple[list[Check], list[str]]:
     """What says that both are one model: (checks, what was skipped)."""
-    checks, skipped = [_exactness(pair, sequences)], []
+    checks, skipped = [_exactness(pair, sequences), same_tensors(pair)], []
     report("exactness", 1, 1)
     if skip_transformers:
         return checks, ["transformers (asked for)"]
@@ -323,6 +324,7 @@ def verify_folders(
     sequences = limits.sequences if sequences is None else sequences
     if sequences < 1:
         raise UsageError(f"--sequences {sequences}, expected at least 1")
+    limit = _limit(limits, max_loss_delta)
     pair = open_pair(dense, dsa, usable_device(device), drop_stale=drop_stale, allow_partial=allow_partial)
     if not skip_transformers:
         hf.refuse_if_too_large(pair.sparse.checkpoint)
@@ -330,7 +332,6 @@ def verify_folders(
         check_lengths(long.lengths, pair.config.index_topk, pair.dense.capture.max_length)
     read = partial(_read, pair, sequences, _length(pair, sequence_length), trust_remote_code)
     main, foreign = read(text), None if foreign_text is None else read(foreign_text)
-    limit = limits.max_loss_delta if max_loss_delta is None else max_loss_delta
     result = verify(pair, main.sequences, main.origin, limit, skip_transformers, on_progress, None, decode=main.decode,
                     foreign=foreign, fp8=True, gates=wanted)  # fmt: skip
     del pair
@@ -341,13 +342,21 @@ def verify_folders(
     return replace(result, long=asked, checks=(*result.checks, *long_checks(asked, wanted)))
 
 
+def _limit(limits: Verify, max_loss_delta: float | None) -> float:
+    """Raises UsageError for what is none."""
+    limit = limits.max_loss_delta if max_loss_delta is None else max_loss_delta
+    if not 0 < limit < math.inf:
+        raise UsageError(f"--max-loss-delta {limit}, expected a number above 0, in nats/token")
+    return limit
+
+
 def _length(pair: Pair, sequence_length: int | None) -> int:
     """Tokens of a sequence. Raises UsageError."""
     topk, context = pair.config.index_topk, pair.dense.capture.max_length
     length = min(context, max(1024, 4 * topk)) if sequence_length is None else sequence_length
     if not topk + 1 < length <= context:
         raise UsageError(
-            f"--sequence-length {length}, expected more than index_topk {topk} and at most the context of {context} tokens"
+            f"--sequence-length {length}, expected at least index_topk {topk} + 2 and at most the context of {context} tokens"
         )
     return length
 

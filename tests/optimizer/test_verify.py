@@ -74,7 +74,7 @@ def test_honest_pair(tmp_path_factory: pytest.TempPathFactory) -> None:
     assert not failed(done)
     result = done.json()
     values = {check["name"]: check["value"] for check in result["checks"]}
-    assert len(values) == 11
+    assert len(values) == 12
     foreign = result["foreign"]
     assert foreign["origin"] == str(TINY / "corpus.py")
     for text in (result["text"], foreign["text"]):
@@ -106,9 +106,9 @@ def test_tables(tmp_path_factory: pytest.TempPathFactory) -> None:
 def test_limit_is_the_users(tmp_path_factory: pytest.TempPathFactory) -> None:
     dsa = small_conversion(tmp_path_factory)
     gates = ("--gate", "kl=0", "--gate", "few-positive=1")
-    done = mla2dsa("verify", TINY, dsa, *STREAMED, "--max-loss-delta", "-1", *gates, "--json")
+    done = mla2dsa("verify", TINY, dsa, *STREAMED, "--max-loss-delta", "1e-9", *gates, "--json")
     assert list(failed(done)) == [LOSS, "KL to the dense model, nats (--gate kl)"]
-    assert "expected at most -1 (all layers sparse); calibrate on more text" in done.err
+    assert "expected at most 1e-09 (all layers sparse); calibrate on more text" in done.err
 
 
 # Damaged indexers
@@ -232,6 +232,26 @@ def test_other_dense_weights(
     done = mla2dsa("verify", other_dense(tensor), small_conversion(tmp_path_factory), *STREAMED, "--json")
     assert failed(done)[GRAPH]["detail"] == f"first differs in {first}"
     assert f"(first differs in {first}); compare with the checkpoint" in done.err
+
+
+def test_one_number_that_no_text_shows(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One of 16384 numbers of a weight, a little larger: the graph's outputs round it away, the bytes do not."""
+    name, dsa = "model.layers.1.mlp.down_proj.weight", small_conversion(tmp_path_factory)
+    changed = Path(shutil.copytree(dsa, tmp_path / "dsa"))
+    shard = next(file for file in changed.glob("*.safetensors") if name in load_file(file))
+    tensors = load_file(shard)
+    tensors[name][3, 5] += 1e-3
+    shard.unlink()
+    save_file(tensors, shard, metadata={"format": "pt"})
+    done = mla2dsa("verify", TINY, changed, *STREAMED, "--json")
+    assert list(failed(done)) == ["tensors kept = dense's (bytes)"]
+    assert f"({name} ({shard}))" in done.err
+
+
+@pytest.mark.parametrize("limit", ["nan", "inf", "-1", "0"])
+def test_limits_that_are_none(limit: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    done = mla2dsa("verify", TINY, small_conversion(tmp_path_factory), *STREAMED, "--max-loss-delta", limit)
+    assert_refused(done, 2, "--max-loss-delta", "expected a number above 0")
 
 
 @pytest.mark.parametrize(
