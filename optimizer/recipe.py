@@ -158,8 +158,9 @@ def read_recipe(file: str | None, flags: Mapping[str, Any]) -> Recipe:
 
 def _explain(error: Any, file: str | None, flags: Mapping[str, Any]) -> str:
     """One line for pydantic's first finding: a flag is called by its flag, a field by its place in the file."""
-    where = short(".".join(map(str, error["loc"]))) or "indexer"
     flag = error["loc"][:1] and flags.get(error["loc"][0]) is not None
+    place = error["loc"][:1] if flag else error["loc"]  # where in a flag's list is seen from what was given
+    where = short(".".join(map(str, place))) or "indexer"
     source = f"--{where.replace('_', '-')}" if flag or file is None else f"{file}: {where}"
     if error["type"] == "extra_forbidden":
         groups: dict[str, type[BaseModel]] = {"distil": Distil, "verify": Verify}
