@@ -36,7 +36,7 @@ def _path(value: str) -> str:
 
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}  # seconds
-_BUDGET = re.compile(r"(\d{1,12}(?:\.\d{1,6})?) *(s|m|h|tokens|steps)")
+_BUDGET = re.compile(r"(\d{1,12}(?:\.\d{1,6})?) *(s|m|h|tokens|steps)", re.ASCII)
 
 
 def read_budget(text: str) -> tuple[float, Literal["seconds", "tokens", "steps"]]:

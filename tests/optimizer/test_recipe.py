@@ -48,7 +48,9 @@ def test_budget(given: str, budget: tuple[float, str], tmp_path: Path) -> None:
         assert read_budget(recipe.budget) == budget
 
 
-@pytest.mark.parametrize("given", ["10", "m", "-1m", "0m", "0.0 steps", "1e3 steps", "10 m s", "9" * 20 + "s", "nan s"])
+@pytest.mark.parametrize(
+    "given", ["١٠m", "10", "m", "-1m", "0m", "0.0 steps", "1e3 steps", "10 m s", "9" * 20 + "s", "nan s"]
+)
 def test_no_budget(given: str) -> None:
     with pytest.raises(UsageError, match=r"^--budget .*expected a time \(90s, 10m, 1\.5h\), tokens"):
         read_recipe(None, {"budget": given})
@@ -277,3 +279,9 @@ def test_a_recipe_is_a_regular_file(tmp_path: Path, make: Callable[[Path], objec
     make(tmp_path / "recipe.yaml")
     with pytest.raises(UsageError, match=r"recipe cannot be read: .*expected a regular file"):
         read_recipe(str(tmp_path / "recipe.yaml"), {})
+
+
+@pytest.mark.parametrize("given", ["", "vLLM", "vllm,"], ids=repr)
+def test_a_flag_with_a_list_is_named_as_a_flag(given: str) -> None:
+    with pytest.raises(UsageError, match=r"^--target '"):
+        read_recipe(None, {"target": given.split(",")})
