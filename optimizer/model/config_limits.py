@@ -48,7 +48,8 @@ def check_config(file: Path, config: Mapping[str, Any], tensors: int) -> None:
         for name, largest in _LARGEST.items():
             value = part.get(name)
             if value is not None and (type(value) is not int or value > largest):
-                raise UserError(f"{file}: {name} is {short(value)}, expected a number of at most {largest}")
+                told = short(value if isinstance(value, int) else repr(value))  # "64" is no number
+                raise UserError(f"{file}: {name} is {told}, expected a number of at most {largest}")
         for name in _LISTS:
             value = part.get(name)
             if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):

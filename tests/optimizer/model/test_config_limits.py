@@ -14,6 +14,7 @@ from mla2dsa.optimizer.model.config_limits import check_config
 FILE = Path("config.json")
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected a number of at most 10000"),
+    "number-in-quotes": ({"index_topk": "64"}, "index_topk is '64', expected a number"),
     "more-layers-than-tensors": ({"num_hidden_layers": 50}, "num_hidden_layers is 50, but there are no more than 40 tensors"),
     "experts": ({"n_routed_experts": 10**9}, "n_routed_experts is"),
     "experts-of-all-layers": ({"num_hidden_layers": 40, "num_experts": 2**16 - 1}, "more than any model has"),
@@ -22,7 +23,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "context": ({"max_position_embeddings": 10**12}, "max_position_embeddings is"),
     "words": ({"vocab_size": 2**60}, "vocab_size is"),
     "digits": ({"vocab_size": 10**4000}, "vocab_size is a number of 13288 bits"),
-    "text": ({"kv_lora_rank": "A" * 9999}, "kv_lora_rank is AAA"),
+    "text": ({"kv_lora_rank": "A" * 9999}, "kv_lora_rank is 'AAA"),
     "float": ({"q_lora_rank": 96.0}, "q_lora_rank is 96.0"),
     "infinite": ({"index_topk": float("inf")}, "index_topk is inf"),
     "bool": ({"num_attention_heads": True}, "num_attention_heads is True"),
