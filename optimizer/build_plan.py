@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..compat.tensorrt_backend import RTX_SMS, check_sms, gpu_sm, open_backend
-from ..errors import UsageError, UserError
+from ..compat.tensorrt_backend import BACKENDS, RTX_SMS, check_sms, gpu_sm, open_backend
+from ..errors import UsageError, UserError, short
 from ..exporters.engine.engine_plan import EnginePlan
 from ..exporters.engine.plugin_build import build_plugin
 from ..exporters.engine.profiles import engine_profiles
@@ -84,9 +84,11 @@ def default_sms(backend: str) -> tuple[int, ...]:
 def _architectures(options: BuildOptions) -> tuple[int, ...]:
     if options.dtype not in MODEL_DTYPES:
         raise UsageError(f"dtype {options.dtype!r}: expected one of {', '.join(MODEL_DTYPES)}")
+    if options.backend not in BACKENDS:
+        raise UsageError(f"backend {options.backend!r}: expected one of {', '.join(BACKENDS)}")
     sms = default_sms(options.backend) if options.sms is None else tuple(sorted(set(options.sms)))
-    if not sms:
-        raise UsageError("--sm: expected at least one architecture, as 90")
+    if not sms or any(type(sm) is not int for sm in sms):
+        raise UsageError(f"--sm {short(repr(options.sms))}: expected at least one architecture, as 90")
     for sm in sms:
         check_architecture(sm)
     check_sms(options.backend, sms)

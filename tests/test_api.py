@@ -81,3 +81,19 @@ def test_convert_export_and_verify(tmp_path: Path, tmp_path_factory: pytest.Temp
 def test_one_of_overwrite_and_resume(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="overwrite and resume"):
         package.convert(TINY, tmp_path / "out", overwrite=True, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"backend": "trt"}, "'trt': expected one of tensorrt, tensorrt-rtx"),
+        ({"sms": "90"}, "--sm '90': expected at least one architecture"),
+        ({"sms": [90], "most": {"nope": 3}}, "nope: no size of an engine; expected batch, seq, cache_length"),
+    ],
+    ids=["backend", "sms", "most"],
+)
+def test_options_of_an_engine(
+    options: dict[str, object], said: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        package.build(small_conversion(tmp_path_factory), tmp_path / "engine", **options)

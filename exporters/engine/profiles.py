@@ -34,6 +34,8 @@ def engine_profiles(limits: Mapping[str, int], least: Sizes, usual: Sizes, most:
     limits: of the export. What is not given: as much as the export takes, in pieces of PREFILL_CHUNK tokens.
     Raises UsageError when sizes are out of order, or over the limits.
     """
+    if unknown := sorted({*least, *usual, *most} - set(DIMS)):
+        raise UsageError(f"{', '.join(unknown)}: no size of an engine; expected {', '.join(DIMS)}")
     bounds = {"batch": limits["max_batch"], "seq": limits["max_seq"], "cache_length": limits["max_seq"]}
     ranges = {
         "batch": (1, 1, limits["max_batch"]),
