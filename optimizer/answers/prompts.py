@@ -15,7 +15,8 @@ Message = Mapping[str, Any]
 
 
 def text_ids(opened: Opened, prompt: str) -> list[int]:
-    """The prompt in the model's tokens, with what its tokenizer puts before a text."""
+    """The prompt in the model's tokens, with what its tokenizer puts before a text. Raises UserError for what is no text."""
+    _check_text(prompt)
     return list(opened.tokenizer(prompt, verbose=False)["input_ids"])
 
 
@@ -26,12 +27,22 @@ def chat_ids(opened: Opened, messages: Sequence[Message]) -> list[int]:
         raise UserError(
             f"{opened.folder}: its tokenizer has no chat template, so it is no chat model; give it a text to continue instead"
         )
+    for message in messages:
+        _check_text(str(message.get("content")))
     try:
         ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
     except Exception as error:  # a template raises what it likes: on roles that do not alternate, say
         reason = short((str(error).strip().splitlines() or [type(error).__name__])[0], 160)
         raise UserError(f"{opened.folder}: its chat template does not take these messages ({reason})") from error
     return list(ids)
+
+
+def _check_text(text: str) -> None:
+    """Raises UserError for half a character, as JSON can spell it and a shell can pass one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the prompt is no text: half a character (a surrogate) at place {error.start}") from None
 
 
 def conversation(prompt: str, system: str | None = None) -> list[Message]:
