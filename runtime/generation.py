@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, short
 from ..files.sizes import PREFILL_CHUNK
 
 
@@ -42,6 +42,8 @@ class Sampling:
             raise UserError(f"top-p {self.top_p}, expected more than 0 and at most 1")
         if self.top_k < 0:
             raise UserError(f"top-k {self.top_k}, expected 0 (all tokens) or more")
+        if not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"seed {short(self.seed)}, expected a number of 64 bits")
 
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
@@ -50,11 +52,16 @@ class Sampling:
         """[B] token ids from logits [B, vocab] float32."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        scores, order = torch.sort(logits / self.temperature, dim=-1, descending=True, stable=True)
+        below = (
+            logits - logits.amax(-1, keepdim=True)
+        ).double() / self.temperature  # no temperature makes the best infinite
+        scores, order = torch.sort(below.float(), dim=-1, descending=True, stable=True)
         if self.top_k:
             scores[:, self.top_k :] = -math.inf
         ranked = scores.softmax(-1)
-        ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= self.top_p, 0.0)
+        left_out = ranked.cumsum(-1) - ranked >= self.top_p
+        left_out[:, 0] = False  # a float32 may take top_p for zero
+        ranked = ranked.masked_fill(left_out, 0.0)
         choice = torch.multinomial(ranked, 1, generator=generator)
         return order.gather(-1, choice)[:, 0]
 

@@ -2,10 +2,11 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from command_line import TINY, mla2dsa, small_conversion
+from command_line import TINY, assert_refused, mla2dsa, small_conversion
 from comparing import close
 from dsa_checkpoints import NAMES, dsa_checkpoint
 from torch import Tensor
@@ -124,6 +125,14 @@ def test_sampling_is_seeded_and_keeps_to_top_p() -> None:
     assert 0.55 < first.count(0) / 300 < 0.78  # 2/3 of what top-p keeps
 
 
+@pytest.mark.parametrize(
+    "sampling", [Sampling(temperature=1e-40), Sampling(temperature=5e-324), Sampling(1.0, top_p=1e-50)], ids=str
+)
+def test_the_smallest_temperature_and_top_p_take_the_likeliest(sampling: Sampling) -> None:
+    logits = torch.tensor([[3.0, 90.0, -5.0]])
+    assert list(generate(Scripted(logits), [[0]], 3, sampling)) == [[1], [1], [1]]
+
+
 def test_greedy_ties_go_to_the_lowest_id_and_stop_ends_a_row() -> None:
     tied = Scripted(torch.tensor([[1.0, 5.0, 5.0]]))
     assert list(generate(tied, [[0]], 3, Sampling())) == [[1], [1], [1]]
@@ -145,10 +154,21 @@ def test_refusals(prompts: list[list[int]], count: int, message: str) -> None:
         list(generate(Scripted(torch.zeros(1, 3)), prompts, count, Sampling()))
 
 
-@pytest.mark.parametrize("values", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}], ids=str)
-def test_sampling_refuses(values: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "values", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"seed": 2**64}, {"seed": -(10**99)}], ids=str
+)
+def test_sampling_refuses(values: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="expected"):
         Sampling(**values)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [((b"a\xff".decode(errors="surrogateescape"),), "half a character"), (("x", "--seed", 10**30), "seed 10")],
+    ids=["bytes", "seed"],
+)  # fmt: skip
+def test_the_command_refuses(words: tuple[object, ...], part: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    assert_refused(mla2dsa("generate", small_conversion(tmp_path_factory), *words, "--max-new-tokens", 1), 1, part)
 
 
 def test_the_command_prints_the_text_and_nothing_else(tmp_path_factory: pytest.TempPathFactory) -> None:
