@@ -15,6 +15,7 @@ from ..errors import short
 MOST_STOPS, MOST_STOP_LENGTH, MOST_MESSAGES = 4, 256, 1024
 Text = Annotated[str, Field(min_length=1, max_length=MOST_STOP_LENGTH)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+_KINDS = {"str", "int", "constrained-str"}  # of a union, as pydantic calls them
 
 
 class ApiError(Exception):
@@ -146,10 +147,24 @@ def read_request(kind: type[Kind], body: bytes) -> Kind:
 
 def _told(error: ValidationError) -> ApiError:
     """The first fault, by the field's name; of a field's value no more than what pydantic says was expected."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    faults = error.errors(include_url=False, include_context=False)
+    first = faults[0]
     field = str(first["loc"][0]) if first["loc"] else None
+    if isinstance(first["input"], list):  # that it is no string is the least of what is wrong with a list
+        first = next((it for it in faults if it["loc"][:1] == first["loc"][:1] and it["type"] != "string_type"), first)
+    place = short(_place(first["loc"]))
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"{short(field)} is not taken by this server; leave it out", "unknown_parameter", field)
+        return ApiError(400, f"{place} is not taken by this server; leave it out", "unknown_parameter", field)
     if first["type"] == "missing":
-        return ApiError(400, f"{field} is missing", "missing_required_parameter", field)
-    return ApiError(400, f"{field}: {short(first['msg'], 200)}", "invalid_value", field)
+        return ApiError(400, f"{place} is missing", "missing_required_parameter", field)
+    return ApiError(400, f"{place}: {short(first['msg'], 200)}", "invalid_value", field)
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """messages[0].content, without the names that pydantic gives the kinds of a union."""
+    *inner, last = loc or ("the body",)
+    names = [it for it in inner if isinstance(it, int) or (it.isidentifier() and it not in _KINDS)]
+    if isinstance(last, int) or (last not in _KINDS and "[" not in last):
+        names.append(last)
+    parts = (f"[{it}]" if isinstance(it, int) else f".{it}" for it in names)
+    return "".join(parts).removeprefix(".")
