@@ -37,10 +37,12 @@ def ask_for(worker: Worker, asked: CompletionAsked | ChatAsked, most: int) -> As
 
 
 def _completion(worker: Worker, asked: CompletionAsked) -> list[int]:
-    if isinstance(asked.prompt, str):
-        ids = worker.text_ids(asked.prompt)
-    elif isinstance(asked.prompt[0], str):
-        ids = worker.text_ids(asked.prompt[0])
+    text = asked.prompt if isinstance(asked.prompt, str) else asked.prompt[0]
+    if isinstance(text, str):
+        try:
+            ids = worker.text_ids(text)
+        except UserError as error:
+            raise ApiError(400, str(error), "invalid_value", "prompt") from None
     else:
         ids = [int(it) for it in asked.prompt]
         size = len(worker.opened.tokenizer)
