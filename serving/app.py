@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -9,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..optimizer.answers.answer import Ask
+from ..optimizer.answers.answer import Ask, Piece
 from . import replies
 from .asking import ask_for, failure, pieces_of
 from .guards import check_key, read_body
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
 Endpoint = Callable[["Request"], Awaitable["Response"]]
+_LOOK = 0.2  # seconds between looks at whether a client is still there, fixed by what a person does not notice
 _PAGE = {
     "/": ("page.html", "text/html"),
     "/page.js": ("page.js", "text/javascript"),
@@ -105,18 +107,25 @@ class _Api:
         reply = Reply(asked.model, kind is ChatAsked, len(ask.ids))
         if asked.stream:
             return await _streamed(worker, ask, reply, asked.with_usage)
-        pieces = []
-        async with pieces_of(worker, ask) as arriving:
-            async for piece in arriving:
-                pieces.append(piece)
-                if await request.is_disconnected():
-                    break
-        return _json(reply.whole(pieces))
+        whole = asyncio.ensure_future(_gathered(worker, ask))
+        try:
+            while not whole.done() and not await request.is_disconnected():
+                await asyncio.wait([whole], timeout=_LOOK)
+            if not whole.done():
+                raise ApiError(400, "the client has left")  # nobody is there to read it
+            return _json(reply.whole(await whole))
+        finally:
+            whole.cancel()  # who has left is not answered on, and keeps no place among those that wait
 
     def _worker(self, name: str) -> Worker:
         if name not in self._workers:
             raise ApiError(404, f"no such model here; there is {', '.join(self._workers)}", "model_not_found", "model")
         return self._workers[name]
+
+
+async def _gathered(worker: Worker, ask: Ask) -> list[Piece]:
+    async with pieces_of(worker, ask) as arriving:
+        return [piece async for piece in arriving]
 
 
 async def _streamed(worker: Worker, ask: Ask, reply: Reply, with_usage: bool) -> Response:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from queue import Empty, Full, Queue
 
 from ..optimizer.answers.answer import Ask, Piece, answer
 from ..optimizer.answers.opened import Opened
@@ -43,7 +43,8 @@ class Worker:
 
     def __init__(self, opened: Opened, sampling: Sampling, waiting: int) -> None:
         self.opened, self.sampling = opened, sampling
-        self._queue: Queue[Job | None] = Queue(waiting)
+        self._most, self._jobs = waiting, deque[Job]()
+        self._changed = threading.Condition()
         self._closed = threading.Event()
         self._tokenizing = threading.Lock()  # tokenizers' objects may not be read while transformers sets them up
         self._thread = threading.Thread(target=self._run, name=f"answers of {opened.name}", daemon=True)
@@ -51,14 +52,21 @@ class Worker:
 
     def submit(self, ask: Ask, emit: Emit) -> Job:
         """Raises Busy or Closed."""
-        if self._closed.is_set():
-            raise Closed
         job = Job(ask, emit)
-        try:
-            self._queue.put_nowait(job)
-        except Full:
-            raise Busy from None
+        with self._changed:
+            if self._closed.is_set():
+                raise Closed
+            waiting = [it for it in self._jobs if not it.cancelled]  # who has left keeps no place
+            if len(waiting) >= self._most:
+                raise Busy
+            self._jobs = deque([*waiting, job])
+            self._changed.notify()
         return job
+
+    @property
+    def waits(self) -> int:
+        """How many requests wait."""
+        return len(self._jobs)
 
     def text_ids(self, prompt: str) -> list[int]:
         with self._tokenizing:
@@ -69,23 +77,31 @@ class Worker:
         with self._tokenizing:
             return chat_ids(self.opened, messages)
 
+    def stop(self) -> None:
+        """What is being answered ends at the next token, and what waits is told. Does not wait for it."""
+        with self._changed:
+            self._closed.set()
+            waiting, self._jobs = self._jobs, deque()
+            self._changed.notify()
+        for job in waiting:
+            job.emit(Closed())
+
     def close(self, seconds: float = 5.0) -> None:
-        """What is being answered ends at the next token, and what waits is told."""
-        self._closed.set()
-        try:
-            while (job := self._queue.get_nowait()) is not None:
-                job.emit(Closed())
-        except Empty:
-            pass
-        self._queue.put(None)
+        """Stopped, and waited for."""
+        self.stop()
         self._thread.join(seconds)
 
     def _run(self) -> None:
-        while (job := self._queue.get()) is not None:
+        while (job := self._next()) is not None:
             try:
                 self._answer(job)
             except Exception as error:  # it is the client's to hear, and the next job's turn
                 job.emit(error)
+
+    def _next(self) -> Job | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._closed.is_set())
+            return self._jobs.popleft() if self._jobs else None
 
     def _answer(self, job: Job) -> None:
         if job.cancelled:
