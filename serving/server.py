@@ -60,7 +60,16 @@ def make_server(workers: dict[str, Worker], settings: Settings) -> Any:
         make_app(workers, settings), access_log=False, log_level="error", server_header=False, ws="none",
         timeout_graceful_shutdown=_GRACE, timeout_keep_alive=30, h11_max_incomplete_event_size=2**16,
     )  # fmt: skip
-    return uvicorn.Server(config)
+
+    class Server(uvicorn.Server):
+        """Answers are ended before uvicorn waits for them, or it would break off those that take longer than it waits."""
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            for worker in workers.values():
+                worker.stop()
+            await super().shutdown(sockets)
+
+    return Server(config)
 
 
 def _listening(settings: Settings) -> socket.socket:

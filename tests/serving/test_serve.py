@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +25,7 @@ from mla2dsa.optimizer.answers.opened import open_model
 from mla2dsa.runtime.generation import Sampling
 from mla2dsa.serving.server import make_server
 from mla2dsa.serving.settings import Settings
-from mla2dsa.serving.worker import Worker
+from mla2dsa.serving.worker import Busy, Worker
 
 KEY, PROMPT, COUNT = "sk-tests", "def main():\n    return", 12
 MESSAGES: Any = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "sort a list"}]
@@ -192,6 +194,14 @@ COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
         (COMPLETIONS, {**BASE, "colour": "red"}, 400, "colour is not taken"),
         (CHATS, {**CHAT, "messages": []}, 400, "messages"),
         (CHATS, {**CHAT, "messages": [{"role": "wizard", "content": "x"}]}, 400, "messages"),
+        (CHATS, {**CHAT, "messages": [{"role": "user"}]}, 400, "messages[0].content is missing"),
+        (CHATS, {**CHAT, "messages": [*CHAT["messages"], {**CHAT["messages"][0], "calls": 1}]}, 400, "messages[1].calls is not"),
+        (CHATS, {**CHAT, "messages": [{"role": "user", "content": [{"type": "image"}]}]}, 400, "messages[0].content[0].type: "),
+        (CHATS, {**CHAT, "messages": [{"role": "user", "content": "a\ud800"}]}, 400, "half a character (a surrogate) at place 1"),
+        (COMPLETIONS, {**BASE, "prompt": "\ud800"}, 400, "half a character (a surrogate) at place 0"),
+        (COMPLETIONS, {**BASE, "prompt": []}, 400, "prompt: List should have at least 1 item"),
+        (COMPLETIONS, {**BASE, "prompt": 5}, 400, "prompt: Input should be a valid string"),
+        (COMPLETIONS, {**BASE, "stream_options": {"colour": 1}}, 400, "stream_options.colour is not taken"),
         (CHATS, {**CHAT, "model": "b"}, 400, "no chat template"),
         (CHATS, {**CHAT, "tools": []}, 400, "tools is not taken"),
         ("/v1/embeddings", BASE, 404, "Not Found"),
@@ -252,6 +262,68 @@ def test_a_full_queue_is_told(running: Running) -> None:
     go_on.set()
     assert refused.value.response.headers["retry-after"] == "1"
     assert len([chunk for chunk in stream if chunk.choices[0].text]) > 3
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_who_leaves_while_waiting_keeps_no_place(running: Running, stream: bool) -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    def hold(_: Piece | Exception) -> None:
+        started.set()
+        go_on.wait(120)
+
+    worker = running.workers["b"]
+    worker.submit(Ask((1,), 1, Sampling()), hold)
+    assert started.wait(120)
+    body = {**BASE, "model": "b", "stream": stream}
+    asked: Any = {"json": body, "headers": {"Authorization": f"Bearer {KEY}"}, "timeout": 1}
+    try:
+        # the headers of a stream come at once, its pieces do not
+        with (
+            pytest.raises(httpx2.TimeoutException),
+            httpx2.stream("POST", running.url + COMPLETIONS, **asked) as answer,
+        ):
+            answer.read()
+        limit, job = time.monotonic() + 30, None
+        while job is None:  # the server takes notice a moment later
+            assert time.monotonic() < limit
+            with contextlib.suppress(Busy):
+                job = worker.submit(Ask((1,), 1, Sampling()), lambda _: None)
+            time.sleep(0.05)
+        job.cancel()
+    finally:
+        go_on.set()
+
+
+def test_a_server_that_is_stopped_ends_its_answers(running: Running) -> None:
+    """What is being written, and what waits, hears so; uvicorn's patience is not used up."""
+    first = running.workers["a"]
+    twin: Any = copy.copy(first.opened.session)
+    twin._caches = copy.deepcopy(twin._caches)
+    workers = {"a": Worker(replace(first.opened, session=twin), Sampling(), 2)}
+    server = make_server(workers, SETTINGS)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        other = Running(f"http://127.0.0.1:{listening.getsockname()[1]}", running.folder, workers)
+        stream = iter(complete(other, "a", max_tokens=200, stream=True))
+        next(stream)
+        found = list[int]()
+        waiting = threading.Thread(
+            target=lambda: found.append(other.post(COMPLETIONS, content=json.dumps(BASE)).status_code)
+        )
+        waiting.start()
+        limit = time.monotonic() + 60
+        while not workers["a"].waits and time.monotonic() < limit:
+            time.sleep(0.01)
+        server.should_exit = True
+        with pytest.raises(openai.APIError, match="going down"):
+            list(stream)
+        for it in (waiting, thread):
+            it.join(30)
+        assert not thread.is_alive()
+    assert found == [503]
 
 
 def test_who_leaves_is_not_answered_on(running: Running) -> None:
