@@ -52,7 +52,7 @@ def alike(model: torch.nn.Module, hf_config: Any) -> list[Run]:
     if not lists:
         return []
     path, layers = max(lists.items(), key=lambda item: len(item[1]))
-    if len(set(layers)) < len(layers) or _longer(hf_config, len(layers)):
+    if _shared(layers) or _longer(hf_config, len(layers)):
         return []
     given = [values for _, values in _per_layer(hf_config, len(layers))]
     kinds = [(_kind(layer), [values[number] for values in given]) for number, layer in enumerate(layers)]
@@ -63,6 +63,12 @@ def alike(model: torch.nn.Module, hf_config: Any) -> list[Run]:
                 runs.append(Run(path, first, number - first))
             first = number
     return runs
+
+
+def _shared(layers: torch.nn.ModuleList) -> bool:
+    """Whether two layers are one, or hold the same weight or buffer."""
+    held = [{id(it) for it in (*layer.parameters(), *layer.buffers())} | {id(layer)} for layer in layers]
+    return len(set().union(*held)) < sum(map(len, held))
 
 
 def _per_layer(hf_config: Any, count: int) -> list[tuple[str, list[Any] | tuple[Any, ...]]]:
@@ -86,8 +92,15 @@ def _kind(layer: torch.nn.Module) -> list[Any]:
     held = [(name, type(module), vars(module)) for name, module in layer.named_modules()]
     return [
         list(layer.state_dict()),
-        *((n, t, _comparable({k: v for k, v in own.items() if k != NUMBER})) for n, t, own in held),
+        *((n, t, [(k, _attribute(k, v)) for k, v in own.items() if k != NUMBER]) for n, t, own in held),
     ]
+
+
+def _attribute(name: str, value: Any) -> Any:
+    """A tensor that is neither weight nor buffer is one of the graph's constants: the same one, or another."""
+    if isinstance(value, torch.Tensor):
+        return id(value)
+    return _comparable(value)
 
 
 def _comparable(value: Any) -> Any:
@@ -106,13 +119,43 @@ def _comparable(value: Any) -> Any:
 
 
 class _Unread:
-    """The number of a layer that must not matter: whoever looks at it is told so."""
+    """The number of a layer that must not matter: whoever looks at it is told so. was_read: whether somebody has, and went on."""
+
+    was_read = False
 
     def _read(self, *_: Any) -> Any:
+        self.was_read = True
         raise NotRepeatable("the layers' numbers are read")
 
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __index__ = __int__ = __float__ = _read
     __hash__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __floordiv__ = __str__ = _read
+    __repr__ = __format__ = _read
+
+
+class _UncountedLayers(torch.nn.ModuleList):
+    """Has fewer layers than the model: how many must not matter."""
+
+    def __len__(self) -> int:
+        raise NotRepeatable("the layers are counted")
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return torch.nn.ModuleList(list(self._modules.values())[at])
+        raise NotRepeatable("a layer is taken by its number")
+
+
+class _UncountedList(list[Any]):
+    """A value for each layer that is left: how many must not matter."""
+
+    def __len__(self) -> int:
+        raise NotRepeatable("a list of the config is counted")
+
+
+class _UncountedTuple(tuple[Any, ...]):
+    """The same."""
+
+    def __len__(self) -> int:
+        raise NotRepeatable("a list of the config is counted")
 
 
 @contextlib.contextmanager
@@ -129,15 +172,21 @@ def shortened(model: torch.nn.Module, hf_config: Any, runs: list[Run]) -> Iterat
         if hasattr(module, NUMBER)
     ]
     fields = _per_layer(hf_config, len(whole))
+    kind, unread = type(layers), _Unread()
     try:
         for number in dropped:
             delattr(layers, str(number))
+        layers.__class__ = _UncountedLayers
         for module, _ in numbered:
-            setattr(module, NUMBER, _Unread())
+            setattr(module, NUMBER, unread)
         for name, values in fields:
-            vars(hf_config)[name] = type(values)(v for number, v in enumerate(values) if number not in dropped)
+            left = (v for number, v in enumerate(values) if number not in dropped)
+            vars(hf_config)[name] = _UncountedList(left) if isinstance(values, list) else _UncountedTuple(left)
         yield
+        if unread.was_read:
+            raise NotRepeatable("the layers' numbers are read")
     finally:
+        layers.__class__ = kind
         for name, _ in list(layers.named_children()):
             delattr(layers, name)
         for name, layer in whole.items():  # again in their order

@@ -57,7 +57,7 @@ def exported(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> tuple[C
     export = module._export
 
     def counting(model: torch.nn.Module, *others: Any) -> ExportedProgram:
-        seen.append(max(len(m) for m in model.modules() if isinstance(m, torch.nn.ModuleList)))
+        seen.append(max(sum(1 for _ in m) for m in model.modules() if isinstance(m, torch.nn.ModuleList)))
         return export(model, *others)
 
     with monkeypatch.context() as patch:
@@ -118,6 +118,7 @@ CHANGES: dict[str, Any] = {
     "buffer": lambda module: module.register_buffer("more", torch.ones(1, device="meta"), persistent=False),
     "module": lambda module: module.add_module("more", torch.nn.Identity()),
     "training": lambda module: module.train(),
+    "constant": lambda module: setattr(module, "factor", torch.ones(1)),
 }
 
 
@@ -134,6 +135,21 @@ def test_one_layer_in_two_places_forbids_it() -> None:
     assert alike(model, model.config) == []
 
 
+def test_a_weight_of_two_layers_forbids_it() -> None:
+    model = families.build("deepseek_v3", num_hidden_layers=6, first_k_dense_replace=0, device="meta")
+    model.model.layers[4].self_attn.o_proj.weight = model.model.layers[3].self_attn.o_proj.weight
+    assert alike(model, model.config) == []
+
+
+def test_constants_that_two_layers_share_and_others_do_not() -> None:
+    """The first two layers alone would look as if all had the same one."""
+    model = families.build("deepseek_v3", num_hidden_layers=6, first_k_dense_replace=0, device="meta")
+    shared, other = torch.ones(1), torch.full((1,), 2.0)
+    for number, layer in enumerate(model.model.layers):
+        layer.factor = shared if number < 2 else other
+    assert alike(model, model.config) == [Run("model.layers", 2, 4)]
+
+
 def changed_forward(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
@@ -146,16 +162,47 @@ def changed_forward(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     monkeypatch.setattr(DeepseekV3Attention, "forward", changed)
 
 
+def swallowed(layer: Any) -> float:
+    try:
+        return float(layer.layer_idx)
+    except Exception:
+        return 1.0
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda self, out: out * (1.0 + self.layer_idx),
         lambda self, out: out * {3: 0.5}.get(self.layer_idx, 1.0),
+        lambda self, out: out * (2.0 if repr(self.layer_idx) == "3" else 1.0),
+        lambda self, out: out * (2.0 if f"{self.layer_idx}" == "3" else 1.0),
+        lambda self, out: out * swallowed(self),
+        lambda self, out: out * len(self.config.anything),
     ],
-    ids=["factor", "key"],
+    ids=["factor", "key", "repr", "format", "swallowed", "counted"],
 )
 def test_layers_that_read_their_number_are_all_exported(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     changed_forward(monkeypatch, change)
+    config = config_dict("deepseek_v3", **LAYERS) | {"anything": [0] * 6}
+    found, seen = exported(config, monkeypatch)
+    assert seen[1:] == [6]
+    assert described(found.program) == described(whole(config, monkeypatch).program)
+
+
+@pytest.mark.parametrize(
+    "read", [lambda layers: len(layers), lambda layers: layers[-1].self_attn.layer_idx], ids=["counted", "by number"]
+)
+def test_layers_that_are_counted_outside_are_all_exported(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Model
+
+    forward = DeepseekV3Model.forward
+
+    def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = forward(self, *args, **kwargs)
+        found["last_hidden_state"] = found["last_hidden_state"] * read(self.layers)
+        return found
+
+    monkeypatch.setattr(DeepseekV3Model, "forward", changed)
     config = config_dict("deepseek_v3", **LAYERS)
     found, seen = exported(config, monkeypatch)
     assert seen[1:] == [6]
