@@ -99,7 +99,7 @@ def test_report_holds_plan_layers_and_proof(tmp_path_factory: pytest.TempPathFac
     assert used["text"] == str(training_text(tmp_path_factory))
     proof = report["verification"]
     assert proof["passed"] is True
-    assert len(proof["checks"]) == 9
+    assert len(proof["checks"]) == 10
     assert all(check["passed"] for check in proof["checks"])
     assert set(proof["text"]["by_selection"]) == {"dsa", "oracle", "window"}
     manifest = read(dsa / "mla2dsa.json")

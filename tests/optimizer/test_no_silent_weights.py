@@ -167,7 +167,7 @@ def test_a_stale_field_is_dropped_on_request(copy: Callable[[str], Path], tmp_pa
     flags = ("--index-topk", 32, "--tokens", 1024, "--recipe", recipe, "--drop-stale-quantization", "--json")
     done = mla2dsa("convert", model, tmp_path / "dsa", *flags)
     assert done.code == 0, done.err
-    assert len(done.json()["verification"]["checks"]) == 9
+    assert len(done.json()["verification"]["checks"]) == 10
     written = json.loads((tmp_path / "dsa" / "config.json").read_text())
     assert "quantization_config" not in written
     assert done.json()["dropped_fields"] == ["quantization_config"]
