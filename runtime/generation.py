@@ -52,10 +52,8 @@ class Sampling:
         """[B] token ids from logits [B, vocab] float32."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        below = (
-            logits - logits.amax(-1, keepdim=True)
-        ).double() / self.temperature  # no temperature makes the best infinite
-        scores, order = torch.sort(below.float(), dim=-1, descending=True, stable=True)
+        below = (logits - logits.amax(-1, keepdim=True)).double()  # no temperature makes the best of them infinite
+        scores, order = torch.sort((below / self.temperature).float(), dim=-1, descending=True, stable=True)
         if self.top_k:
             scores[:, self.top_k :] = -math.inf
         ranked = scores.softmax(-1)
