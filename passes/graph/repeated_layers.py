@@ -89,32 +89,27 @@ def _longer(hf_config: Any, count: int) -> bool:
 def _kind(layer: torch.nn.Module) -> list[Any]:
     """All that tells a layer from others, apart from its number and the values of its weights: whatever it and its modules hold,
     hooks among it."""
+    stored = {id(tensor) for tensor in (*layer.parameters(), *layer.buffers())}
     held = [(name, type(module), vars(module)) for name, module in layer.named_modules()]
     return [
         list(layer.state_dict()),
-        *((n, t, [(k, _attribute(k, v)) for k, v in own.items() if k != NUMBER]) for n, t, own in held),
+        *((n, t, _comparable({k: v for k, v in own.items() if k != NUMBER}, stored)) for n, t, own in held),
     ]
 
 
-def _attribute(name: str, value: Any) -> Any:
-    """A tensor that is neither weight nor buffer is one of the graph's constants: the same one, or another."""
-    if isinstance(value, torch.Tensor):
-        return id(value)
-    return _comparable(value)
-
-
-def _comparable(value: Any) -> Any:
-    """Something that is equal for equal values: weights and buffers by their kind, other objects as themselves alone."""
-    if isinstance(value, torch.Tensor):
+def _comparable(value: Any, stored: set[int]) -> Any:
+    """Something that is equal for equal values: weights and buffers (ids `stored`) by their kind, other objects as themselves alone;
+    a tensor that is neither is a constant of the graph, and has to be the same one."""
+    if isinstance(value, torch.Tensor) and id(value) in stored:
         return (value.shape, value.dtype)
     if isinstance(value, torch.nn.Module):
         return type(value)  # what it holds is compared where its turn comes
     if isinstance(value, int | float | str | bool | type(None) | torch.dtype):
         return (type(value), value)
     if isinstance(value, dict):
-        return [(_comparable(key), _comparable(held)) for key, held in value.items()]
+        return [(_comparable(key, stored), _comparable(held, stored)) for key, held in value.items()]
     if isinstance(value, list | tuple):
-        return [_comparable(item) for item in value]
+        return [_comparable(item, stored) for item in value]
     return sorted(map(repr, value)) if isinstance(value, set | frozenset) else id(value)
 
 

@@ -119,6 +119,7 @@ CHANGES: dict[str, Any] = {
     "module": lambda module: module.add_module("more", torch.nn.Identity()),
     "training": lambda module: module.train(),
     "constant": lambda module: setattr(module, "factor", torch.ones(1)),
+    "constants in a list": lambda module: setattr(module, "factors", [torch.ones(1)]),
 }
 
 
@@ -141,12 +142,13 @@ def test_a_weight_of_two_layers_forbids_it() -> None:
     assert alike(model, model.config) == []
 
 
-def test_constants_that_two_layers_share_and_others_do_not() -> None:
+@pytest.mark.parametrize("wrapped", [lambda it: it, lambda it: {"factor": [it]}], ids=["plain", "nested"])
+def test_constants_that_two_layers_share_and_others_do_not(wrapped: Any) -> None:
     """The first two layers alone would look as if all had the same one."""
     model = families.build("deepseek_v3", num_hidden_layers=6, first_k_dense_replace=0, device="meta")
     shared, other = torch.ones(1), torch.full((1,), 2.0)
     for number, layer in enumerate(model.model.layers):
-        layer.factor = shared if number < 2 else other
+        layer.factor = wrapped(shared if number < 2 else other)
     assert alike(model, model.config) == [Run("model.layers", 2, 4)]
 
 
