@@ -19,7 +19,11 @@ def same_tensors(pair: Pair) -> Check:
     dense, made = pair.dense.checkpoint, pair.sparse.checkpoint
     kept = sorted(_kept(pair) & made.whole_tensors.keys())
     differing = [name for name in kept if not _same(dense.whole_tensors[name], made.whole_tensors[name])]
-    found = f"{differing[0]} ({made.whole_tensors[differing[0]].file})" if differing else f"{len(kept)} tensors"
+    found = (
+        f"{differing[0]} ({made.whole_tensors[differing[0]].file})"
+        if differing
+        else f"{len(kept)} of {len(dense.whole_tensors)} tensors"
+    )
     return Check("tensors kept = dense's (bytes)", not differing, len(differing), 0, found, NOT_A_PAIR)
 
 
