@@ -21,15 +21,18 @@ _KINDS = {
 
 def open_regular(file: Path) -> io.BufferedReader:
     """For reading; links are followed. Raises UserError for what is no regular file, OSError as `open` does."""
+    return open(file, "rb", opener=_descriptor)
+
+
+def _descriptor(file: str, _: int) -> int:
+    """The stream that `open` makes of it is the only one to close it: had we to do so as well, a signal between the two would
+    close it twice, and the second time fails, or hits a file that another thread has opened since."""
     descriptor = os.open(file, _FLAGS)  # O_NONBLOCK: opening a FIFO would wait for a writer
-    try:
-        kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
-        if kind != stat.S_IFREG:
-            raise UserError(f"{file}: {_KINDS.get(kind, 'no regular file')}, expected a regular file")
-        return os.fdopen(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
-        raise
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind == stat.S_IFREG:
+        return descriptor
+    os.close(descriptor)
+    raise UserError(f"{file}: {_KINDS.get(kind, 'no regular file')}, expected a regular file")
 
 
 def read_within(file: Path, most: int) -> bytes:
