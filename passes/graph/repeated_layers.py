@@ -135,7 +135,7 @@ class _UncountedLayers(torch.nn.ModuleList):
 
     def __getitem__(self, at: Any) -> Any:
         if isinstance(at, slice):
-            return torch.nn.ModuleList(list(self._modules.values())[at])
+            return torch.nn.ModuleList(list(iter(self))[at])
         raise NotRepeatable("a layer is taken by its number")
 
 
