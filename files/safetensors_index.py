@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _HEADER_LIMIT = 100_000_000  # the limit of the safetensors library
 _MOST_DIMS = 64  # torch's own limit
+_MOST_KEPT = 1024  # headers: DeepSeek-V3 has 163
+_COARSEST_CLOCK = 2 * 10**9  # nanoseconds: FAT's clock, the coarsest of file systems
 
 DTYPE_BITS = {name: kind.bits for name, kind in BY_SAFETENSORS.items()}
 
@@ -41,6 +44,9 @@ class TensorLocation:
     nbytes: int
 
 
+_READ: dict[Path, tuple[tuple[int, ...], dict[str, TensorLocation]]] = {}  # headers by file, and its state then
+
+
 def read_index(folder: Path) -> dict[str, TensorLocation]:
     """Every tensor of the checkpoint in `folder`, by name.
 
@@ -57,7 +63,33 @@ def read_index(folder: Path) -> dict[str, TensorLocation]:
 
 
 def read_header(file: Path) -> dict[str, TensorLocation]:
-    """The tensors of one safetensors file. Raises UserError when it is absent, truncated or corrupt."""
+    """The tensors of one safetensors file. Raises UserError when it is absent, truncated or corrupt.
+
+    A command looks at a checkpoint before it imports torch and opens it afterwards: a file that nothing has happened to since
+    is parsed once.
+    """
+    if (state := _state(file)) is not None and (known := _READ.get(file)) is not None and known[0] == state:
+        return dict(known[1])
+    tensors = _read_header(file)
+    if state is not None:
+        if len(_READ) >= _MOST_KEPT:
+            _READ.clear()
+        _READ[file] = (state, dict(tensors))
+    return tensors
+
+
+def _state(file: Path) -> tuple[int, ...] | None:
+    """What changes when the file does; None where it would not, because the file is as new as the clock of its disk is coarse."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    if abs(time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns)) < _COARSEST_CLOCK:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _read_header(file: Path) -> dict[str, TensorLocation]:
     length, entries = _parse_header(file)
     entries.pop("__metadata__", None)
     start = 8 + length

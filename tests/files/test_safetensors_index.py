@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mla2dsa.errors import UserError
+from mla2dsa.files import safetensors_index
 from mla2dsa.files.safetensors_index import INDEX_FILE, SINGLE_FILE, header_bytes, read_header, read_index
 from mla2dsa.optimizer.model.checkpoint import Checkpoint
 
@@ -263,3 +264,23 @@ def test_shard_names_are_plain(copy: Callable[[str], Path], shard: object) -> No
         Checkpoint.open(folder)
     assert_one_line(error, folder / INDEX_FILE, "expected a file name in the same folder")
     assert len(str(error.value)) < 400
+
+
+def test_a_header_is_parsed_once_until_its_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, parsed = tmp_path / SINGLE_FILE, []
+    parse = safetensors_index._parse_header
+    monkeypatch.setattr(safetensors_index, "_parse_header", lambda file: parsed.append(file) or parse(file))
+    write_raw(tmp_path / SINGLE_FILE, b'{"a":%s}' % entry())
+    read_header(file), read_header(file)
+    assert len(parsed) == 2  # too new: a change within a tick of the clock would go unseen
+    monkeypatch.setattr(time, "time_ns", lambda now=time.time_ns: now() + 10**10)
+    first = read_header(file)
+    first.pop("a")  # the caller's own
+    assert set(read_header(file)) == {"a"}
+    assert len(parsed) == 3
+    file.write_bytes(file.read_bytes().replace(b'"a"', b'"b"'))
+    os.utime(file, ns=(10**9, 10**9))  # the two writes may be within one tick
+    assert set(read_header(file)) == {"b"}
+    file.unlink()
+    with pytest.raises(UserError, match="no such file"):
+        read_header(file)
