@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -25,6 +25,8 @@ from .execute import Piece, PieceRunner
 
 aten = torch.ops.aten
 _BUDGET = BUDGET_MB * 2**20  # of our own ops, beyond what they are given and return
+_Size: TypeAlias = int | sympy.Expr
+_Memory: TypeAlias = tuple[tuple[int, int], ...]  # tensors: the number of each one's shape, and bytes of an element
 _MATMULS = {aten.matmul.default, aten.mm.default, aten.bmm.default}
 
 
@@ -41,36 +43,53 @@ class Footprint:
 
 
 class Footprints:
-    """Of every piece, for one sequence of any length: what does not depend on the length is looked at once.
+    """Of every piece, for one sequence of any length: what does not depend on the length is looked at once, and so are pieces
+    that take the same (layers of one kind).
 
     watch: as for `PieceRunner.run`.
     """
 
     def __init__(self, runner: PieceRunner, watch: Iterable[str] = ()) -> None:
-        names = set(watch)
-        self._shapes = _Shapes(runner)
-        self._lives = [_lives(piece, names) for piece in runner.pieces]
+        names, self._shapes = set(watch), _Shapes(runner)
+        kinds: dict[_Lives, int] = {}
+        self._kind_of = [kinds.setdefault(_lives(piece, names, self._shapes), len(kinds)) for piece in runner.pieces]
+        self._kinds = list(kinds)
 
     def at(self, tokens: int) -> list[Footprint]:
         sizes = _Sizes(self._shapes, tokens)
-        return [_footprint(lives, sizes) for lives in self._lives]
+        found = [_footprint(lives, sizes) for lives in self._kinds]
+        return [found[kind] for kind in self._kind_of]
 
 
 class _Shapes:
-    """Shapes as formulae. The batch is the first dim of an input, and 1; what else is open is the length."""
+    """Shapes as formulae, each with a number. The batch is the first dim of an input, and 1; what else is open is the length."""
 
     def __init__(self, runner: PieceRunner) -> None:
         nodes = [node for piece in runner.pieces for node in piece.nodes]
         inputs = {source for node in nodes for source in node.all_input_nodes if source.op == "placeholder"}
         weights = {node for piece in runner.pieces for node in piece.weights}
         self._batches = {s for node in inputs - weights for s in _symbols(value(node), first=True)}
-        self._formulae: dict[int, tuple[Any, ...]] = {}  # by the identity of a tensor, which its node keeps
+        self.formulae: list[tuple[_Size, ...]] = []
+        self._numbers: dict[tuple[_Size, ...], int] = {}
+        self._known: dict[int, int] = {}  # by the identity of a tensor, which its node keeps
 
-    def of(self, tensor: Tensor) -> tuple[int | sympy.Expr, ...]:
-        if id(tensor) not in self._formulae:
-            sizes = (expression(size) if isinstance(size, torch.SymInt) else size for size in tensor.shape)
-            self._formulae[id(tensor)] = tuple(sizes)
-        return self._formulae[id(tensor)]
+    def of(self, tensor: Tensor) -> int:
+        if id(tensor) not in self._known:
+            self._known[id(tensor)] = self._number(tensor)
+        return self._known[id(tensor)]
+
+    def _number(self, tensor: Tensor) -> int:
+        formula = tuple(expression(size) if isinstance(size, torch.SymInt) else size for size in tensor.shape)
+        number = self._numbers.setdefault(formula, len(self.formulae))
+        if number == len(self.formulae):
+            self.formulae.append(formula)
+        return number
+
+    def memory(self, nodes: Iterable[Node]) -> _Memory:
+        """Of all tensors that the values of `nodes` are."""
+        values = [value(node) for node in nodes]
+        parts = [part for found in values for part in (found if isinstance(found, tuple | list) else (found,))]
+        return tuple(sorted((self.of(part), part.element_size()) for part in parts if isinstance(part, Tensor)))
 
     def put_in(self, formula: sympy.Expr, tokens: int) -> int:
         env = {s: sympy.Integer(1 if s in self._batches else tokens) for s in formula.free_symbols}
@@ -78,23 +97,20 @@ class _Shapes:
 
 
 class _Sizes:
-    """Shapes and bytes for one sequence."""
+    """Shapes, by their numbers, and bytes for one sequence."""
 
     def __init__(self, shapes: _Shapes, tokens: int) -> None:
-        self._shapes, self._tokens = shapes, tokens
-        self._known: dict[tuple[int | sympy.Expr, ...], list[int]] = {}
+        self.shapes = [
+            [size if isinstance(size, int) else shapes.put_in(size, tokens) for size in formula]
+            for formula in shapes.formulae
+        ]
+        self._elements = [math.prod(shape) for shape in self.shapes]
 
-    def shape(self, tensor: Tensor) -> list[int]:
-        formulae = self._shapes.of(tensor)
-        if formulae not in self._known:
-            self._known[formulae] = [
-                size if isinstance(size, int) else self._shapes.put_in(size, self._tokens) for size in formulae
-            ]
-        return self._known[formulae]
+    def nbytes(self, memory: _Memory) -> int:
+        return sum(self._elements[shape] * each for shape, each in memory)
 
-    def nbytes(self, found: Any) -> int:
-        parts = found if isinstance(found, tuple | list) else (found,)
-        return sum(math.prod(self.shape(t)) * t.element_size() for t in parts if isinstance(t, Tensor))
+    def count(self, cost: _Cost) -> float:
+        return cost.formula(*(None if shape is None else self.shapes[shape] for shape in cost.shapes))
 
 
 def _symbols(found: Any, first: bool = False) -> set[sympy.Symbol]:
@@ -105,56 +121,76 @@ def _symbols(found: Any, first: bool = False) -> set[sympy.Symbol]:
 
 
 @dataclass(frozen=True)
-class _Step:
-    """A node that runs. root: whose memory its value is (None: a weight's or an input's); dead: roots of views that end with it."""
+class _Cost:
+    """What follows from the shapes of some tensors; None for an argument that is no tensor."""
 
-    node: Node
-    root: Node | None
-    dead: tuple[Node, ...]
+    formula: Callable[..., float]
+    shapes: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A node that runs. Values go by their place in the piece. root: whose memory its value is (None: a weight's or an input's);
+    makes: what is added to it; dead: roots of views that end with it, and their memory."""
+
+    root: int | None
+    makes: _Memory
+    workspace: _Cost | None
+    flops: _Cost | None
+    dead: tuple[tuple[int, _Memory], ...]
 
 
 @dataclass(frozen=True)
 class _Lives:
     """A piece, and how long its values are alive. given: what it is handed by the piece before."""
 
-    piece: Piece
-    given: tuple[Node, ...]
+    given: tuple[_Memory, ...]
     steps: tuple[_Step, ...]
-    watched: tuple[Node, ...]
+    weights: _Memory
+    carried: _Memory
+    watched: _Memory
 
 
-def _lives(piece: Piece, watch: set[str]) -> _Lives:
+def _lives(piece: Piece, watch: set[str], shapes: _Shapes) -> _Lives:
     own = set(piece.nodes)
     given = {s: None for node in piece.nodes for s in node.all_input_nodes if s not in own and s.op != "placeholder"}
     roots = _roots([*given, *piece.nodes])
+    places = {node: place for place, node in enumerate([*given, *piece.nodes])}
     watched = {node: None for node in piece.nodes if node.name in watch and node not in piece.again}
 
-    def dead(node: Node) -> tuple[Node, ...]:
+    def step(node: Node) -> _Step:
+        root = roots[node]
         ended = (roots.get(done) for done in piece.last_use[node] if done not in watched)
-        return tuple(root for root in ended if root is not None)
+        return _Step(
+            None if root is None else places[root],
+            shapes.memory([node]) if root is node else (),
+            _workspace(node, shapes),
+            _flops(node, shapes),
+            tuple(sorted((places[done], shapes.memory([done])) for done in ended if done is not None)),
+        )
 
-    return _Lives(piece, tuple(given), tuple(_Step(n, roots[n], dead(n)) for n in piece.nodes), tuple(watched))
+    return _Lives(
+        tuple(shapes.memory([node]) for node in given), tuple(map(step, piece.nodes)),
+        shapes.memory(piece.weights), shapes.memory(piece.alive), shapes.memory(watched),
+    )  # fmt: skip
 
 
 def _footprint(lives: _Lives, sizes: _Sizes) -> Footprint:
-    users: dict[Node, int] = dict.fromkeys(lives.given, 1)  # by root: how many of its views are alive
-    alive = sum(sizes.nbytes(value(node)) for node in lives.given)
-    peak, flops = alive, 0.0
+    users = dict.fromkeys(range(len(lives.given)), 1)  # by root: how many of its views are alive
+    peak = alive = sum(map(sizes.nbytes, lives.given))
+    flops = 0.0
     for step in lives.steps:
         if step.root is not None:
-            alive += sizes.nbytes(value(step.node)) if step.root is step.node else 0
+            alive += sizes.nbytes(step.makes)
             users[step.root] = users.get(step.root, 0) + 1
-        peak = max(peak, alive + _workspace(step.node, sizes))
-        flops += _flops(step.node, sizes)
-        for root in step.dead:
+        peak = max(peak, alive + (int(sizes.count(step.workspace)) if step.workspace else 0))
+        flops += sizes.count(step.flops) if step.flops else 0.0
+        for root, memory in step.dead:
             users[root] -= 1
             if not users[root]:
-                alive -= sizes.nbytes(value(root))
-    weights, carried, seen = (
-        sum(sizes.nbytes(value(node)) for node in nodes)
-        for nodes in (lives.piece.weights, lives.piece.alive, lives.watched)
-    )
-    return Footprint(weights, peak, carried, seen, flops)
+                alive -= sizes.nbytes(memory)
+    weights, carried, watched = map(sizes.nbytes, (lives.weights, lives.carried, lives.watched))
+    return Footprint(weights, peak, carried, watched, flops)
 
 
 def _roots(nodes: Iterable[Node]) -> dict[Node, Node | None]:
@@ -178,15 +214,17 @@ def _viewed(node: Node) -> Node | None:
     return sources[0]
 
 
-def _workspace(node: Node, sizes: _Sizes) -> int:
+def _workspace(node: Node, shapes: _Shapes) -> _Cost | None:
     """Bytes an op needs beside its arguments and its result."""
     find = _WORKSPACES.get(str(node.target))
-    return 0 if find is None else find(*_given(node, sizes))
+    return None if find is None else _Cost(find, _given(node, shapes))
 
 
-def _given(node: Node, sizes: _Sizes) -> list[Any]:
-    """Arguments, tensors as their shapes."""
-    return [sizes.shape(value(a)) if isinstance(a, Node) and isinstance(value(a), Tensor) else a for a in node.args]
+def _given(node: Node, shapes: _Shapes) -> tuple[int | None, ...]:
+    """Arguments, as the numbers of their shapes."""
+    return tuple(
+        shapes.of(value(a)) if isinstance(a, Node) and isinstance(value(a), Tensor) else None for a in node.args
+    )
 
 
 def _dense(q: list[int], k: list[int], v: list[int], *_: Any) -> int:
@@ -211,17 +249,19 @@ _WORKSPACES: dict[str, Callable[..., int]] = {
 }
 
 
-def _flops(node: Node, sizes: _Sizes) -> float:
-    parts = linear_parts(node)
-    if parts is not None:
-        return 2.0 * math.prod(sizes.shape(value(node))) * sizes.shape(value(parts[1]))[-1]
+def _flops(node: Node, shapes: _Shapes) -> _Cost | None:
     find = _FLOPS.get(str(node.target))
     if find is not None:
-        return float(find(*_given(node, sizes)))
-    if node.target in _MATMULS:
-        first = sizes.shape(value(node.all_input_nodes[0]))
-        return 2.0 * math.prod(sizes.shape(value(node))) * first[-1]
-    return 0.0
+        return _Cost(find, _given(node, shapes))
+    parts = linear_parts(node)
+    if parts is None and node.target not in _MATMULS:
+        return None
+    last = node.all_input_nodes[0] if parts is None else parts[1]  # the sums are over its last dim
+    return _Cost(_product, (shapes.of(value(node)), shapes.of(value(last))))
+
+
+def _product(result: list[int], last: list[int]) -> float:
+    return 2.0 * math.prod(result) * last[-1]
 
 
 _FLOPS: dict[str, Callable[..., float]] = {

@@ -63,3 +63,11 @@ def test_it_grows_with_the_length(length: int) -> None:
     assert short.weights == long.weights
     assert 1.9 * short.peak < long.peak < 4.1 * short.peak
     assert 1.9 * short.flops < long.flops
+
+
+def test_layers_of_one_kind_are_looked_at_once() -> None:
+    program = families.export(families.build("deepseek_v3", num_hidden_layers=6))
+    cores = [node.name for node in program.graph.nodes if "scaled_dot_product" in node.name]
+    footprints = Footprints(PieceRunner(program, cores=cores))
+    assert len(footprints.at(100)) == 7
+    assert len(footprints._kinds) < 6  # before the first core, dense and sparse MLPs, behind the last
