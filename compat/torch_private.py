@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import Any
 
 import sympy
@@ -129,19 +130,27 @@ def put_graph(module: GraphModule, graph: Graph) -> None:
 
 def is_metadata_assert(target: Any) -> bool:
     """Whether a node's target is torch.export's assert of a tensor's dtype, device and layout."""
-    return target is TORCH.find("torch:ops.aten._assert_tensor_metadata.default")
+    return target is _metadata_assert()
 
 
+@cache
+def _metadata_assert() -> Any:
+    return TORCH.find("torch:ops.aten._assert_tensor_metadata.default")
+
+
+@cache
 def cast_op() -> Any:
     """What `Tensor.to` is in a decomposed graph."""
     return TORCH.find("torch:ops.aten._to_copy.default")
 
 
+@cache
 def view_op() -> Any:
     """What `Tensor.reshape` of fresh memory is in a decomposed graph."""
     return TORCH.find("torch:ops.aten._unsafe_view.default")
 
 
+@cache
 def softmax_ops() -> frozenset[Any]:
     """What a softmax is in a decomposed graph."""
     return frozenset(TORCH.find(f"torch:ops.aten.{name}.default") for name in ("_softmax", "_safe_softmax"))
