@@ -8,7 +8,7 @@ from pathlib import Path
 _ROOT = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _ROOT]
 
-from .cli import main  # noqa: E402  (the guard has to run first)
+from .cli import program  # noqa: E402  (the guard has to run first)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

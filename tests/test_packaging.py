@@ -85,7 +85,7 @@ def test_wheel_is_typed_and_licensed(wheel: zipfile.ZipFile) -> None:
 
 def test_wheel_declares_the_command(wheel: zipfile.ZipFile) -> None:
     entry = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
-    assert "mla2dsa = mla2dsa.cli:main" in wheel.read(entry).decode()
+    assert "mla2dsa = mla2dsa.cli:program" in wheel.read(entry).decode()
 
 
 def test_wheel_runs_without_the_repository(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
