@@ -26,6 +26,7 @@ from .commands.conversion import add_conversion
 from .commands.engines import add_engines
 from .commands.kernels import add_kernels
 from .commands.parser import Parser
+from .commands.report import add_report
 from .commands.use import add_use
 from .errors import SeveralErrors, UserError, short
 
@@ -183,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     add_use(commands)
     add_answers(commands)
     add_compare(commands)
+    add_report(commands)
     add_engines(commands)
     add_kernels(commands)
     add_completion(commands)

@@ -19,7 +19,7 @@ KERNELS = {*FILES, "compat", "kernels"}
 GRAPHS = {"passes", "passes/graph", "passes/matching"}
 SHARED = {*KERNELS, "runtime", *GRAPHS, "exporters/dsa"}
 MODEL = {*SHARED, "exporters/onnx_model"}  # which tensors an ONNX model takes is answered by what reads the checkpoint
-EXPORTERS = {"exporters/dsa", "exporters/engine", "exporters/onnx_model"}
+EXPORTERS = {"exporters/dsa", "exporters/engine", "exporters/onnx_model", "exporters/report"}
 OPTIMIZER = {
     "optimizer",
     "optimizer/answers",
@@ -51,6 +51,7 @@ MAY_IMPORT = {
     "exporters": set(),
     "exporters/dsa": KERNELS,
     "exporters/onnx_model": KERNELS,
+    "exporters/report": LOWEST,
     "exporters/engine": {*KERNELS, "exporters/onnx_model", "kernels/gpu/binaries", "kernels/gpu/programs"},
     # what a conversion will take is counted from the graphs it streams
     "optimizer/before": {
@@ -79,7 +80,17 @@ MAY_IMPORT = {
 }
 MOST_FILES = 15  # directly in a room
 MAX_FUNCTION = 40  # lines; kernels may be longer, since each is readable alone
-HEAVY = {"huggingface_hub", "onnxruntime", "rich", "starlette", "tensorrt", "tensorrt_rtx", "transformers", "uvicorn"}
+HEAVY = {
+    "huggingface_hub",
+    "matplotlib",
+    "onnxruntime",
+    "rich",
+    "starlette",
+    "tensorrt",
+    "tensorrt_rtx",
+    "transformers",
+    "uvicorn",
+}
 MAX_LINES = 400
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor
 # benchmarks/memory.py --rows: 256 to 2048 take the same time; of 128K tokens in the vocabulary a block has 128 MiB.
 POSITIONS = 256  # whose next-token distributions are compared at once
 EXCERPT = 24  # fixed by what fits on two lines: tokens before the one whose loss rose most, and that one
+STRETCHES = 24  # fixed by what a plot of a page's width shows
 NAN = float("nan")
 
 Decode = Callable[[Sequence[int]], str]
@@ -40,6 +42,16 @@ class Worst:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """Targets at positions first..last of all sequences: means of what a selection costs there."""
+
+    first: int
+    last: int
+    loss_delta: float
+    kl: float
+
+
+@dataclass(frozen=True)
 class Quality:
     """One selection against dense attention, over the positions that have more than index_topk keys.
 
@@ -47,7 +59,7 @@ class Quality:
     the next-token distributions, nats. same_top: share of positions with the same most likely token.
     standard_error, kl_error: over sequences, NaN with one. position_error: of loss_delta, as if positions were independent,
     which is what llama.cpp prints. ppl_ratio: PPL(sparse)/PPL(dense); its error is over sequences.
-    sequence_deltas, sequence_kls: means of every sequence.
+    sequence_deltas, sequence_kls: means of every sequence. by_position: of STRETCHES equal stretches of positions, the earliest first.
     """
 
     loss_delta: float
@@ -61,6 +73,7 @@ class Quality:
     sequence_deltas: tuple[float, ...] = ()
     sequence_kls: tuple[float, ...] = ()
     worst: Worst | None = None
+    by_position: tuple[Stretch, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,7 @@ def quality(tallies: Sequence[Tally], sequences: Sequence[Tensor], first: int, d
         mean, error, float(torch.cat(kl).mean()), float(same.mean()), kl_error,
         float(every.std() / len(every) ** 0.5) if len(every) > 1 else NAN,
         ratio, ratio * error, _means(delta), _means(kl), _worst(delta, kl, sequences, first, decode),
+        _stretches(delta, kl, first),
     )  # fmt: skip
 
 
@@ -110,6 +124,16 @@ def clustered_error(values: Sequence[Tensor]) -> float:
     mean = float(torch.cat(list(values)).mean())
     residuals = torch.stack([(part - mean).sum() for part in values])
     return float((count / (count - 1) * (residuals**2).sum()).sqrt() / total)
+
+
+def _stretches(delta: Sequence[Tensor], kl: Sequence[Tensor], first: int) -> tuple[Stretch, ...]:
+    longest = max(map(len, delta))
+    bounds = sorted({longest * part // STRETCHES for part in range(STRETCHES + 1)})
+    found = []
+    for begin, end in pairwise(bounds):
+        here = [torch.cat([part[begin:end] for part in values]).mean() for values in (delta, kl)]
+        found.append(Stretch(first + begin, first + end - 1, *map(float, here)))
+    return tuple(found)
 
 
 def _means(values: Sequence[Tensor]) -> tuple[float, ...]:

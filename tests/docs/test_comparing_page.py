@@ -19,7 +19,7 @@ from documents import calls_of
 from places import ROOT, TINY
 
 PAGE = (ROOT / "docs" / "comparing.md").read_text()
-CALLS = [call for call in calls_of("mla2dsa", PAGE) if call[0] in ("generate", "compare") and len(call) > 2]
+CALLS = [call for call in calls_of("mla2dsa", PAGE) if call[0] in ("generate", "compare", "report") and len(call) > 2]
 (SERVE,) = (call for call in calls_of("mla2dsa", PAGE) if call[0] == "serve" and len(call) > 2)
 (CLIENT,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
@@ -42,6 +42,8 @@ def test_a_command_does_what_it_says(place: Path, call: list[str]) -> None:
     done = mla2dsa(*call)
     assert (done.code, done.err) == (0, "")
     assert done.out.strip()
+    if call[0] == "report":
+        assert "KL to dense, nats by position" in (place / call[-1]).read_text()
     if "--json" in call:
         assert len(json.loads(done.out)["prompts"]) == 2
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mla2dsa.optimizer.proof.figures import EXCERPT, Tally, clustered_error, quality
+from mla2dsa.optimizer.proof.figures import EXCERPT, STRETCHES, Tally, clustered_error, quality
 
 
 def sampled(count: int, length: int, shared: float, seed: int = 0) -> list[Tensor]:
@@ -78,3 +78,18 @@ def test_the_ratio_of_perplexities() -> None:
     assert found.sequence_deltas == pytest.approx((0.15, 0.35))
     assert found.worst is not None
     assert found.worst.excerpt == ""
+
+
+@pytest.mark.parametrize("lengths", [[100, 100], [100, 7], [5, 3]], ids=["alike", "of-two-lengths", "short"])
+def test_stretches_are_all_positions_once(lengths: list[int]) -> None:
+    tallies = [tally([float(n) for n in range(length)]) for length in lengths]
+    found = quality(tallies, [torch.arange(length + 11) for length in lengths], 11)
+    stretches = found.by_position
+    assert len(stretches) == min(STRETCHES, max(lengths))
+    assert (stretches[0].first, stretches[-1].last) == (11, 10 + max(lengths))
+    assert [s.first for s in stretches[1:]] == [s.last + 1 for s in stretches[:-1]]
+    counts = [sum(min(length, s.last - 10) - min(length, s.first - 11) for length in lengths) for s in stretches]
+    total = sum(count * s.loss_delta for count, s in zip(counts, stretches, strict=True))
+    assert total / sum(counts) == pytest.approx(found.loss_delta)
+    if min(lengths) == max(lengths):
+        assert all(s.loss_delta == pytest.approx((s.first + s.last) / 2 - 11) for s in stretches)

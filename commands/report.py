@@ -1,0 +1,56 @@
+"""report: what a verification found, as a page."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError, UserError
+from .common import command_parser
+from .parser import a_path
+
+
+def add_report(commands: Any) -> None:
+    """report."""
+    command = command_parser(
+        commands, "report", _report, "what was measured, as one HTML page with plots", "mla2dsa report ./model-dsa report.html"
+    )  # fmt: skip
+    command.add_argument(
+        "source",
+        metavar="SOURCE",
+        type=a_path,
+        help="folder that convert wrote, or a file that `verify --json` printed",
+    )
+    command.add_argument("out", metavar="OUT", type=a_path, help="file to write, which is not there yet")
+
+
+def _report(args: argparse.Namespace) -> int:
+    from ..exporters.dsa.names import REPORT
+    from ..exporters.report.page import page
+    from ..exporters.report.plots import check_library
+    from ..files.json_files import read_json
+    from ..files.writing import write_new
+    from .show.tables import print_json
+
+    source, out = Path(args.source), Path(args.out)
+    check_library()
+    if out.exists() or out.is_symlink():
+        raise UsageError(f"{out}: is there already; give a new name")
+    if not out.parent.is_dir():
+        raise UserError(f"{out.parent}: no such folder")
+    file = source / REPORT if source.is_dir() else source
+    report = read_json(file)
+    if report.get("verification", report) is None:
+        raise UserError(
+            f"{file}: the conversion was not verified (--skip-verification); run `mla2dsa verify --json` and give its output"
+        )
+    try:
+        made = page(report, f"{source.resolve().name}: dense and sparse side by side")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file}: neither a report.json nor what `verify --json` prints ({type(error).__name__}: {error})"
+        ) from None
+    write_new(out, made)
+    print_json({"out": str(out)}) if args.json else print(f"{out}: written")
+    return 0

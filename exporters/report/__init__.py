@@ -1,0 +1,1 @@
+"""What a verification found, as a page to look at: one HTML file that needs nothing else."""

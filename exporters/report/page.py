@@ -1,0 +1,192 @@
+"""report.json, or what `verify --json` printed, as one HTML page: no script, nothing fetched."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from . import plots
+
+Report = Mapping[str, Any]
+# Fixed by what a reader should look at first: a layer that loses more of the oracle's mass than this.
+_WEAK = 0.03
+_STYLE = """
+:root { color-scheme: light dark; --quiet: #59636e; --line: #d0d7de; --bad: #b3261e; --good: #1a6b3c }
+@media (prefers-color-scheme: dark) { :root { --quiet: #9aa4af; --line: #3d444d; --bad: #ff8a80; --good: #7ee2a8 } }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+svg { width: 100%; height: auto } .quiet { color: var(--quiet) } .bad { color: var(--bad) } .good { color: var(--good) }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
+th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid var(--line) }
+th:first-child, td:first-child { text-align: left }
+td { overflow-wrap: anywhere } blockquote { border-left: 3px solid var(--line); margin: .5rem 0; padding-left: 1rem }
+"""
+
+
+def page(report: Report, title: str) -> str:
+    """report: a report.json, or a verification alone. Raises KeyError or TypeError for what is neither."""
+    found: Report = report.get("verification", report)
+    parts = [_head(report, found), _text("On text", found)]
+    if found.get("foreign"):
+        parts.append(_text("On text of another domain", found["foreign"]))
+    parts += [_layers(found["layers"]), _long(found.get("long")), _cost(report.get("plan")), _checks(found)]
+    name = html.escape(title)
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{_STYLE}</style></head>\n'
+        f"<body><main><h1>{name}</h1>\n" + "\n".join(filter(None, parts)) + "\n</main></body></html>\n"
+    )
+
+
+def _head(report: Report, found: Report) -> str:
+    said, plan = [], report.get("plan")
+    if plan:
+        indexer = plan["indexer"]
+        said.append(
+            f"Converted from {plan['model']} ({plan['model_type']}, {len(plan['layers'])} MLA layers): index_topk "
+            f"{indexer['index_topk']}, {indexer['index_n_heads']} index heads of {indexer['index_head_dim']}, {plan['source']}; "
+            f"written as {plan['layout']}."
+        )
+    failed = [check["name"] for check in found["checks"] if not check["passed"]]
+    word = f'<p class="bad"><strong>Failed</strong>: {html.escape("; ".join(failed))}</p>' if failed else ""
+    passed = f'<p class="good"><strong>Passed</strong>: {len(found["checks"])} checks.</p>'
+    skipped = [f"Not checked: {html.escape(reason)}." for reason in found.get("skipped", ())]
+    return (word or passed) + "".join(f"<p>{html.escape(line)}</p>" for line in said) + "".join(
+        f'<p class="quiet">{line}</p>' for line in skipped
+    )  # fmt: skip
+
+
+def _text(title: str, found: Report) -> str:
+    text = found["text"]
+    said = (
+        f"{found['origin']}: dense loss {_number(text['dense_loss'], '.4f')} nats/token over {text['positions']} positions that "
+        f"have more than index_topk keys, sequences of {text['length']} tokens."
+    )
+    rows = [
+        [
+            plots.STYLES[name]["label"], _number(one["loss_delta"], "+.4f"), _number(one["standard_error"], ".4f"),
+            _number(one.get("ppl_ratio"), ".4f"), _number(one["kl"], ".4f"), _number(one["same_top"], ".1%"),
+        ]
+        for name, one in text["by_selection"].items()
+    ]  # fmt: skip
+    heads = ["selection", "loss increase, nats/token", "s.e.", "PPL ratio", "KL, nats", "same top token"]
+    worst = text["by_selection"]["dsa"].get("worst")
+    return "\n".join(
+        [f"<h2>{title}</h2>", f"<p>{html.escape(said)}</p>", _table(heads, rows), _curves(title, text), _worst(worst)]
+    )
+
+
+def _curves(title: str, text: Report) -> str:
+    by_selection = {name: one for name, one in text["by_selection"].items() if one.get("by_position")}
+    if not by_selection:
+        return ""
+    drawn = []
+    for field, label in (("loss_delta", "loss increase, nats/token"), ("kl", "KL to dense, nats")):
+        curves = {
+            name: ([(s["first"] + s["last"]) / 2 for s in one["by_position"]], _floats(s[field] for s in one["by_position"]))
+            for name, one in by_selection.items()
+        }  # fmt: skip
+        drawn.append(_plot(f"{label} by position", plots.lines(f"{title} {field}", curves, "position", label)))
+    kls = {name: _floats(one["sequence_kls"]) for name, one in by_selection.items() if one.get("sequence_kls")}
+    if kls:
+        drawn.append(
+            _plot("KL of every sequence", plots.bars(f"{title} sequences", kls, "sequence", "KL to dense, nats"))
+        )
+    return "\n".join(drawn)
+
+
+def _worst(worst: Report | None) -> str:
+    if not worst:
+        return ""
+    said = (
+        f"The sequence that DSA harms most is number {worst['sequence']} ({_number(worst['loss_delta'], '+.4f')} nats/token); most at "
+        f"token {worst['position']} ({_number(worst['token_delta'], '+.2f')}), after:"
+    )
+    return f"<p>{said}</p><blockquote>{html.escape(worst['excerpt'] or str(list(worst['tokens'])))}</blockquote>"
+
+
+def _layers(layers: Sequence[Report]) -> str:
+    names = ("dsa", "oracle", "window", "chance")
+    values = {name: _floats(layer[name] for layer in layers) for name in names}
+    drawn = plots.bars("layers", values, "layer", "attention mass captured")
+    weak = [layer for layer in layers if (layer["oracle"] or 0) - (layer["dsa"] or 0) > _WEAK]
+    said = "No layer loses more than 3 % of the attention mass against the best choice of as many keys."
+    if weak:
+        rows = [[layer["name"], *(_number(layer[name], ".3f") for name in names)] for layer in weak]
+        said = (
+            "Layers that capture over 3 % less attention mass than the best choice of as many keys does. Where the oracle itself is low, "
+            "only a larger index_topk helps; where DSA is well below it, more calibration text or --indexer distil does."
+        )
+        return f"<h2>Layers</h2>{_plot('Attention mass', drawn)}<p>{said}</p>" + _table(["layer", *names], rows)
+    return f"<h2>Layers</h2>{_plot('Attention mass', drawn)}<p>{said}</p>"
+
+
+def _long(found: Report | None) -> str:
+    if not found:
+        return ""
+    rows = [
+        [
+            f"{one['task']}" + ("" if one["depth"] is None else f", {one['depth']} % of the text before it"),
+            str(one["length"]), plots.STYLES[one["variant"]]["label"], _number(one["accuracy"], ".1f"),
+            _number(one["logprob"], ".2f"),
+        ]
+        for one in found["scores"]
+    ]  # fmt: skip
+    said = f"Prompts in {found['haystack']}, index_topk {found['index_topk']}."
+    table = _table(["task", "tokens", "attention", "found, %", "log-probability"], rows)
+    return f"<h2>Long-context tasks</h2><p>{html.escape(said)}</p>{table}"
+
+
+def _cost(plan: Report | None) -> str:
+    """Attention of one decoded token, counted from the sizes; what a GPU makes of it is `plan --cost`'s."""
+    if not plan:
+        return ""
+    indexer, lengths = plan["indexer"], [2**power for power in range(8, 1 + int(math.log2(max(512, plan["context"]))))]
+    dense: list[float] = []
+    sparse: list[float] = []
+    for length in lengths:
+        per_key = [2.0 * d["num_heads"] * (2 * d["kv_lora_rank"] + d["qk_rope_head_dim"]) for d in plan["layers"]]
+        index = 2.0 * indexer["index_n_heads"] * indexer["index_head_dim"] * length * len(per_key)
+        dense.append(sum(per_key) * length)
+        sparse.append(sum(per_key) * min(length, indexer["index_topk"]) + index)
+    curves = {"dense": (lengths, dense), "dsa": (lengths, sparse)}
+    drawn = plots.lines("cost", curves, "position", "FLOPs of attention", log=True)
+    return f"<h2>Cost by position</h2>{_plot('Attention of one decoded token, all layers, counted', drawn)}"
+
+
+def _checks(found: Report) -> str:
+    rows = [
+        [
+            ("passed: " if check["passed"] else "FAILED: ") + check["name"], _number(check["value"], ".3g"),
+            _number(check["limit"], ".3g"), check["detail"] if check["passed"] else f"{check['detail']}; {check['remedy']}",
+        ]
+        for check in found["checks"]
+    ]  # fmt: skip
+    return "<h2>Checks</h2>" + _table(["check", "value", "at most", "what was looked at"], rows)
+
+
+def _plot(caption: str, svg: str) -> str:
+    said = html.escape(caption)
+    labelled = svg.replace("<svg ", f'<svg role="img" aria-label="{said}" ', 1)
+    return f'<figure>{labelled}<figcaption class="quiet">{said}</figcaption></figure>'
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def row(tag: str, cells: Sequence[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    made = "".join(row("td", cells) for cells in rows)
+    return f'<div class="wide" tabindex="0"><table><thead>{row("th", heads)}</thead><tbody>{made}</tbody></table></div>'
+
+
+def _number(value: float | None, shape: str) -> str:
+    """NaN and infinities are null in JSON."""
+    return "-" if value is None or not math.isfinite(value) else format(value, shape)
+
+
+def _floats(values: Iterable[float | None]) -> list[float]:
+    return [math.nan if value is None else float(value) for value in values]

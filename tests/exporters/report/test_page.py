@@ -1,0 +1,182 @@
+"""The page of a report: everything that was measured is on it, and nothing of it is code or fetched."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from command_line import assert_refused, mla2dsa
+
+from mla2dsa.exporters.report import plots
+from mla2dsa.exporters.report.page import page
+
+HOSTILE = "<script>alert(1)</script>"
+VOID = {"meta", "br"}
+
+
+def quality(kl: float) -> dict[str, Any]:
+    stretches = [{"first": 64 + 8 * n, "last": 71 + 8 * n, "loss_delta": kl * n, "kl": kl} for n in range(24)]
+    worst = {
+        "sequence": 1,
+        "loss_delta": 0.1,
+        "kl": kl,
+        "position": 80,
+        "token_delta": 2.0,
+        "tokens": [1, 2],
+        "excerpt": HOSTILE,
+    }
+    return {
+        "loss_delta": kl, "standard_error": None, "kl": kl, "same_top": 0.9, "ppl_ratio": 1.01, "sequence_kls": [kl, None],
+        "worst": worst, "by_position": stretches,
+    }  # fmt: skip
+
+
+def verification(passed: bool = True) -> dict[str, Any]:
+    text = {
+        "dense_loss": 2.5, "positions": 400, "length": 256,
+        "by_selection": {name: quality(0.01 * n) for n, name in enumerate(("dsa", "oracle", "window", "dsa-fp8"), 1)},
+    }  # fmt: skip
+    layers = [
+        {"name": f"model.layers.{n}.self_attn", "dsa": 0.9 - n / 10, "oracle": 0.95, "window": 0.5, "chance": 0.2}
+        for n in range(3)
+    ]
+    scores = [
+        {"variant": v, "task": "single", "length": 4096, "depth": d, "accuracy": 97.5, "logprob": -0.25}
+        for v in ("dense", "dsa") for d in (0, 50)
+    ]  # fmt: skip
+    check = {
+        "name": "loss increase",
+        "passed": passed,
+        "value": 0.1,
+        "limit": 0.2,
+        "detail": HOSTILE,
+        "remedy": "more text",
+    }
+    return {
+        "checks": [check], "layers": layers, "text": text, "origin": f"/{HOSTILE}/text", "skipped": ["transformers: no class"],
+        "foreign": {"origin": "foreign.txt", "text": text, "layers": layers},
+        "long": {"haystack": "built-in sentences", "index_topk": 64, "scores": scores},
+    }  # fmt: skip
+
+
+def report(passed: bool = True) -> dict[str, Any]:
+    dims = {"name": "a", "num_heads": 8, "kv_lora_rank": 64, "qk_rope_head_dim": 16}
+    indexer = {"index_topk": 64, "index_n_heads": 2, "index_head_dim": 32}
+    plan = {
+        "model": HOSTILE, "model_type": "deepseek_v3", "layers": [dims], "indexer": indexer, "source": "auto", "layout": "own",
+        "context": 1024,
+    }  # fmt: skip
+    return {"plan": plan, "verification": verification(passed)}
+
+
+class Seen(HTMLParser):
+    """Tags, text, and whether every tag is closed in its order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def svgs(text: str) -> list[ElementTree.Element]:
+    return [ElementTree.fromstring("<svg" + part.partition("</svg>")[0] + "</svg>") for part in text.split("<svg")[1:]]
+
+
+@pytest.fixture(scope="module")
+def made() -> str:
+    return page(report(), "a title")
+
+
+def test_it_is_well_formed_and_fetches_nothing(made: str) -> None:
+    seen = Seen(made)
+    assert seen.open == []
+    assert "script" not in seen.tags
+    assert all(link.startswith("#") for link in seen.links)
+    assert "Content-Security-Policy" in made
+    assert HOSTILE not in made
+    assert "mathdefault" not in made  # numbers of axes as text, not as TeX
+    assert made.count("&lt;script&gt;") >= 4  # the model's name, two origins, an excerpt, a check
+
+
+def test_every_plot_has_ink_in_the_colour_of_each_curve(made: str) -> None:
+    curves = [{"dsa", "oracle", "window", "dsa-fp8"}] * 6 + [{"dsa", "oracle", "window", "chance"}, {"dense", "dsa"}]
+    drawn = svgs(made)
+    assert len(drawn) == len(curves)
+    for svg, names in zip(drawn, curves, strict=True):
+        used = "".join(element.get("style", "") for element in svg.iter() if element.tag.endswith(("path", "use")))
+        assert all(plots.STYLES[name]["color"] in used for name in names)
+        assert "currentColor" in ElementTree.tostring(svg, "unicode")
+        assert svg.get("aria-label")
+
+
+def test_ids_of_plots_do_not_meet(made: str) -> None:
+    ids = [element.get("id") for svg in svgs(made) for element in svg.iter("{http://www.w3.org/2000/svg}clipPath")]
+    assert len(ids) == len(set(ids)) == 8
+
+
+@pytest.mark.parametrize(
+    "part", ["+0.0100", "97.5", "-0.25", "model.layers.2.self_attn", "transformers: no class", "-</td>"]
+)
+def test_figures_are_on_it(made: str, part: str) -> None:
+    assert part in made
+
+
+def test_a_layer_that_is_well_is_not_listed(made: str) -> None:
+    assert "model.layers.2.self_attn" in page(report(), "")
+    fine = report()
+    for layer in fine["verification"]["layers"]:
+        layer["dsa"] = layer["oracle"]
+    assert "model.layers" not in page(fine, "")
+
+
+def test_a_failure_stands_first() -> None:
+    failed = page(report(passed=False), "a title")
+    assert failed.index("Failed") < failed.index("<h2>")
+    assert "more text" in failed
+    assert "more text" not in page(report(), "a title")
+
+
+def test_the_command_writes_a_new_file(tmp_path: Path) -> None:
+    (tmp_path / "found.json").write_text(json.dumps(verification()))
+    done = mla2dsa("report", tmp_path / "found.json", tmp_path / "page.html")
+    assert (done.code, done.out) == (0, f"{tmp_path / 'page.html'}: written\n")
+    before = (tmp_path / "page.html").read_text()
+    assert "<h2>Checks</h2>" in before
+    refused = mla2dsa("report", tmp_path / "found.json", tmp_path / "page.html")
+    assert_refused(refused, 2, tmp_path / "page.html", "there already")
+    assert (tmp_path / "page.html").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        pytest.param({"verification": None}, "was not verified", id="not-verified"),
+        pytest.param({"layers": []}, "neither a report.json", id="other-json"),
+        pytest.param({"checks": 1, "text": {}, "layers": []}, "neither a report.json", id="other-kinds"),
+    ],
+)
+def test_what_is_no_report_is_refused(tmp_path: Path, content: dict[str, Any], part: str) -> None:
+    (tmp_path / "found.json").write_text(json.dumps(content))
+    done = mla2dsa("report", tmp_path / "found.json", tmp_path / "page.html")
+    assert_refused(done, 1, tmp_path / "found.json", part)
+    assert not (tmp_path / "page.html").exists()
