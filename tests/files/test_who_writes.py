@@ -23,6 +23,7 @@ MAY = {
     Path("files/staging.py"): {RENAMING, REMOVING},
     Path("cli.py"): {OPENING},  # the null device, in the place of a stdout that is gone
     Path("exporters/engine/plugin_sources.py"): {OPENING},  # in the folder where setuptools builds a wheel
+    Path("exporters/report/plots.py"): {SAVING},  # into memory
 }
 OS = {
     **dict.fromkeys(["open", "fdopen", "truncate", "mkfifo", "mknod"], OPENING),
