@@ -47,7 +47,7 @@ def _report(args: argparse.Namespace) -> int:
         )
     try:
         made = page(report, f"{source.resolve().name}: dense and sparse side by side")
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{file}: neither a report.json nor what `verify --json` prints ({type(error).__name__}: {error})"
         ) from None

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
+from ...exporters.report.plots import STYLES
 from ...optimizer.proof.figures import Quality
 from ...optimizer.proof.limits import Measured
 from .tables import print_table, table
 
-SELECTIONS = {
-    "dsa": "DSA",
-    "dsa-fp8": "DSA, scores in FP8",
-    "oracle": "oracle top-k",
-    "window": "window + 4 sinks",
-}
+SELECTIONS = {name: STYLES[name]["label"] for name in ("dsa", "dsa-fp8", "oracle", "window")}
 
 
 def show_text(found: Measured, layers: bool = True) -> None:

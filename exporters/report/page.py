@@ -26,7 +26,8 @@ td { overflow-wrap: anywhere } blockquote { border-left: 3px solid var(--line); 
 
 
 def page(report: Report, title: str) -> str:
-    """report: a report.json, or a verification alone. Raises KeyError or TypeError for what is neither."""
+    """report: a report.json, or a verification alone. Raises KeyError, TypeError, ValueError or
+    AttributeError for what is neither."""
     found: Report = report.get("verification", report)
     parts = [_head(report, found), _text("On text", found)]
     if found.get("foreign"):
@@ -145,15 +146,9 @@ def _cost(plan: Report | None) -> str:
     """Attention of one decoded token, counted from the sizes; what a GPU makes of it is `plan --cost`'s."""
     if not plan:
         return ""
-    indexer, lengths = plan["indexer"], [2**power for power in range(8, 1 + int(math.log2(max(512, plan["context"]))))]
-    dense: list[float] = []
-    sparse: list[float] = []
-    for length in lengths:
-        per_key = [2.0 * d["num_heads"] * (2 * d["kv_lora_rank"] + d["qk_rope_head_dim"]) for d in plan["layers"]]
-        index = 2.0 * indexer["index_n_heads"] * indexer["index_head_dim"] * length * len(per_key)
-        dense.append(sum(per_key) * length)
-        sparse.append(sum(per_key) * min(length, indexer["index_topk"]) + index)
-    curves = {"dense": (lengths, dense), "dsa": (lengths, sparse)}
+    counted = plan["decode_attention_flops"]
+    lengths = [int(length) for length in counted]
+    curves = {name: (lengths, [one[name] for one in counted.values()]) for name in ("dense", "dsa")}
     drawn = plots.lines("cost", curves, "position", "FLOPs of attention", log=True)
     return f"<h2>Cost by position</h2>{_plot('Attention of one decoded token, all layers, counted', drawn)}"
 

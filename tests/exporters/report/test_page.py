@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def report(passed: bool = True) -> dict[str, Any]:
     indexer = {"index_topk": 64, "index_n_heads": 2, "index_head_dim": 32}
     plan = {
         "model": HOSTILE, "model_type": "deepseek_v3", "layers": [dims], "indexer": indexer, "source": "auto", "layout": "own",
-        "context": 1024,
+        "context": 1024, "decode_attention_flops": {str(n): {"dense": 9.0 * n, "dsa": 900.0 + n} for n in (64, 256, 1024)},
     }  # fmt: skip
     return {"plan": plan, "verification": verification(passed)}
 
@@ -172,6 +173,9 @@ def test_the_command_writes_a_new_file(tmp_path: Path) -> None:
     [
         pytest.param({"verification": None}, "was not verified", id="not-verified"),
         pytest.param({"layers": []}, "neither a report.json", id="other-json"),
+        pytest.param(
+            {"verification": {**verification(), "layers": [{"dsa": "many"}]}}, "neither a report.json", id="words"
+        ),
         pytest.param({"checks": 1, "text": {}, "layers": []}, "neither a report.json", id="other-kinds"),
     ],
 )
@@ -180,3 +184,24 @@ def test_what_is_no_report_is_refused(tmp_path: Path, content: dict[str, Any], p
     done = mla2dsa("report", tmp_path / "found.json", tmp_path / "page.html")
     assert_refused(done, 1, tmp_path / "found.json", part)
     assert not (tmp_path / "page.html").exists()
+
+
+def luminance(colour: str) -> float:
+    """Of #rrggbb, as WCAG has it."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("name", plots.STYLES)
+def test_curves_are_seen_on_white_and_on_black(name: str) -> None:
+    found = luminance(plots.STYLES[name]["color"])
+    assert 1.05 / (found + 0.05) >= 3
+    assert (found + 0.05) / 0.05 >= 3
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "found.json").write_text(json.dumps(verification()))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = mla2dsa("report", tmp_path / "found.json", tmp_path / "page.html")
+    assert_refused(done, 2, "pip install 'mla2dsa[report]'")
