@@ -30,13 +30,12 @@ def _report(args: argparse.Namespace) -> int:
     from ..exporters.report.page import page
     from ..exporters.report.plots import check_library
     from ..files.json_files import read_json
-    from ..files.writing import write_new
+    from ..files.temporary import replace_file
     from .show.tables import print_json
 
     source, out = Path(args.source), Path(args.out)
     check_library()
-    if out.exists() or out.is_symlink():
-        raise UsageError(f"{out}: is there already; give a new name")
+    _check_new(out)
     if not out.parent.is_dir():
         raise UserError(f"{out.parent}: no such folder")
     file = source / REPORT if source.is_dir() else source
@@ -51,6 +50,13 @@ def _report(args: argparse.Namespace) -> int:
         raise UserError(
             f"{file}: neither a report.json nor what `verify --json` prints ({type(error).__name__}: {error})"
         ) from None
-    write_new(out, made)
+    _check_new(out)  # drawing took seconds
+    replace_file(out, made.encode())  # whole or not at all
     print_json({"out": str(out)}) if args.json else print(f"{out}: written")
     return 0
+
+
+def _check_new(out: Path) -> None:
+    """Raises UsageError."""
+    if out.exists() or out.is_symlink():
+        raise UsageError(f"{out}: is there already; give a new name")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from html.parser import HTMLParser
@@ -14,6 +15,7 @@ from command_line import assert_refused, mla2dsa
 
 from mla2dsa.exporters.report import plots
 from mla2dsa.exporters.report.page import page
+from mla2dsa.files import temporary
 
 HOSTILE = "<script>alert(1)</script>"
 VOID = {"meta", "br"}
@@ -205,3 +207,16 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = mla2dsa("report", tmp_path / "found.json", tmp_path / "page.html")
     assert_refused(done, 2, "pip install 'mla2dsa[report]'")
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "found.json").write_text(json.dumps(verification()))
+
+    def full(file: Path, content: object) -> None:
+        file.write_bytes(b"<!doctype")
+        raise OSError(errno.ENOSPC, "No space left on device", str(file))
+
+    monkeypatch.setattr(temporary, "write_new", full)
+    done = mla2dsa("report", tmp_path / "found.json", tmp_path / "page.html")
+    assert_refused(done, 1, "No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
