@@ -33,6 +33,7 @@ from .proof.fp8 import Fp8Scores
 from .proof.limits import TEXT_GATES, Check, Measured, foreign_checks, gated, quality_checks, read_gates
 from .proof.pair import CONVERT_AGAIN, NOT_A_PAIR, Pair, open_pair
 from .proof.same_tensors import same_tensors
+from .proof.streamed_model import StreamedModel
 from .proof.tasks.long import LongResult, Settings, check_lengths, gate_names, long_checks, run_long
 from .recipe import Verify
 
@@ -199,8 +200,10 @@ def _against_transformers(pair: Pair, sequences: Sequence[Tensor]) -> list[Check
     dense_class = model_class_of(read_config(pair.dense.checkpoint.config), pair.dense.checkpoint.config)
     target = pair.layout.in_transformers
     name = target.architecture if target is not None else dense_class.__name__
-    model, info = hf.load_model(pair.sparse.checkpoint, name)
-    faults = [fault for fault in hf.loading_faults(info) if not _known_to_be_left_over(pair, fault)]
+    length = min(pair.config.index_topk, SHORT, len(sequences[0]))
+    short = program_inputs(sequences[0][:length])
+    sparse_short, faults = hf.loaded_logits(pair.sparse.checkpoint, name, short)
+    faults = [fault for fault in faults if not _known_to_be_left_over(pair, fault)]
     what = (
         "no key missing or unexpected" if target is not None else "as the dense model, none but the indexers left over"
     )
@@ -208,22 +211,17 @@ def _against_transformers(pair: Pair, sequences: Sequence[Tensor]) -> list[Check
     checks = [Check(f"transformers loads it, {what}", not faults, len(faults), 0, detail, CONVERT_AGAIN)]
     if faults:
         return checks
-    length = min(pair.config.index_topk, SHORT, len(sequences[0]))
-    short = program_inputs(sequences[0][:length])
-    sparse_short = hf.logits(model, short)
-    dense_model, info = hf.load_model(pair.dense.checkpoint, dense_class.__name__)
-    if faults := [fault for fault in hf.loading_faults(info) if not fault.startswith("unexpected keys")]:
+    dense_short, faults = hf.loaded_logits(pair.dense.checkpoint, dense_class.__name__, short)
+    if faults := [fault for fault in faults if not fault.startswith("unexpected keys")]:
         return [
             *checks,
             Check("transformers loads the dense model, no key missing", False, len(faults), 0, faults[0], NOT_A_PAIR),
         ]
-    checks.append(_equal(pair, hf.logits(dense_model, short), sparse_short, length))
-    del dense_model
+    checks.append(_equal(pair, dense_short, sparse_short, length))
     if target is None:
         return [*checks, _dense_parity(pair, sparse_short, short)]
-    del sparse_short
     length = parity_length(pair.config, [site.dims.num_heads for site in pair.converted.found.sites])
-    return checks + _parity(pair, model, name, [ids[:length] for ids in sequences[:PARITY_SEQUENCES]])
+    return checks + _parity(pair, name, [ids[:length] for ids in sequences[:PARITY_SEQUENCES]])
 
 
 def _known_to_be_left_over(pair: Pair, fault: str) -> bool:
@@ -274,7 +272,7 @@ def parity_length(config: IndexerConfig, heads: Sequence[int]) -> int:
     return max(config.index_topk + PARITY_TOKENS, math.isqrt(PARITY_BYTES // (2 * 4 * widest)))
 
 
-def _parity(pair: Pair, model: Any, name: str, sequences: Sequence[Tensor]) -> list[Check]:
+def _parity(pair: Pair, name: str, sequences: Sequence[Tensor]) -> list[Check]:
     """Our graph and transformers above index_topk: the same keys up to rounding, and the same logits over the same keys."""
     _, runners = pair.runners()
     selectors = [
@@ -285,10 +283,11 @@ def _parity(pair: Pair, model: Any, name: str, sequences: Sequence[Tensor]) -> l
     gathered: list[dict[str, Tensor]] = [{} for _ in batches]
     for seen in runners["dsa"].run(batches, [logits, *selectors]):
         gathered[seen.sequence].update(seen.values)
-    results = [
-        hf.parity(model, program_inputs(ids), found[logits].cpu(), [found[name].cpu() for name in selectors])
-        for ids, found in zip(sequences, gathered, strict=True)
-    ]
+    with StreamedModel.open(pair.sparse.checkpoint, name) as model:
+        results = [
+            hf.parity(model, program_inputs(ids), found[logits].cpu(), [found[name].cpu() for name in selectors])
+            for ids, found in zip(sequences, gathered, strict=True)
+        ]
     detail = f"{len(sequences)} sequences of {len(sequences[0])} tokens"
     limit, names = (
         TRANSFORMERS_TOLERANCE,

@@ -12,6 +12,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from ..indexer.closed_form import REFIT_TOKENS
 from ..indexer.head_weights import ONE_TOKENS
 from ..indexer.indexer_math import BLOCK_ELEMENTS
 from ..model.free_memory import free_memory
+from ..proof.streamed_model import loading_bytes, tensor_sizes
 from ..recipe import Recipe, read_budget
-from ..verify import parity_length
+from ..verify import PARITY_SEQUENCES, parity_length
 from .space import Needs
 
 # benchmarks/memory.py: what 64 heads of DeepSeek-V3's width take at 8192 tokens is 2.6 GiB, what 128 take at 6144 is 3.9.
@@ -103,7 +105,7 @@ class Streams:
     sparse: Footprints
     config: IndexerConfig
     layers: tuple[MlaDims, ...]
-    parameters: int
+    weights: int  # that transformers has in memory at a time, bytes
     rows: int
 
     def pieces(self, length: int) -> tuple[list[Footprint], list[Footprint]]:
@@ -127,9 +129,14 @@ def streams(
     """Of a captured program and the one it became. tensors: of the checkpoint."""
     dense = PieceRunner(program, _nothing, [change.before for change in converted.changes])
     sparse = PieceRunner(converted.program, _nothing, [change.after for change in converted.changes])
-    count = sum(math.prod(place.shape) for place in tensors.values())
+    indexers = (
+        (name, tensor.numel(), 4 * tensor.numel())
+        for name, tensor in converted.program.state_dict.items()
+        if ".indexer." in name
+    )
+    weights = loading_bytes(chain(tensor_sizes(tensors), indexers))
     return Streams(
-        Footprints(dense), Footprints(sparse), config, tuple(site.dims for site in converted.found.sites), count, rows
+        Footprints(dense), Footprints(sparse), config, tuple(site.dims for site in converted.found.sites), weights, rows
     )
 
 
@@ -198,7 +205,7 @@ def resources(found: Streams, recipe: Recipe, context: int, vocabulary: int) -> 
         memory,
         shelved - held,
         flops + training,
-        _transformers(found, length),
+        _transformers(found, length, vocabulary),
         seconds,
     )
 
@@ -241,11 +248,14 @@ def _fit(found: Streams, recipe: Recipe, length: int, fitted: int) -> int:
     return max(sizes) + blocks
 
 
-def _transformers(found: Streams, length: int) -> int:
-    """Two float32 models, or one and the two score matrices of its longest sequence."""
+def _transformers(found: Streams, length: int, vocabulary: int) -> int:
+    """Its model, a group of layers at a time; our logits of every sequence; and either two score matrices, or its logits and the
+    difference."""
     heads = [d.num_heads for d in found.layers]
-    scores = 2 * 4 * max(found.config.index_n_heads, *heads) * min(length, parity_length(found.config, heads)) ** 2
-    return 4 * found.parameters + max(4 * found.parameters, scores)
+    tokens = min(length, parity_length(found.config, heads))
+    scores = 2 * 4 * max(found.config.index_n_heads, *heads) * tokens**2
+    logits = 4 * tokens * vocabulary
+    return found.weights + PARITY_SEQUENCES * logits + max(scores, 2 * logits)
 
 
 def _oracles(found: Streams, length: int) -> float:

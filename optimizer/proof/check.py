@@ -98,7 +98,7 @@ def difference(name: str, a: Tensor, b: Tensor, mask: Tensor | None = None, toke
     if any((*nans, *infinities)):
         return Difference(name, float("nan"), nans, infinities)
     scale = a.abs().max().clamp_min(torch.finfo(a.dtype).tiny)
-    return Difference(name, float((a - b).abs().max() / scale))
+    return Difference(name, float((a - b).abs_().max() / scale))
 
 
 def _larger(a: float, b: float) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
@@ -14,13 +12,13 @@ from torch import Tensor
 
 from ...compat.torch_private import topk_rule
 from ...errors import UserError
-from ...files.model.text_model import PREFIXES, is_wrapper
 from ..model.checkpoint import Checkpoint
 from ..model.free_memory import free_memory
 from ..model.stored_formats import FP8, block_of
 from .check import difference
+from .streamed_model import StreamedModel, loading_bytes, tensor_sizes
 
-# Fixed by what both models need beside their weights: activations, and what the allocator keeps.
+# Fixed by what a model needs beside its weights: activations, and what the allocator keeps.
 SHARE_OF_MEMORY = 0.9  # of what is free
 
 
@@ -104,8 +102,8 @@ class SameSelection:
 
 
 def refuse_if_too_large(checkpoint: Checkpoint) -> None:
-    """Raises UserError when the float32 models would not fit into the memory that is free now."""
-    needed = 2 * 4 * sum(math.prod(place.shape) for place in checkpoint.tensors.values())  # dense and DSA side by side
+    """Raises UserError when a float32 model, a group of layers at a time, would not fit into the memory that is free now."""
+    needed = loading_bytes(tensor_sizes(checkpoint.tensors))
     free = free_memory()
     if needed > SHARE_OF_MEMORY * free:
         raise UserError(
@@ -145,62 +143,18 @@ def _uneven(checkpoint: Checkpoint, name: str) -> bool:
     return any(size > step and size % step for size, step in zip(sizes, steps, strict=True))
 
 
-def load_model(checkpoint: Checkpoint, class_name: str) -> tuple[Any, Mapping[str, Any]]:
-    """(model in float32, loading info) of a checkpoint, through `class_name` of transformers."""
-    import transformers
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        model_class = getattr(transformers, class_name)
-        fields = {
-            name: value for name, value in checkpoint.config.items() if name != "model_type"
-        }  # the class knows its own
-        config = model_class.config_class.from_dict(fields)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on which of two quantization configs counts
-            model, info = model_class.from_pretrained(
-            checkpoint.path, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True,
-            key_mapping=PREFIXES if is_wrapper(checkpoint.whole_config) else None, **_dequantised(checkpoint),
-        )  # fmt: skip
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-    return model.float().eval(), info
-
-
-def _dequantised(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The argument with which transformers dequantises what it loads."""
-    import transformers
-
-    fields = dict(checkpoint.config.get("quantization_config") or {})
-    method = fields.pop("quant_method", None)
-    if method is None:
-        return {}
-    if method == "fp8":
-        return {
-            "quantization_config": transformers.FineGrainedFP8Config(
-                dequantize=True, weight_block_size=block_of(checkpoint.config)
-            )
-        }
-    return {"quantization_config": transformers.CompressedTensorsConfig(**{**fields, "dequantize": True})}
-
-
-def loading_faults(info: Mapping[str, Any]) -> list[str]:
-    """What transformers says is wrong with the files: missing, unexpected or mismatched keys."""
-    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-    return [f"{kind.replace('_', ' ')}: {name}" for kind in kinds for name in info.get(kind, ())]
-
-
 @torch.no_grad()
 def logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """[B, T, vocab] without a cache, ties broken by lowest slot."""
     with lowest_slot_ties():
         out: Tensor = model(**batch, use_cache=False).logits
     return out
+
+
+def loaded_logits(checkpoint: Checkpoint, class_name: str, batch: Mapping[str, Tensor]) -> tuple[Tensor, list[str]]:
+    """(logits, what is wrong with the files) of a checkpoint, through `class_name` of transformers."""
+    with StreamedModel.open(checkpoint, class_name) as model:
+        return logits(model, batch), model.faults()
 
 
 @torch.no_grad()

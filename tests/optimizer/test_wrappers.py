@@ -98,10 +98,10 @@ def test_a_key_that_the_dense_model_misses_fails(
     made: tuple[str, Path, Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """transformers would fill it with random numbers: it is told of no prefix here."""
-    from mla2dsa.optimizer.proof import transformers_check
+    from mla2dsa.optimizer.proof import streamed_model
 
     _, source, out, _ = made
-    monkeypatch.setattr(transformers_check, "PREFIXES", {})
+    monkeypatch.setattr(streamed_model, "PREFIXES", {})
     checks = _against_transformers(open_pair(source, out), [IDS[0]])
     assert not checks[-1].passed
     assert "missing keys" in checks[-1].detail

@@ -27,7 +27,8 @@ from mla2dsa.kernels.spec import IndexerConfig
 from mla2dsa.optimizer.export import Exported, export
 from mla2dsa.optimizer.model.cached_model import CachedModel, open_cached
 from mla2dsa.optimizer.model.checkpoint import Checkpoint
-from mla2dsa.optimizer.proof.transformers_check import load_model, logits
+from mla2dsa.optimizer.proof.streamed_model import StreamedModel
+from mla2dsa.optimizer.proof.transformers_check import logits
 from mla2dsa.optimizer.recipe import Recipe
 from mla2dsa.runtime.execute import PieceRunner
 
@@ -166,7 +167,8 @@ def test_logits_equal_torch(
 @pytest.fixture(scope="module")
 def transformers_models(checkpoints: dict[str, Path]) -> dict[str, Any]:
     return {
-        name: load_model(Checkpoint.open(folder), "DeepseekV32ForCausalLM")[0] for name, folder in checkpoints.items()
+        name: StreamedModel.open(Checkpoint.open(folder), "DeepseekV32ForCausalLM")
+        for name, folder in checkpoints.items()
     }
 
 
