@@ -17,6 +17,7 @@ from ...errors import UserError
 from ...kernels.spec import IndexerConfig, IndexerWeights
 from .indexer_math import index_features, index_keys, row_blocks
 from .nnls import nnls
+from .ridge import Ridge
 from .samples import SiteSample
 
 # benchmarks/constants.py: with 256 tokens 6% of random tokens have weights below zero, with 4096 or more 0.3%.
@@ -29,6 +30,8 @@ ONE_ROUNDS = 20  # of reweighting at most; it usually settles in fewer than ten
 EXCESS_WEIGHTS = (1.0, 0.1, 0.03)  # of an overshoot in that fit, tried in turn while some tokens come out negative
 # Swept by benchmarks/constants.py.
 MEND_ROUNDS = 12  # of adding the tokens that are still negative to the fit, each time at twice the weight
+# Fixed by memory: with those that are fitted, what `plan` counts on (`before/resources.py`).
+MOST_MENDED = 3 * ONE_TOKENS  # tokens that are added by it, at most
 # benchmarks/constants.py: 0.0002 to 0.2 are alike in KL, 0.2 keeps less mass.
 MASS_FLOOR = 0.02  # uniform mass added before the logarithm in the head-weight fit
 # benchmarks/constants.py: 0.01 keeps less mass; 1.0 keeps more, and has the lower KL with 24 channels, not with 128.
@@ -69,17 +72,15 @@ def constant_one(samples: Sequence[SiteSample], vocabulary: Sequence[SiteSample]
         [sample.hidden[::stride].clone() for sample in samples]
     ).double()  # clones: no sample stays mapped
     fitted, others = tokens[0::2], tokens[1::2]
-    ridge = float(ONE_RIDGE * fitted.square().sum() / fitted.shape[1])
-    gram = _gram(fitted)
+    ridge = Ridge(fitted, float(ONE_RIDGE * fitted.square().sum() / fitted.shape[1]))
     candidates = []
     for excess in EXCESS_WEIGHTS:
-        v = _expectile(fitted, gram, torch.ones_like(fitted[:, 0]), excess, ridge)
-        candidates.append(_judged(v, others, vocabulary))
+        candidates.append(_judged(_expectile(ridge, excess), others, vocabulary))
         if candidates[-1].negative == 0:
             break
     best = min(candidates, key=lambda one: (one.negative, one.variation))
     if best.negative and vocabulary:
-        candidates = [best, *_mended(best, fitted, others, vocabulary, ridge)]
+        candidates = [best, *_mended(best, ridge, others, vocabulary)]
     return min(candidates, key=lambda one: (one.negative, one.variation))
 
 
@@ -89,50 +90,32 @@ def _judged(v: Tensor, others: Tensor, vocabulary: Sequence[SiteSample]) -> One:
     return One(v, float(read.std() / read.mean()), negative)
 
 
-def _mended(one: One, fitted: Tensor, others: Tensor, vocabulary: Sequence[SiteSample], ridge: float) -> list[One]:
-    """Fits with the tokens of `vocabulary` that come out negative, at a weight that grows until none does."""
-    found, tokens, weight = [], fitted, torch.ones_like(fitted[:, 0])
+def _mended(one: One, ridge: Ridge, others: Tensor, vocabulary: Sequence[SiteSample]) -> list[One]:
+    """Fits with the tokens of `vocabulary` that come out negative, at a weight that grows until none does, or until they are as
+    many as say that no v will do."""
+    found = []
     for _ in range(MEND_ROUNDS):
         wrong = torch.cat([s.hidden[s.hidden @ one.v.to(s.hidden) < 0] for s in vocabulary])[:ONE_TOKENS].double()
-        weight = torch.cat((weight[: len(fitted)], 2 * weight[len(fitted) :], torch.ones_like(wrong[:, 0])))
-        tokens = torch.cat((tokens, wrong))
-        one = _judged(_expectile(tokens, _gram(tokens), weight, EXCESS_WEIGHTS[-1], ridge), others, vocabulary)
+        if ridge.added + len(wrong) > MOST_MENDED:
+            break
+        ridge.add(wrong)
+        one = _judged(_expectile(ridge, EXCESS_WEIGHTS[-1]), others, vocabulary)
         found.append(one)
         if one.negative == 0 or not len(wrong):
             break
     return found
 
 
-def _gram(tokens: Tensor) -> Tensor | None:
-    """For the smaller of two equivalent systems, where there are fewer tokens than channels."""
-    return tokens @ tokens.T if len(tokens) < tokens.shape[1] else None
-
-
-def _expectile(tokens: Tensor, gram: Tensor | None, base: Tensor, excess: float, ridge: float) -> Tensor:
-    """v with v . x ~ 1 where overshoots count `excess` times as much as shortfalls; 1 on average over `tokens`.
-
-    base: [N] weight of every token."""
-    weight = base
+def _expectile(ridge: Ridge, excess: float) -> Tensor:
+    """v with v . x ~ 1 where overshoots count `excess` times as much as shortfalls; 1 on average over the tokens."""
+    weight = ridge.base
     for _ in range(ONE_ROUNDS):
-        one = _weighted_ridge(tokens, gram, weight, ridge)
-        before, weight = weight, base * torch.where(tokens @ one < 1, 1.0, excess).to(tokens)
+        one = ridge.solved(weight)
+        read = ridge.tokens @ one
+        before, weight = weight, ridge.base * torch.where(read < 1, 1.0, excess).to(read)
         if torch.equal(weight, before):
             break
-    return one / (tokens @ one).mean()
-
-
-def _weighted_ridge(tokens: Tensor, gram: Tensor | None, weight: Tensor, ridge: float) -> Tensor:
-    """argmin over v of sum_t weight_t (v . x_t - 1)^2 + ridge |v|^2. gram: as `_gram` gives it."""
-    if gram is not None:
-        dual = gram.clone()
-        dual.diagonal().add_(ridge / weight)
-        coefficients: Tensor = torch.linalg.solve(dual, torch.ones_like(weight))
-        return tokens.T @ coefficients
-    weighted = tokens * weight[:, None]
-    primal = weighted.T @ tokens
-    primal.diagonal().add_(ridge)
-    solution: Tensor = torch.linalg.solve(primal, weighted.sum(0))
-    return solution
+    return one / read.mean()
 
 
 def head_shares(weights: IndexerWeights, config: IndexerConfig, samples: Sequence[SiteSample]) -> Tensor:
