@@ -63,6 +63,7 @@ MAY_IMPORT = {
         "optimizer",
         "optimizer/indexer",
         "optimizer/model",
+        "optimizer/proof",
     },
     "optimizer/model": MODEL,
     "optimizer/answers": {*FILES, "runtime", "optimizer/model"},

@@ -26,7 +26,7 @@ from ..model.stored_formats import block_of
 
 # Fixed by what it can save: the process with torch and transformers takes as much, and one layer of a large model more.
 GROUP_BYTES = 512 * 2**20  # of layers that are loaded together, unless one alone is larger
-ITEM = 4  # bytes of a float32
+ITEM = 4  # fixed by float32: bytes of an element
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
