@@ -29,7 +29,7 @@ from ...runtime.execute import PieceRunner
 from ...runtime.footprint import Footprint, Footprints
 from ...runtime.shelf import BUDGET
 from ..indexer.closed_form import REFIT_TOKENS
-from ..indexer.head_weights import ONE_TOKENS
+from ..indexer.head_weights import EXCESS_WEIGHTS, ONE_ROUNDS, ONE_TOKENS
 from ..indexer.indexer_math import BLOCK_ELEMENTS
 from ..model.free_memory import free_memory
 from ..proof.streamed_model import loading_bytes, tensor_sizes
@@ -198,6 +198,7 @@ def resources(found: Streams, recipe: Recipe, context: int, vocabulary: int) -> 
     memory = {STATES: held, largest: stages[largest]}
     flops = (fitted + choosing + 2 * proving) * sum(p.flops for p in dense)
     flops += 3 * proving * sum(p.flops for p in sparse) + proving * _oracles(found, length)
+    flops += _constant_ones(found, fitted * length) if fitted else 0.0
     training, seconds = _training(found, recipe, length)
     return Resources(
         length,
@@ -256,6 +257,14 @@ def _transformers(found: Streams, length: int, vocabulary: int) -> int:
     scores = 2 * 4 * max(found.config.index_n_heads, *heads) * tokens**2
     logits = 4 * tokens * vocabulary
     return found.weights + PARITY_SEQUENCES * logits + max(scores, 2 * logits)
+
+
+def _constant_ones(found: Streams, tokens: int) -> float:
+    """What takes longest of a closed form: factorisations of as many channels as a hidden state has, for every round of reweighting
+    (half of those allowed, which is usual), and what they are made from; float64, which runs at half the rate."""
+    tokens, rounds = min(tokens, 2 * ONE_TOKENS), len(EXCESS_WEIGHTS)
+    widths = [d.hidden_size for d in found.layers]
+    return 2.0 * sum(rounds * (ONE_ROUNDS / 2 * width**3 / 3 + tokens * width**2) for width in widths)
 
 
 def _oracles(found: Streams, length: int) -> float:
