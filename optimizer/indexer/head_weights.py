@@ -91,12 +91,12 @@ def _judged(v: Tensor, others: Tensor, vocabulary: Sequence[SiteSample]) -> One:
 
 
 def _mended(one: One, ridge: Ridge, others: Tensor, vocabulary: Sequence[SiteSample]) -> list[One]:
-    """Fits with the tokens of `vocabulary` that come out negative, at a weight that grows until none does, or until they are as
-    many as say that no v will do."""
+    """Fits with the tokens of `vocabulary` that come out negative, at a weight that grows until none does. Where they are as
+    many as are fitted, v is no matter of a few tokens, and what they would add takes longer than all else."""
     found = []
     for _ in range(MEND_ROUNDS):
         wrong = torch.cat([s.hidden[s.hidden @ one.v.to(s.hidden) < 0] for s in vocabulary])[:ONE_TOKENS].double()
-        if ridge.added + len(wrong) > MOST_MENDED:
+        if len(wrong) == ONE_TOKENS or ridge.added + len(wrong) > MOST_MENDED:
             break
         ridge.add(wrong)
         one = _judged(_expectile(ridge, EXCESS_WEIGHTS[-1]), others, vocabulary)

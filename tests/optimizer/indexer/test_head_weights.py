@@ -64,6 +64,17 @@ def test_mending_takes_no_more_rounds_than_it_may(embeddings: Tensor, monkeypatc
     assert constant_one(text(embeddings), vocabulary).negative > 0
 
 
+@pytest.mark.parametrize(("name", "value"), [("ONE_TOKENS", 8), ("MOST_MENDED", 7)], ids=["at-once", "in-all"])
+def test_no_more_are_mended_than_are_few(
+    name: str, value: int, embeddings: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocabulary = samples_of(embeddings, torch.randperm(TOKENS))
+    monkeypatch.setattr(head_weights, name, value)
+    assert constant_one(text(embeddings), vocabulary).negative > 0
+    monkeypatch.undo()
+    assert constant_one(text(embeddings), vocabulary).negative == 0
+
+
 def test_shares_are_of_all_tokens(embeddings: Tensor) -> None:
     total = torch.zeros(HIDDEN).index_fill(0, torch.tensor([0]), 1.0)
     parts = samples_of(embeddings, torch.arange(TOKENS - 20, TOKENS), torch.arange(30))
