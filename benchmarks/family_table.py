@@ -5,8 +5,9 @@
     python benchmarks/family_table.py                      # only the table in docs/families.md, from results/family_table.json
 
 A verb counts when what it promises holds: `verify` when every check holds but those of quality, for the models are random;
-`generate` when a token comes out of torch; `export` when onnxruntime gives the same logits as torch; `strip` when the source
-comes back bit for bit. What does not is told with its reason.
+`generate` when the greedy text is that of transformers' own class of the source (at most index_topk tokens, so everything is selected);
+`export` when onnxruntime's is the same, and its logits; `strip` when the source comes back bit for bit. What does not is told with
+its reason. The targets that load the result are those `plan` names.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +32,15 @@ from mla2dsa.files.model.model_files import left_out, model_files
 from mla2dsa.optimizer.convert import convert
 from mla2dsa.optimizer.export import export
 from mla2dsa.optimizer.model.cached_model import open_torch_session
+from mla2dsa.optimizer.model.capture import model_class_of, read_config
 from mla2dsa.optimizer.model.checkpoint import Checkpoint
 from mla2dsa.optimizer.plan import prepare
-from mla2dsa.optimizer.proof.transformers_check import unreadable
+from mla2dsa.optimizer.proof.evaluate import program_inputs
+from mla2dsa.optimizer.proof.streamed_model import StreamedModel
+from mla2dsa.optimizer.proof.transformers_check import logits, unreadable
 from mla2dsa.optimizer.recipe import Recipe
 from mla2dsa.optimizer.verify import verify_folders
-from mla2dsa.runtime.generation import prefill
+from mla2dsa.runtime.generation import Sampling, Session, generate, prefill
 from mla2dsa.runtime.ort_session import OrtSession
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,48 +49,84 @@ VERBS = ("plan", "convert", "verify", "export", "generate", "strip")
 BEGIN, END = "<!-- benchmarks/family_table.py writes from here -->", "<!-- to here -->"
 RECIPE = Recipe(index_topk=64, index_n_heads=4, index_head_dim=32, tokens=512, sequence_length=128, rows=16)
 QUALITY = re.compile(r"loss increase|KL to|attention mass")
-IDS = list(range(3, 40))
+IDS, NEW = list(range(3, 40)), 16  # a prompt, and tokens after it: together no more than index_topk
+ALSO = {"deepseek_v2 --target vllm": ("deepseek_v2", {"target": ("vllm",)})}  # rows of a family with other options
 Row = dict[str, Any]
 
 
-def row(source: Path, place: Path) -> Row:
-    """layout, and per verb None or why it does not work. place: an empty folder."""
-    native = Checkpoint.open(source).is_dsa()
-    found: Row = {"layout": "native" if native else ""}
-    dsa = source if native else place / "dsa"
+@dataclass(frozen=True)
+class Family:
+    """source: a checkpoint, place: a folder for what is made of it."""
+
+    source: Path
+    place: Path
+    recipe: Recipe
+
+    @cached_property
+    def native(self) -> bool:
+        return Checkpoint.open(self.source).is_dsa()
+
+    @property
+    def dsa(self) -> Path:
+        return self.source if self.native else self.place / "dsa"
+
+    @cached_property
+    def text(self) -> list[int]:
+        """Greedy, by torch."""
+        return greedy(open_torch_session(self.dsa, 1, capacity=64))
+
+
+def row(source: Path, place: Path, options: Mapping[str, Any] | None = None) -> Row:
+    """layout and targets, and per verb None or why it does not work. place: an empty folder. options: fields of the recipe."""
+    family = Family(source, place, RECIPE.model_copy(update=dict(options or {})))
+    found: Row = {"layout": "native" if family.native else "", "targets": []}
 
     def attempt(verb: str, work: Callable[[], object], *needs: str) -> None:
         missing = next((need for need in needs if found.get(need)), None)
         try:
             found[verb] = f"after {missing}" if missing else work() and None
         except (UserError, UsageError) as error:
-            found[verb] = str(error).replace(str(source), source.name).replace(str(place), "")
+            found[verb] = str(error).replace(str(source), source.name).replace(f"{place}/", "")
         except Exception as error:  # a defect of ours: the table says so
             found[verb] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
 
-    if native:
+    if family.native:
         found |= dict.fromkeys(("plan", "convert", "verify", "strip"), "already sparse")
     else:
-        attempt("plan", lambda: _planned(source, found))
-        attempt("convert", lambda: convert(str(source), dsa, RECIPE, skip_verification=True), "plan")
-        attempt("verify", lambda: _verified(source, dsa), "convert")
-        attempt("strip", lambda: _stripped(source, dsa, place / "dense"), "convert")
-    needs = () if native else ("convert",)
-    attempt("generate", lambda: _generated(dsa), *needs)
-    attempt("export", lambda: _exported(dsa, place / "onnx"), *needs)
+        attempt("plan", lambda: _planned(family, found))
+        attempt("convert", lambda: convert(str(source), family.dsa, family.recipe, skip_verification=True), "plan")
+        attempt("verify", lambda: _verified(family), "convert")
+        attempt("strip", lambda: _stripped(source, family.dsa, place / "dense"), "convert")
+    needs = () if family.native else ("convert",)
+    attempt("generate", lambda: _generated(family), *needs)
+    attempt("export", lambda: _exported(family), *needs)
     return found
 
 
-def _planned(source: Path, found: Row) -> None:
-    plan = prepare(str(source), RECIPE).plan
+def greedy(session: Session) -> list[int]:
+    return [token for ids in generate(session, [IDS], NEW, Sampling()) for token in ids if token is not None]
+
+
+def transformers_greedy(checkpoint: Checkpoint) -> list[int]:
+    """Of the model's own class."""
+    name = model_class_of(read_config(checkpoint.config), checkpoint.config).__name__
+    ids = list(IDS)
+    with StreamedModel.open(checkpoint, name) as model:
+        for _ in range(NEW):
+            ids.append(int(logits(model, program_inputs(torch.tensor(ids)))[0, -1].argmax()))
+    return ids[len(IDS) :]
+
+
+def _planned(family: Family, found: Row) -> None:
+    plan = prepare(str(family.source), family.recipe).plan
     if plan.refusal:
         raise UserError(plan.refusal)
-    found["layout"] = plan.layout
+    found["layout"], found["targets"] = plan.layout, [it.target for it in plan.targets if it.loads]
 
 
-def _verified(source: Path, dsa: Path) -> None:
-    skip = unreadable(Checkpoint.open(source)) is not None
-    result = verify_folders(source, dsa, sequences=2, sequence_length=128, skip_transformers=skip)
+def _verified(family: Family) -> None:
+    skip = unreadable(Checkpoint.open(family.source)) is not None
+    result = verify_folders(family.source, family.dsa, sequences=2, sequence_length=128, skip_transformers=skip)
     bad = [check for check in result.checks if not check.passed and not QUALITY.search(check.name)]
     if bad:
         raise UserError(f"{bad[0].name}: {bad[0].value:.1e}, {bad[0].detail}")
@@ -99,28 +141,38 @@ def _stripped(source: Path, dsa: Path, out: Path) -> None:
             raise UserError(f"{name} is another one")
 
 
-def _generated(dsa: Path) -> None:
-    session = open_torch_session(dsa, 1, capacity=64)
-    if not bool(torch.isfinite(prefill(session, [IDS], len(IDS))).all()):
-        raise UserError("logits are not finite")
+def _generated(family: Family) -> None:
+    checkpoint = Checkpoint.open(family.source)
+    if unreadable(checkpoint) is None:
+        _same_text("transformers", transformers_greedy(checkpoint), family.text)
 
 
-def _exported(dsa: Path, out: Path) -> None:
-    done = export(dsa, out)
-    ours = prefill(open_torch_session(dsa, 1, capacity=64), [IDS], len(IDS))
-    gap = float((prefill(OrtSession(done.folder, 1, threads=1), [IDS], len(IDS)) - ours).abs().max() / ours.abs().max())
+def _exported(family: Family) -> None:
+    done = export(family.dsa, family.place / "onnx")
+    ours = prefill(open_torch_session(family.dsa, 1, capacity=64), [IDS], len(IDS))
+    session = OrtSession(done.folder, 1, threads=1)
+    gap = float((prefill(session, [IDS], len(IDS)) - ours).abs().max() / ours.abs().max())
     if not gap < 1e-4:
         raise UserError(f"onnxruntime's logits are {gap:.1e} off")
+    _same_text("onnxruntime", greedy(OrtSession(done.folder, 1, threads=1)), family.text)
+
+
+def _same_text(name: str, expected: list[int], text: list[int]) -> None:
+    if expected != text:
+        raise UserError(f"greedy text is {text}, {name}'s {expected}")
 
 
 def table(rows: Mapping[str, Row]) -> str:
     """Markdown: a family a line, then the reasons."""
-    lines = [f"| checkpoint | {' | '.join(VERBS)} | layout | what is not there |", "|---|" + "---|" * (len(VERBS) + 2)]
+    lines = [
+        f"| checkpoint | {' | '.join(VERBS)} | layout | loaded by | what is not there |",
+        "|---|" + "---|" * (len(VERBS) + 3),
+    ]
     for name, found in sorted(rows.items()):
         cells = ["yes" if found[verb] is None else "-" for verb in VERBS]
         reasons = dict.fromkeys(reason for verb in VERBS if (reason := found[verb]) and not reason.startswith("after "))
         text = "; ".join(reasons).replace("|", "/").replace("\n", " ")
-        lines.append(f"| {name} | {' | '.join(cells)} | {found['layout'] or '-'} | {text} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {found['layout'] or '-'} | {', '.join(found['targets'])} | {text} |")
     return "\n".join(lines)
 
 
@@ -137,11 +189,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args()
     rows: dict[str, Row] = read_json(RESULTS) if RESULTS.exists() else {}
-    chosen = options.only or sorted(path.name for path in options.folder.iterdir()) if options.folder else []
+    chosen = options.only or sorted([*(it.name for it in options.folder.iterdir()), *ALSO]) if options.folder else []
     for name in chosen:
+        folder, fields = ALSO.get(name, (name, {}))
         place = Path(tempfile.mkdtemp())
         try:
-            rows[name] = row(options.folder / name, place)
+            rows[name] = row(options.folder / folder, place, fields)
         finally:
             shutil.rmtree(place)
         print(f"{name}: {', '.join(verb for verb in VERBS if rows[name][verb] is None) or 'nothing'}", flush=True)

@@ -173,7 +173,7 @@ def _add_convert(commands: Any) -> None:
     command.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     command.add_argument("--skip-verification", action="store_true", help="write the result without proving it")
     command.add_argument(
-        "--skip-transformers", action="store_true", help="verify on the streamed graph only (large models)"
+        "--skip-transformers", action="store_true", help="verify on our graph only, in less time and memory"
     )
     add_trust(command)
     add_drop_stale(command)
@@ -272,7 +272,7 @@ def _add_verify(commands: Any) -> None:
     _add_long(command)
     command.add_argument("--device", default="cpu", help="where the models are streamed through (default cpu)")
     command.add_argument(
-        "--skip-transformers", action="store_true", help="do not load the checkpoints with transformers (large models)"
+        "--skip-transformers", action="store_true", help="do not compare with transformers' models, in less time and memory"
     )
     add_partial(command)
     add_trust(command)

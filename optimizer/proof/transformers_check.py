@@ -108,7 +108,7 @@ def refuse_if_too_large(checkpoint: Checkpoint) -> None:
     if needed > SHARE_OF_MEMORY * free:
         raise UserError(
             f"{checkpoint.path}: comparing with transformers needs {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free; "
-            "pass --skip-transformers to verify on the streamed graph only"
+            "pass --skip-transformers to verify on our graph only"
         )
     if reason := unreadable(checkpoint):
         raise UserError(
