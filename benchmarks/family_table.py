@@ -172,7 +172,9 @@ def table(rows: Mapping[str, Row]) -> str:
         cells = ["yes" if found[verb] is None else "-" for verb in VERBS]
         reasons = dict.fromkeys(reason for verb in VERBS if (reason := found[verb]) and not reason.startswith("after "))
         text = "; ".join(reasons).replace("|", "/").replace("\n", " ")
-        lines.append(f"| {name} | {' | '.join(cells)} | {found['layout'] or '-'} | {', '.join(found['targets'])} | {text} |")
+        lines.append(
+            f"| {name} | {' | '.join(cells)} | {found['layout'] or '-'} | {', '.join(found['targets'])} | {text} |"
+        )
     return "\n".join(lines)
 
 

@@ -272,7 +272,9 @@ def _add_verify(commands: Any) -> None:
     _add_long(command)
     command.add_argument("--device", default="cpu", help="where the models are streamed through (default cpu)")
     command.add_argument(
-        "--skip-transformers", action="store_true", help="do not compare with transformers' models, in less time and memory"
+        "--skip-transformers",
+        action="store_true",
+        help="do not compare with transformers' models, in less time and memory",
     )
     add_partial(command)
     add_trust(command)

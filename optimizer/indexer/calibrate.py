@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from ...errors import UserError
 from ...kernels.spec import IndexerConfig, IndexerWeights
 from ...passes.matching.sites import MlaSite
+from ...passes.mla_to_dsa import prepare as find_sites
 from ...passes.tap import ROWS_INPUT, SITE_TAPS, TABLE_TAPS, Tapped, tap
 from ...runtime.execute import PieceRunner
 from ...runtime.processes import processes
@@ -85,10 +87,23 @@ def calibrate(
             raise error if site.name in str(error) else UserError(f"{site.name}: {error}") from error
 
     shelf, everything = shelf or Shelf(), [*sequences, *held_out, *vocabulary]
+    ahead, behind = _to_fit(source, finished)
     layers = layer_samples(source, everything, how, on_sequence, shelf, processes().own(len(everything)))
-    for result in by_layer(layers, fitted, shelf, finished, in_turn=how.training.budget is not None):
+    fits = by_layer(layers, fitted, shelf, finished, in_turn=how.training.budget is not None)
+    for result in islice(fits, ahead):
         spent = Spent(spent.layers + 1, spent.steps + result.steps, spent.seconds + result.seconds)
         yield result
+    yield from behind
+
+
+def _to_fit(source: WeightSource, finished: Mapping[str, LayerResult]) -> tuple[int | None, list[LayerResult]]:
+    """(layers up to the last that is not finished, None for all; results of those after it): nothing is streamed for these."""
+    if not finished:
+        return None, []
+    _, found, _ = find_sites(source.capture.program)
+    names = [site.name for site in found.sites]
+    ahead = max((number + 1 for number, name in enumerate(names) if name not in finished), default=0)
+    return ahead, [finished[name] for name in names[ahead:]]
 
 
 def layer_samples(

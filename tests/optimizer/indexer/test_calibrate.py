@@ -221,6 +221,24 @@ def test_nothing_is_fitted_twice(source: WeightSource, closed: list[LayerResult]
     assert steps == []
 
 
+@pytest.mark.parametrize("missing", [None, 0, 1, 2])
+def test_nothing_is_streamed_behind_the_last_layer_to_fit(
+    missing: int | None, source: WeightSource, closed: list[LayerResult]
+) -> None:
+    seen: list[int] = []
+    done = {result.name: result for number, result in enumerate(closed) if number != missing}
+    again = results(source, done=done, on_sequence=lambda count, total: seen.append(count))
+    assert [result.name for result in again] == LAYERS
+    assert [number for number, (a, b) in enumerate(zip(again, closed, strict=True)) if a is not b] == (
+        [] if missing is None else [missing]
+    )
+    whole: list[int] = []
+    results(source, on_sequence=lambda count, total: whole.append(count))
+    assert len(seen) == (
+        0 if missing is None else len(whole) * (missing + 1) // (len(LAYERS) + 1)
+    )  # the last piece has no attention
+
+
 def test_progress_counts_every_sequence_of_every_piece(source: WeightSource) -> None:
     seen: list[tuple[int, int]] = []
     results(source, on_sequence=lambda done, total: seen.append((done, total)))
