@@ -20,6 +20,9 @@ from .streamed_model import StreamedModel, loading_bytes, tensor_sizes
 
 # Fixed by what a model needs beside its weights: activations, and what the allocator keeps.
 SHARE_OF_MEMORY = 0.9  # of what is free
+# Fixed by float32: where the head weights of a query cancel, its scores are small and their rounding is that of any other row. Of 32
+# layers of random weights with Youtu-LLM-2B's shape, rows of a thousandth of the usual scores were off by 2e-3 of their own.
+CANCELLED = 0.1  # of the median over rows of the largest score
 
 
 # What transformers needs to dequantise a checkpoint, by quant_method.
@@ -49,8 +52,8 @@ class SameSelection:
     scores (`shortfall`), and everything else is compared over equal selections.
 
     selections: our indices per layer, [1, T, K] int32 with -1 for unused. shortfall: the most by which a key of ours
-    scores below the last one transformers would take, relative to the largest score of its row; 0 when the sets agree,
-    infinite when we took fewer.
+    scores below the last one transformers would take, relative to the largest score of its row, or to CANCELLED of what that usually
+    is; 0 when the sets agree, infinite when we took fewer.
     """
 
     def __init__(self, selections: Sequence[Tensor]) -> None:
@@ -91,8 +94,9 @@ class SameSelection:
         """scores: [1, T, T], -inf for keys a query may not see; rows with fewer keys than `count` take all of them."""
         last = torch.topk(scores, count, dim=-1).values[..., -1]
         chosen = scores.gather(-1, ours.clamp(min=0).long()).masked_fill(ours < 0, torch.inf)
-        largest = scores.masked_fill(scores == -torch.inf, 0).abs().amax(-1).clamp_min(torch.finfo(scores.dtype).tiny)
-        gap = (last - chosen.amin(-1)) / largest  # -inf where a row has no more keys than places
+        largest = scores.masked_fill(scores == -torch.inf, 0).abs().amax(-1)
+        usual = (CANCELLED * largest.median()).clamp_min(torch.finfo(scores.dtype).tiny)
+        gap = (last - chosen.amin(-1)) / largest.maximum(usual)  # -inf where a row has no more keys than places
         complete = (ours >= 0).sum(-1) == (scores != -torch.inf).sum(-1).clamp(max=count)
         worst = float(torch.where(complete, gap.clamp_min(0), torch.inf).max())
         self.shortfall = worst if worst != worst else max(self.shortfall, worst)

@@ -50,6 +50,20 @@ def test_shortfall(ours: Tensor, shortfall: float) -> None:
     )  # unused: unseen
 
 
+@pytest.mark.parametrize(
+    ("scale", "shortfall"), [(1.0, 1 / 8), (0.2, 1 / 8), (1e-3, 1e-3 / 0.1)], ids=["usual", "fifth", "cancelled"]
+)
+def test_a_row_whose_head_weights_cancel_is_held_to_the_usual_scores(scale: float, shortfall: float) -> None:
+    """Its scores are as far off as those of any other row."""
+    scores = SCORES.clone()
+    scores[0, 3] *= scale
+    rows = [[0, -1], [0, 1], [0, 1], [0, 1]]
+    selection_ = SameSelection([selection(rows)])
+    with selection_.taken():
+        scores.topk(2, dim=-1)
+    assert selection_.shortfall == pytest.approx(shortfall, rel=1e-4)
+
+
 def test_a_nan_score_is_not_zero_shortfall() -> None:
     scores = SCORES.clone()
     scores[0, 3, 0] = torch.nan
