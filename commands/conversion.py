@@ -173,7 +173,7 @@ def _add_convert(commands: Any) -> None:
     command.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     command.add_argument("--skip-verification", action="store_true", help="write the result without proving it")
     command.add_argument(
-        "--skip-transformers", action="store_true", help="verify on our graph only, in less time and memory"
+        "--skip-transformers", action="store_true", help="no comparison with transformers: less time and memory"
     )
     add_trust(command)
     add_drop_stale(command)
@@ -274,7 +274,7 @@ def _add_verify(commands: Any) -> None:
     command.add_argument(
         "--skip-transformers",
         action="store_true",
-        help="do not compare with transformers' models, in less time and memory",
+        help="no comparison with transformers: less time and memory",
     )
     add_partial(command)
     add_trust(command)

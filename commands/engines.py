@@ -132,7 +132,7 @@ def _add_deploy(commands: Any) -> None:
     command.add_argument("--tokens", type=int, metavar="N", help="how much of it to use")
     command.add_argument("--keep-checkpoint", metavar="DIR", type=a_path, help="keep the DSA checkpoint there")
     command.add_argument(
-        "--skip-transformers", action="store_true", help="verify on our graph only, in less time and memory"
+        "--skip-transformers", action="store_true", help="no comparison with transformers: less time and memory"
     )
     command.add_argument("--device", default="cpu", help="where the model is streamed through (default cpu)")
     add_trust(command)
