@@ -26,6 +26,7 @@ from .commands.conversion import add_conversion
 from .commands.engines import add_engines
 from .commands.kernels import add_kernels
 from .commands.parser import Parser
+from .commands.recipe import add_recipes
 from .commands.report import add_report
 from .commands.use import add_use
 from .errors import SeveralErrors, UserError, short
@@ -34,6 +35,7 @@ _LONGEST_WORD, _LONGEST_LINE = 240, 1000  # of an error line: a path
 
 EPILOG = """examples:
   mla2dsa plan deepseek-ai/DeepSeek-V3.1
+  mla2dsa recipe init ./model -o recipe.yaml
   mla2dsa convert ./model ./model-dsa --calibration ./texts
   mla2dsa convert ./model ./model-dsa --indexer distil --calibration corpus.jsonl --tokens 262144
   mla2dsa verify ./model ./model-dsa --text held-out.txt
@@ -181,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(parser=parser)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_conversion(commands)
+    add_recipes(commands)
     add_use(commands)
     add_answers(commands)
     add_compare(commands)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..errors import UserError
 from ..exporters.dsa.checkpoint import write_dsa_checkpoint
 from ..exporters.dsa.layout import Layout
@@ -27,14 +24,15 @@ from ..runtime.shelf import Shelf
 from .before.binding import target_verdicts
 from .before.cuts import Sequences, cut_text
 from .before.findings import Findings
+from .before.fingerprints import fingerprint as of_everything
+from .before.fingerprints import layer_fingerprints
 from .before.preflight import check_conversion
 from .before.resources import Resources
 from .before.resources import refuse_if_too_large as refuse_conversion
 from .before.space import existing_parent
 from .environment import usable_device
 from .indexer.calibrate import Calibration, LayerResult, calibrate
-from .indexer.distil import DistilSchedule
-from .indexer.layer_fit import NEAR, Budget, Training
+from .indexer.layer_fit import NO_TRAINING
 from .indexer.progress_store import ProgressStore
 from .indexer.query_form import settle
 from .model.checkpoint import Checkpoint
@@ -44,7 +42,8 @@ from .model.weights import WeightSource
 from .plan import Plan, Prepared, layout_of, prepare
 from .proof.pair import open_pair
 from .proof.transformers_check import refuse_if_too_large
-from .recipe import WRITTEN, Recipe, read_budget
+from .recipe import WRITTEN, Recipe
+from .recipes.layers import trainings
 from .verify import FailedVerification, Verification, verify
 
 
@@ -289,12 +288,14 @@ def _indexers(
     if job.prepared.donor is not None:
         yield _donated(job.prepared, job.prepared.donor), ()
         return
-    store = ProgressStore.open(out, _fingerprint(job), resume, overwrite)
+    names = [name for name, _ in job.prepared.plan.layers]
+    marks = layer_fingerprints(job.prepared.checkpoint, job.recipe, job.sequences, names)
+    store = ProgressStore.open(out, marks, resume, overwrite)
     try:
         layers = tuple(_calibrated(job, store, shelf))
         yield {layer.name: layer.weights for layer in layers}, layers
     except KeyboardInterrupt:
-        if count := len(store.layers()):
+        if count := len(store.finished()):
             raise KeyboardInterrupt(f"{count} finished layers are kept, pass --resume to go on") from None
         raise
     except InTheWay:  # the result is whole, though elsewhere
@@ -315,12 +316,12 @@ def _calibrated(job: _Job, store: ProgressStore | None, shelf: Shelf) -> Iterato
     """store: the first process's."""
     recipe, tell = job.recipe, job.tell
     finished = processes().from_first(lambda: store.load() if store else {})
-    cut, training = job.sequences, _training(recipe, len(job.prepared.plan.layers))
+    cut, trained = job.sequences, trainings(recipe, [name for name, _ in job.prepared.plan.layers])
     results = calibrate(
         WeightSource(job.prepared.checkpoint, job.prepared.capture, job.device),
         cut.calibration + cut.beside, cut.selection,
-        Calibration(job.prepared.plan.indexer, recipe.rows, training, recipe.seed, job.allow_partial), finished, tell.on_step,
-        lambda done, total: tell.on_progress("calibrate", done, total), shelf, cut.vocabulary,
+        Calibration(job.prepared.plan.indexer, recipe.rows, NO_TRAINING, recipe.seed, job.allow_partial, trained),
+        finished, tell.on_step, lambda done, total: tell.on_progress("calibrate", done, total), shelf, cut.vocabulary,
     )  # fmt: skip
     for result in results:
         resumed = result.name in finished
@@ -328,14 +329,6 @@ def _calibrated(job: _Job, store: ProgressStore | None, shelf: Shelf) -> Iterato
             store.save(result)
         tell.on_layer(result, resumed)
         yield result
-
-
-def _training(recipe: Recipe, layers: int) -> Training:
-    if not recipe.distils:
-        return Training(why="as asked" if recipe.indexer == "closed-form" else "no calibration text to train on")
-    schedule = DistilSchedule(recipe.distil.steps, recipe.distil.lr, seed=recipe.seed)
-    budget = None if recipe.budget is None else Budget(*read_budget(recipe.budget), layers)
-    return Training(schedule, NEAR if recipe.indexer == "auto" else None, budget)
 
 
 def _proved(job: _Job, folder: Path, skip_transformers: bool, shelf: Shelf) -> Verification:
@@ -362,13 +355,7 @@ def _dropped(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def _fingerprint(job: _Job, also: Sequence[str] = ()) -> str:
-    """Of everything the indexers depend on. also: settings of the recipe beside."""
-    digest = hashlib.sha256(f"{__version__} {job.prepared.checkpoint.fingerprint()}".encode())
-    digest.update(json.dumps(job.recipe.model_dump(exclude={"verify", *WRITTEN} - set(also)), sort_keys=True).encode())
-    cut = job.sequences
-    for sequence in cut.calibration + cut.beside + cut.selection + cut.vocabulary:
-        digest.update(sequence.numpy().tobytes())
-    return digest.hexdigest()
+    return of_everything(job.prepared.checkpoint, job.recipe, job.sequences, also)
 
 
 def _report(
@@ -378,7 +365,7 @@ def _report(
     text, fitted = job.sequences, job.sequences.calibration if job.prepared.donor is None else []
     report: dict[str, Any] = {
         "plan": job.prepared.plan.to_json(),
-        "recipe": job.recipe.model_dump(),
+        "recipe": job.recipe.fields(),
         "layout": {"name": layout.name, "why": layout.why, "query_form": layout.forms[0] if layout.forms else None},
         "remote_code": list(job.remote_code),
         "dropped_fields": list(_dropped(checkpoint)),

@@ -66,7 +66,7 @@ def _commands(versions: dict[str, str | None], devices: list[str]) -> dict[str, 
     serving = _needs(versions, "starlette", "uvicorn")
     return {
         **dict.fromkeys(("plan", "convert", "verify", "strip", "inspect", "compare"), model),
-        "env": "usable", "completion": "usable", "export": onnx, "report": _needs(versions, "matplotlib"),
+        "env": "usable", "completion": "usable", "recipe": "usable", "export": onnx, "report": _needs(versions, "matplotlib"),
         "generate": asking, "serve": asking if serving == "usable" else serving,
         "build": building, "deploy": building, "bench": engines,
         "kernels": _needs(versions, "triton"),

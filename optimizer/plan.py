@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import UsageError, UserError
@@ -24,6 +24,7 @@ from .model.stored_formats import mtp_tensors
 from .model.text import vocabulary_size
 from .model.weights import WeightSource
 from .recipe import Recipe
+from .recipes.layers import Told, each_layer
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -33,8 +34,9 @@ class Plan:
     """What will happen. layers: (name, dims) of every MLA attention; misses: attention that is not dense MLA.
 
     refusal: why no checkpoint can be written for this model now (None: it can). notes: what the user should know. layout: what it
-    is written as, with the reason; targets: which runtimes load that; query_forms: how a query latent is made for a model without
-    one, the first that is exact enough on the real weights. resources: what a conversion with its verification will take.
+    is written as, with the reason; told: how each layer's indexer is made; targets: which runtimes load that; query_forms: how a
+    query latent is made for a model without one, the first that is exact enough on the real weights. resources: what a conversion
+    with its verification will take.
     """
 
     model: str
@@ -52,6 +54,7 @@ class Plan:
     layout_reason: str = ""
     query_forms: tuple[str, ...] = ()
     targets: tuple[Verdict, ...] = ()
+    told: Mapping[str, Told] = field(default_factory=dict)
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -72,6 +75,7 @@ class Plan:
         return {
             "model": self.model, "model_type": self.model_type, "indexer": asdict(self.indexer), "source": self.source,
             "layers": [{"name": name, **asdict(dims)} for name, dims in self.layers],
+            "indexers": {name: told.to_json() for name, told in self.told.items()},
             "misses": [asdict(miss) for miss in self.misses], "refusal": self.refusal, "notes": list(self.notes),
             "layout": self.layout, "layout_reason": self.layout_reason, "query_forms": list(self.query_forms),
             "targets": as_json(self.targets),
@@ -116,12 +120,13 @@ def prepare(
     donor = Donor.open(recipe.donor) if recipe.donor else None
     config = indexer_config(recipe, checkpoint.config, captured.max_length, donor)
     converted = mla_to_dsa(captured.program, config, allow_partial=allow_partial)
+    layers = tuple((site.name, site.dims) for site in converted.found.sites)
+    told = each_layer(recipe, [name for name, _ in layers])
     source = WeightSource(checkpoint, captured)
     checkpoint.check_shapes(source.expected())
     check_every_tensor(source)
     if donor is not None:
         donor.check(converted.found.sites)
-    layers = tuple((site.name, site.dims) for site in converted.found.sites)
     layout, refusal = _layout(checkpoint, recipe, converted)
     mtp = _mtp_modules(donor, layout, checkpoint, converted)
     plan = Plan(
@@ -129,7 +134,7 @@ def prepare(
         source=f"donor:{recipe.donor}" if recipe.donor else recipe.indexer, layers=layers,
         misses=converted.found.misses, refusal=refusal,
         notes=tuple(_notes(checkpoint, config, layers, recipe.mtp, bool(mtp))), new_parameters=_new_parameters(config, layers),
-        context=captured.max_length, resources=_resources(source, converted, config, recipe),
+        context=captured.max_length, resources=_resources(source, converted, config, recipe), told=told,
         **_written_as(checkpoint, layout, config, bool(mtp)),
     )  # fmt: skip
     return Prepared(plan, checkpoint, captured, converted, donor, layout, mtp)

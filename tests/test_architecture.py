@@ -29,6 +29,7 @@ OPTIMIZER = {
     "optimizer/model",
     "optimizer/proof",
     "optimizer/proof/tasks",
+    "optimizer/recipes",
 }
 MAY_IMPORT = {
     "": {"api"},  # when one of its names is asked for: PEP 562
@@ -64,7 +65,9 @@ MAY_IMPORT = {
         "optimizer/indexer",
         "optimizer/model",
         "optimizer/proof",
+        "optimizer/recipes",
     },
+    "optimizer/recipes": {*FILES, "kernels", "optimizer", "optimizer/indexer"},
     "optimizer/model": MODEL,
     "optimizer/answers": {*FILES, "runtime", "optimizer/model"},
     "optimizer/cost": {*LOWEST, "kernels", "passes/matching", "optimizer"},

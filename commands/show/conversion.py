@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -25,8 +25,11 @@ def show_plan(plan: Plan) -> None:
     print(f"{plan.model}: {plan.model_type}, {len(plan.layers)} MLA layers, context {plan.context}")
     sizes = f"top-k {config.index_topk}, {config.index_n_heads} heads of {config.index_head_dim}"
     print(f"indexer: {plan.source}, {sizes}, {plan.new_parameters / 1e6:.2f} M new parameters")
+    if len(set(plan.told.values())) > 1:
+        for names, told in _grouped(plan.told.items()):
+            print(f"  {names}: {told}")
     rows = table("layers", "heads", "q latent", "kv latent", "nope/rope/v")
-    for names, dims in _grouped(plan):
+    for names, dims in _grouped(plan.layers):
         widths = f"{dims.qk_nope_head_dim}/{dims.qk_rope_head_dim}/{dims.v_head_dim}"
         rows.add_row(names, str(dims.num_heads), str(dims.q_lora_rank or "-"), str(dims.kv_lora_rank), widths)
     print_table(rows)
@@ -94,14 +97,15 @@ def _length(tokens: int) -> str:
     return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
 
 
-def _grouped(plan: Plan) -> list[tuple[str, Any]]:
+def _grouped(layers: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Neighbours of which the same is said together: ("first .. last", what)."""
     groups: list[tuple[list[str], Any]] = []
-    for name, dims in plan.layers:
-        if groups and groups[-1][1] == dims:
+    for name, said in layers:
+        if groups and groups[-1][1] == said:
             groups[-1][0].append(name)
         else:
-            groups.append(([name], dims))
-    return [(names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}", dims) for names, dims in groups]
+            groups.append(([name], said))
+    return [(names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}", said) for names, said in groups]
 
 
 def show_layers(layers: Sequence[LayerResult], report: Mapping[str, Any]) -> None:

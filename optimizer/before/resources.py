@@ -34,6 +34,7 @@ from ..indexer.indexer_math import BLOCK_ELEMENTS
 from ..model.free_memory import free_memory
 from ..proof.streamed_model import loading_bytes, tensor_sizes
 from ..recipe import Recipe, read_budget
+from ..recipes.layers import each_layer
 from ..verify import PARITY_SEQUENCES, parity_length
 from .space import Needs
 
@@ -56,7 +57,7 @@ class Resources:
     """sequence_length: tokens of a sequence; sequences: fitted on, deciding, going through the vocabulary and proving together.
     Bytes: memory at the worst moment, by what takes it, beyond what the process holds when it begins; transformers: what its
     models take in the place of the last of these, unless skipped; disk: of hidden states, while it runs. flops:
-    multiplications and additions, those of distillation among them unless it has its own time: seconds, at most."""
+    multiplications and additions, those of distillation among them but where it has its own time: seconds, at most."""
 
     sequence_length: int
     sequences: int
@@ -104,6 +105,7 @@ class Streams:
     dense: Footprints
     sparse: Footprints
     config: IndexerConfig
+    names: tuple[str, ...]
     layers: tuple[MlaDims, ...]
     weights: int  # that transformers has in memory at a time, bytes
     rows: int
@@ -135,9 +137,9 @@ def streams(
         if ".indexer." in name
     )
     weights = loading_bytes(chain(tensor_sizes(tensors), indexers))
-    return Streams(
-        Footprints(dense), Footprints(sparse), config, tuple(site.dims for site in converted.found.sites), weights, rows
-    )
+    sites = converted.found.sites
+    names, layers = tuple(site.name for site in sites), tuple(site.dims for site in sites)
+    return Streams(Footprints(dense), Footprints(sparse), config, names, layers, weights, rows)
 
 
 def _sample(d: MlaDims, length: int, rows: int) -> int:
@@ -273,17 +275,20 @@ def _oracles(found: Streams, length: int) -> float:
 
 
 def _training(found: Streams, recipe: Recipe, length: int) -> tuple[float, float]:
-    """(operations, seconds) of distilling every layer, the one or the other."""
-    if not recipe.distils:
-        return 0.0, 0.0
-    steps = float(recipe.distil.steps * len(found.layers))
-    if recipe.budget is not None:
-        amount, unit = read_budget(recipe.budget)
+    """(operations, seconds) of distilling layers: those whose budget is of time, and all others."""
+    trained = [one for one in each_layer(recipe, found.names).values() if recipe.trains(one.indexer)]
+    of_budget: dict[tuple[str, str | None], float] = {}
+    for one in trained:
+        of_budget[one.shared, one.budget] = of_budget.get((one.shared, one.budget), 0.0) + one.steps
+    steps, took = 0.0, 0.0
+    for (_, budget), wanted in of_budget.items():
+        amount, unit = (math.inf, "steps") if budget is None else read_budget(budget)
         if unit == "seconds":
-            return 0.0, amount
-        steps = min(steps, amount if unit == "steps" else amount / length)
+            took += amount
+        else:
+            steps += min(wanted, amount if unit == "steps" else amount / length)
     config = found.config  # a step: forward, and backward to both factors
-    return steps * 6.0 * recipe.rows * length * config.index_n_heads * config.index_head_dim, 0.0
+    return steps * 6.0 * recipe.rows * length * config.index_n_heads * config.index_head_dim, took
 
 
 def resident() -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -27,7 +27,7 @@ from ...runtime.processes import processes
 from ...runtime.shelf import Kept, Shelf
 from ..model.weights import WeightSource
 from .distil import DistilSchedule
-from .layer_fit import NO_TRAINING, NOTHING_SPENT, Fit, Samples, Spent, Training, fit
+from .layer_fit import NO_TRAINING, NOTHING_SPENT, Budget, Fit, Samples, Spent, Training, fit
 from .samples import ShelvedSamples, SiteMaps, SiteSample
 from .sharing import by_layer
 from .site_maps import check_maps, read_maps
@@ -45,13 +45,23 @@ class LayerResult(Fit):
 
 @dataclass(frozen=True)
 class Calibration:
-    """How to calibrate. rows: query rows sampled per sequence; without training it stops at the closed form."""
+    """How to calibrate. rows: query rows sampled per sequence; without training it stops at the closed form. of_layer: training of
+    those layers that have one of their own."""
 
     config: IndexerConfig
     rows: int = 128  # swept by benchmarks/constants.py
     training: Training = NO_TRAINING
     seed: int = 0
     allow_partial: bool = False
+    of_layer: Mapping[str, Training] = field(default_factory=dict)
+
+    def training_of(self, layer: str) -> Training:
+        return self.of_layer.get(layer, self.training)
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether what a layer may take depends on the layers before."""
+        return any(training.budget is not None for training in (self.training, *self.of_layer.values()))
 
 
 OnStep = Callable[[str, int, float], None]  # layer, step, held-out recall or loss
@@ -74,7 +84,7 @@ def calibrate(
     vocabulary: go through every token, to look at the signs of head weights. done: results of an earlier run, passed through.
     Raises UserError naming the layer when something cannot be read or does not converge. shelf: as for `layer_samples`.
     """
-    spent, finished = NOTHING_SPENT, done or {}
+    spent, finished = dict[Budget | None, Spent](), done or {}
     first, last = len(sequences), len(sequences) + len(held_out)
 
     def fitted(site: MlaSite, samples: Sequence[SiteSample], maps: Callable[..., SiteMaps]) -> LayerResult:
@@ -82,16 +92,20 @@ def calibrate(
             return finished[site.name]
         try:
             parts = Samples(samples[:first], samples[first:last], samples[last:])
-            return _fit(site, maps(samples=samples), parts, how, spent, on_step)
+            training = how.training_of(site.name)
+            used = spent.get(training.budget, NOTHING_SPENT)
+            return _fit(site, maps(samples=samples), parts, how.config, training, used, on_step)
         except UserError as error:
             raise error if site.name in str(error) else UserError(f"{site.name}: {error}") from error
 
     shelf, everything = shelf or Shelf(), [*sequences, *held_out, *vocabulary]
     ahead, behind = _to_fit(source, finished)
     layers = layer_samples(source, everything, how, on_sequence, shelf, processes().own(len(everything)))
-    fits = by_layer(layers, fitted, shelf, finished, in_turn=how.training.budget is not None)
+    fits = by_layer(layers, fitted, shelf, finished, in_turn=how.budgeted)
     for result in islice(fits, ahead):
-        spent = Spent(spent.layers + 1, spent.steps + result.steps, spent.seconds + result.seconds)
+        budget = how.training_of(result.name).budget
+        used = spent.get(budget, NOTHING_SPENT)
+        spent[budget] = Spent(used.layers + 1, used.steps + result.steps, used.seconds + result.seconds)
         yield result
     yield from behind
 
@@ -191,12 +205,18 @@ def _forget(site: MlaSite, tapped: Tapped, gathered: list[dict[str, Kept]]) -> N
 
 
 def _fit(
-    site: MlaSite, maps: SiteMaps, samples: Samples, how: Calibration, spent: Spent, on_step: OnStep | None
+    site: MlaSite,
+    maps: SiteMaps,
+    samples: Samples,
+    config: IndexerConfig,
+    training: Training,
+    spent: Spent,
+    on_step: OnStep | None,
 ) -> LayerResult:
-    training, report = how.training, partial(on_step, site.name) if on_step else None
+    report = partial(on_step, site.name) if on_step else None
     if training.schedule is not None:
         training = replace(training, schedule=_seeded(training.schedule, site))
-    found = fit(maps, samples, how.config, training, spent, report)
+    found = fit(maps, samples, config, training, spent, report)
     timed = training.budget is not None and training.budget.unit == "seconds"
     weights = IndexerWeights(**{name: tensor.cpu() for name, tensor in vars(found.weights).items()})
     return LayerResult(

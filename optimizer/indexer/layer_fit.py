@@ -29,16 +29,18 @@ OnStep = Callable[[int, float], None]  # step, loss
 
 @dataclass(frozen=True)
 class Budget:
-    """What distillation may take in all layers together, an even share each; what one layer leaves is the later ones'."""
+    """What distillation may take in so many layers together, an even share each; what one layer leaves is the later ones'. of: tells
+    budgets of the same amount apart."""
 
     amount: float
     unit: Literal["seconds", "tokens", "steps"]
     layers: int
+    of: str = ""
 
 
 @dataclass(frozen=True)
 class Spent:
-    """So far: layers that are done, steps, seconds (counted where the budget is of time)."""
+    """Of one budget so far: layers that are done, steps, seconds (counted where the budget is of time)."""
 
     layers: int
     steps: int

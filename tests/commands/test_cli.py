@@ -51,6 +51,7 @@ layout: own
 mtp: drop
 untie: true
 target: [transformers]
+layers: {"*.1.*": {distil: {steps: 5}}}
 """
 
 
