@@ -44,6 +44,7 @@ from .proof.pair import open_pair
 from .proof.transformers_check import refuse_if_too_large
 from .recipe import WRITTEN, Recipe
 from .recipes.layers import trainings
+from .recipes.resolved import Chosen, is_timed, kept_text, resolved
 from .verify import FailedVerification, Verification, verify
 
 
@@ -167,14 +168,25 @@ def _written(
         reports.append(_report(job, layout, layers, proof, time.monotonic() - started))
         return reports[0]
 
+    recipe = _resolved(job, layout, layers)
     write_dsa_checkpoint(
         checkpoint.path, out, weights, prepared.plan.indexer, layout=layout,
         q_width=prepared.plan.layers[0][1].q_width, mtp=checkpoint.mtp_tensors(),
-        manifest={"model": prepared.plan.model, "recipe": job.recipe.model_dump(), "verified": proved is not None,
+        manifest={"model": prepared.plan.model, "recipe": recipe.fields(), "verified": proved is not None,
                   "remote_code": list(job.remote_code), "fingerprint": _fingerprint(job, WRITTEN)},
         dropped=_dropped(checkpoint), prove=prove,
+        recipe=kept_text(
+            recipe, prepared.plan.model, timed=is_timed(job.recipe), allow_partial=job.allow_partial,
+            trust_remote_code=bool(job.remote_code), drop_stale_quantization=bool(_dropped(checkpoint)),
+        ),
     )  # fmt: skip
     return Outcome(prepared.plan, layers, proof[0] if proof else None, reports[0])
+
+
+def _resolved(job: _Job, layout: Layout, layers: Sequence[LayerResult]) -> Recipe:
+    planned, length = job.prepared.plan.resources.sequence_length, len(job.sequences.proof[0])
+    steps = {layer.name: layer.steps for layer in layers}
+    return resolved(job.recipe, Chosen(job.prepared.plan.indexer, planned, length, layout.name, steps))
 
 
 def _job(

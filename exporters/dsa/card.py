@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .names import CARD, DENSE_CARD
+from .names import CARD, DENSE_CARD, MANIFEST, RECIPE
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _STILL_TRUE = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -36,7 +36,8 @@ def write_card(folder: Path, source: Path, manifest: Mapping[str, Any], report: 
         base_model=hub, library_name="transformers", tags=["dsa", "sparse-attention", "mla2dsa"], **kept
     )
     title = (hub or Path(name).name or source.name).rpartition("/")[2]
-    body = "\n".join(_body(title, hub, manifest, report or {}, (source / CARD).is_file()))
+    whole = RECIPE if (folder / RECIPE).is_file() else MANIFEST
+    body = "\n".join(_body(title, hub, manifest, report or {}, (source / CARD).is_file(), whole))
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
     write_new(folder / CARD, str(card))
 
@@ -63,14 +64,14 @@ def _is_plain(value: Any) -> bool:
 
 
 def _body(
-    title: str, hub: str | None, manifest: Mapping[str, Any], report: Mapping[str, Any], has_card: bool
+    title: str, hub: str | None, manifest: Mapping[str, Any], report: Mapping[str, Any], has_card: bool, whole: str
 ) -> Iterator[str]:
     yield f"# {title} with DeepSeek Sparse Attention\n"
     yield f"{hub or title}, its dense attention made sparse by mla2dsa: indexers are added to the dense weights,"
     yield "which `mla2dsa strip` gives back bit for bit."
     if has_card:
         yield f"The dense model's own card: [{DENSE_CARD}]({DENSE_CARD})."
-    yield from _recipe(manifest.get("recipe"), report.get("plan", {}).get("indexer"))
+    yield from _recipe(manifest.get("recipe"), report.get("plan", {}).get("indexer"), whole)
     yield from _verification(report.get("verification"))
     yield "\n## Limits\n"
     yield from (f"* {limit}" for limit in (*_LIMITS, *report.get("plan", {}).get("notes", ())))
@@ -80,12 +81,13 @@ def _body(
 _FIGURES = {"loss_delta": "+.4f", "standard_error": ".4f", "kl": ".4f", "same_top": ".1%"}
 
 
-def _recipe(recipe: Any, indexer: Any) -> Iterator[str]:
+def _recipe(recipe: Any, indexer: Any, whole: str) -> Iterator[str]:
+    """whole: the file that has all of it."""
     import yaml
 
     if isinstance(indexer, Mapping):
         sizes = f"top-k {indexer['index_topk']}, {indexer['index_n_heads']} heads of {indexer['index_head_dim']}"
-        yield f"\n## Recipe\n\nIndexers: {sizes}. The whole recipe is in `mla2dsa.json`; in short:\n"
+        yield f"\n## Recipe\n\nIndexers: {sizes}. The whole recipe is in `{whole}`; in short:\n"
     if isinstance(recipe, Mapping):
         told = {name: value for name, value in recipe.items() if value not in (None, [], {}) and name not in _PLACES}
         yield f"```yaml\n{yaml.safe_dump(told, sort_keys=False)}```"

@@ -10,6 +10,7 @@
       tokenizer.json ...                 ->     tokenizer.json ...              (copy)
       README.md                          ->     mla2dsa.source-README.md        (copy)
                                                 README.md                       the card of the sparse model (`card.py`)
+                                                mla2dsa-recipe.yaml             what gives it again, bit for bit
                                                 mla2dsa.json                    manifest
 
 Weights are hard-linked: never write into them. The other files are copies, since people do edit those in place. What is no
@@ -54,14 +55,14 @@ from ...files.safetensors_index import (
 )
 from ...files.staging import staged_folder
 from ...files.temporary import move_file
-from ...files.writing import create, place_file, write_json
+from ...files.writing import create, place_file, write_json, write_new
 from ...kernels.spec import IndexerConfig, IndexerWeights
 from .card import write_card
 from .config import dsa_config
 from .folding import pairs
 from .folds import Folding
 from .layout import Layout, choose
-from .names import DERIVED_SHARD, INDEXER_SHARD, MANIFEST, ORIGINALS, REPORT, UNPROVEN_CONFIG, file_names
+from .names import DERIVED_SHARD, INDEXER_SHARD, MANIFEST, ORIGINALS, RECIPE, REPORT, UNPROVEN_CONFIG, file_names
 from .shards import write_derived, write_originals, write_shard
 from .steps import Interleave
 
@@ -90,15 +91,10 @@ def write_dsa_checkpoint(
     weights: Mapping[str, IndexerWeights],
     config: IndexerConfig,
     *,
-    manifest: Mapping[str, object],
-    layout: Layout | None = None,
-    q_width: int | None = None,
-    mtp: Collection[str] = (),
-    dtype: torch.dtype = torch.bfloat16,
-    dropped: Sequence[str] = (),
-    overwrite: bool = False,
+    manifest: Mapping[str, object], layout: Layout | None = None, q_width: int | None = None, mtp: Collection[str] = (),
+    dtype: torch.dtype = torch.bfloat16, dropped: Sequence[str] = (), recipe: str = "", overwrite: bool = False,
     prove: Callable[[Path], Mapping[str, object]] | None = None,
-) -> Path:
+) -> Path:  # fmt: skip
     """Write the checkpoint in `source` with an indexer in every MLA layer to `out`, whole or not at all; returns `out`.
 
     weights: by attention module name (`model.layers.0.self_attn`), half-split; each is fetched once, in order. In a DSA class's
@@ -106,7 +102,8 @@ def write_dsa_checkpoint(
     layout: None takes the first that fits; q_width: of what the indexers read (None: as config.json says); mtp: the source's tensors
     of multi-token-prediction layers. dropped: fields of its config.json that are not true; `strip` gives them back all the same.
     dtype: of wq_b, wk and weights_proj; k_norm is written in float32, as DeepSeek does.
-    manifest: what to record besides our own entries. prove: looks at the folder before it gets its name, its config.json still
+    manifest: what to record besides our own entries; recipe: the text of RECIPE, which lies beside (none: no such file).
+    prove: looks at the folder before it gets its name, its config.json still
     called UNPROVEN_CONFIG; what it returns becomes report.json and the manifest's report, what it raises leaves nothing behind.
     Raises UserError (source unfit, weights unfit, disk full) and UsageError (`out` in the way). `source` is only read.
     """
@@ -120,6 +117,8 @@ def write_dsa_checkpoint(
         write_json(folder / UNPROVEN_CONFIG, settings)
         read_index(folder)  # what is published reads back: every header, every file size
         report = _proved(folder, prove)
+        if recipe:
+            write_new(folder / RECIPE, recipe)
         write_card(folder, source, manifest, report)
         move_file(folder / UNPROVEN_CONFIG, folder / CONFIG)
         write_manifest(folder, MANIFEST, {**entries, "report": report, **manifest})
