@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 from ..optimizer.answers.answer import Ask, Piece
 from . import replies
 from .asking import ask_for, failure, pieces_of
-from .guards import check_key, read_body
+from .guards import check_host, check_key, read_body
 from .replies import Reply
 from .requests import ApiError, ChatAsked, CompletionAsked, read_request
-from .settings import LOOPBACK, Settings
+from .settings import Settings
 from .worker import Worker
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 Endpoint = Callable[["Request"], Awaitable["Response"]]
 _LOOK = 0.2  # seconds between looks at whether a client is still there, fixed by what a person does not notice
@@ -41,7 +42,6 @@ def make_app(workers: Mapping[str, Worker], settings: Settings) -> Starlette:
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.routing import Route
 
     @asynccontextmanager
@@ -59,10 +59,26 @@ def make_app(workers: Mapping[str, Worker], settings: Settings) -> Starlette:
         Route("/health", _health),
         *(Route(path, _page(*entry)) for path, entry in _PAGE.items()),
     ]
-    # A name that another site gave this address would let its pages read what is answered here.
-    hosts = [*LOOPBACK, "[::1]"] if settings.is_local else ["*"]
-    trusted = Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
-    return Starlette(routes=routes, middleware=[trusted], exception_handlers={HTTPException: _http}, lifespan=lifespan)
+    ours = Middleware(_OurName, settings=settings)
+    return Starlette(routes=routes, middleware=[ours], exception_handlers={HTTPException: _http}, lifespan=lifespan)
+
+
+class _OurName:
+    """What is asked of another host is refused, whatever the route, in the words of all other refusals."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app, self._settings = app, settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        from starlette.requests import Request
+
+        if scope["type"] == "http":
+            try:
+                check_host(Request(scope), self._settings)
+            except ApiError as error:
+                await _refused(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class _Api:

@@ -9,7 +9,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, short
 from ..optimizer.answers.answer import Ask, Piece, room
 from ..runtime.generation import Sampling
 from .requests import ApiError, Asked, ChatAsked, CompletionAsked
@@ -68,7 +68,7 @@ def _wanted(asked: Asked, most: int) -> int | None:
         return None
     name, count = next(iter(given.items()))
     if count > most:
-        raise ApiError(400, f"{name} is {count}, this server gives at most {most}", "invalid_value", name)
+        raise ApiError(400, f"{name} is {short(count)}, this server gives at most {most}", "invalid_value", name)
     return count
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 from typing import TYPE_CHECKING
 
 from .requests import ApiError
@@ -11,6 +12,8 @@ from .settings import Settings
 
 if TYPE_CHECKING:
     from starlette.requests import Request
+
+_OURS = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]+)?", re.IGNORECASE)
 
 
 def check_key(request: Request, settings: Settings) -> None:
@@ -20,6 +23,15 @@ def check_key(request: Request, settings: Settings) -> None:
     given = request.headers.get("authorization", "").removeprefix("Bearer ")
     if not hmac.compare_digest(given.encode(), settings.api_key.encode()):
         raise ApiError(401, "no API key, or not the one that this server was started with", "invalid_api_key")
+
+
+def check_host(request: Request, settings: Settings) -> None:
+    """Raises ApiError 400: a name that another site gave this address would let its pages read what is answered here."""
+    named = request.headers.getlist("host")
+    if settings.is_local and not (len(named) == 1 and _OURS.fullmatch(named[0])):
+        raise ApiError(
+            400, "the Host header names another host; this server answers as localhost and 127.0.0.1", "invalid_host"
+        )
 
 
 async def read_body(request: Request, settings: Settings) -> bytes:

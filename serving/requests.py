@@ -8,13 +8,22 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import short
+
+
+def _false(value: bool) -> bool:
+    if value:
+        raise ValueError("Input should be false")
+    return value
+
 
 MOST_STOPS, MOST_STOP_LENGTH, MOST_MESSAGES = 4, 256, 1024
 Text = Annotated[str, Field(min_length=1, max_length=MOST_STOP_LENGTH)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+One = Annotated[int, Field(ge=1, le=1)]  # Literal[1] takes true and 1.0, too: to Python they are equal
+Never = Annotated[bool, AfterValidator(_false)]
 _KINDS = {"str", "int", "constrained-str"}  # of a union, as pydantic calls them
 
 
@@ -86,7 +95,7 @@ class Asked(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    n: Literal[1] | None = None
+    n: One | None = None
     presence_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
@@ -108,8 +117,8 @@ class CompletionAsked(Asked):
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)] | Annotated[list[int], Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
+    echo: Never | None = None
+    best_of: One | None = None
     suffix: None = None
 
     @property
@@ -157,7 +166,7 @@ def _told(error: ValidationError) -> ApiError:
         return ApiError(400, f"{place} is not taken by this server; leave it out", "unknown_parameter", field)
     if first["type"] == "missing":
         return ApiError(400, f"{place} is missing", "missing_required_parameter", field)
-    return ApiError(400, f"{place}: {short(first['msg'], 200)}", "invalid_value", field)
+    return ApiError(400, f"{place}: {short(first['msg'].removeprefix('Value error, '), 200)}", "invalid_value", field)
 
 
 def _place(loc: tuple[int | str, ...]) -> str:

@@ -186,7 +186,13 @@ COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
         (COMPLETIONS, {**BASE, "max_tokens": "5"}, 400, "max_tokens"),
         (COMPLETIONS, {**BASE, "temperature": -1}, 400, "temperature"),
         (COMPLETIONS, b'{"model": "a", "prompt": "x", "temperature": NaN}', 400, "temperature"),
-        (COMPLETIONS, {**BASE, "n": 2}, 400, "n:"),
+        (COMPLETIONS, {**BASE, "n": 2}, 400, "n: Input should be less than or equal to 1"),
+        (COMPLETIONS, {**BASE, "n": True}, 400, "n: Input should be a valid integer"),
+        (COMPLETIONS, {**BASE, "n": 1.0}, 400, "n: Input should be a valid integer"),
+        (COMPLETIONS, {**BASE, "best_of": True}, 400, "best_of: Input should be a valid integer"),
+        (COMPLETIONS, {**BASE, "echo": 0}, 400, "echo: Input should be a valid boolean"),
+        (COMPLETIONS, {**BASE, "echo": True}, 400, "echo: Input should be false"),
+        (COMPLETIONS, {**BASE, "max_tokens": int("9" * 4000)}, 400, "max_tokens is a number of 13288 bits, this server gives at most 200"),
         (COMPLETIONS, {**BASE, "presence_penalty": 0.5}, 400, "presence_penalty"),
         (COMPLETIONS, {**BASE, "logprobs": 6}, 400, "logprobs"),
         (COMPLETIONS, {**BASE, "stop": ["a"] * 5}, 400, "stop"),
@@ -215,6 +221,7 @@ def test_refusals(running: Running, path: str, body: Any, status: int, part: str
     error = answer.json()["error"]
     assert part in error["message"]
     assert "\n" not in error["message"]
+    assert len(error["message"]) < 300
     assert str(running.folder.parent) not in answer.text
     assert error["type"] == "invalid_request_error"
 
@@ -229,12 +236,36 @@ def test_the_client_has_its_own_names_for_it(running: Running) -> None:
 
 
 @pytest.mark.parametrize(
-    ("headers", "status"),
-    [({"Content-Type": "text/plain"}, 415), ({"Authorization": ""}, 401), ({"Host": "evil.example"}, 400)],
-    ids=["a-form-of-another-site", "no-key", "another-name"],
+    ("headers", "status", "code"),
+    [
+        pytest.param({"Content-Type": "text/plain"}, 415, "unsupported_media_type", id="a-form-of-another-site"),
+        pytest.param({"Authorization": ""}, 401, "invalid_api_key", id="no-key"),
+        *(
+            pytest.param({"Host": host}, 400, "invalid_host", id=f"host {host}")
+            for host in (
+                "evil.example",
+                "localhost.evil.example:80",
+                "127.0.0.1@evil.example",
+                "::1",
+                "localhost:x",
+                "",
+            )
+        ),
+    ],
 )
-def test_headers_that_are_refused(running: Running, headers: dict[str, str], status: int) -> None:
-    assert running.post(COMPLETIONS, content=json.dumps(BASE), headers=headers).status_code == status
+def test_headers_that_are_refused(running: Running, headers: dict[str, str], status: int, code: str) -> None:
+    answer = running.post(COMPLETIONS, content=json.dumps(BASE), headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/nowhere"])
+def test_another_host_is_told_so_on_every_route(running: Running, path: str) -> None:
+    answer = httpx2.get(running.url + path, headers={"Host": "evil.example"})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_host")
+    for name in ("localhost", "LOCALHOST:1", "[::1]:8000", "127.0.0.1"):
+        assert httpx2.get(f"{running.url}/health", headers={"Host": name}).status_code == 200
 
 
 def test_a_body_without_a_length_is_limited(running: Running) -> None:
