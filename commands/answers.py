@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,7 @@ def _add_serve(commands: Any) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    _check_sampling(args)
     from ..runtime.generation import Sampling
     from ..serving.server import check_installed, serve
     from ..serving.settings import Settings
@@ -160,9 +163,26 @@ def _check_models(args: argparse.Namespace) -> None:
             check_generate(found, model, args.runtime)
 
 
+_SAMPLING: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda it: 0 <= it < math.inf, "0 (greedy) or more"),
+    "top_p": (lambda it: 0 < it <= 1, "more than 0 and at most 1"),
+    "top_k": (lambda it: it >= 0, "0 (all tokens) or more"),
+    "seed": (lambda it: -(2**63) <= it < 2**63, "a number of 64 bits"),
+}
+
+
+def _check_sampling(args: argparse.Namespace) -> None:
+    """What `Sampling` would refuse, said of the options, before a model is opened. Raises UsageError."""
+    for name, (is_right, expected) in _SAMPLING.items():
+        value = getattr(args, name, None)
+        if value is not None and not is_right(value):
+            raise UsageError(f"--{name.replace('_', '-')} {short(value)}, expected {expected}")
+
+
 def _check(args: argparse.Namespace) -> None:
     """Raises UsageError."""
     check_prompts(args)
+    _check_sampling(args)
     if args.temperature is None and not (args.top_p is None and args.top_k is None):
         raise UsageError(
             "--top-p and --top-k go with --temperature: pass it, too (1 leaves the likelihoods as they are)"

@@ -94,8 +94,12 @@ def test_sampling_is_what_the_files_say(chatty: Path, tmp_path: Path) -> None:
         (["-", "-"], 2, "give it once"),
         (["x", "--top-p", "0.5"], 2, "--temperature"),
         (["x", "--stop", ""], 2, "--stop is empty"),
-        (["x", "--temperature", "nan"], 1, "temperature nan"),
-        (["x", "--temperature", "1", "--top-k", "-1"], 1, "top-k -1"),
+        (["x", "--temperature", "nan"], 2, "--temperature nan, expected 0 (greedy) or more"),
+        (["x", "--temperature", "inf"], 2, "--temperature inf, expected"),
+        (["x", "--temperature", "-1"], 2, "--temperature -1.0, expected"),
+        (["x", "--temperature", "1", "--top-k", "-1"], 2, "--top-k -1, expected"),
+        (["x", "--temperature", "1", "--top-p", "nan"], 2, "--top-p nan, expected more than 0"),
+        (["x", "--seed", "9" * 40], 2, "expected a number of 64 bits"),
         (["x", "--max-new-tokens", "0"], 2, "--max-new-tokens 0"),
         (["x", "--chat"], 1, "no chat template"),
         (["--prompt-file", "missing.txt"], 1, "missing.txt"),
@@ -104,6 +108,11 @@ def test_sampling_is_what_the_files_say(chatty: Path, tmp_path: Path) -> None:
 )
 def test_refusals(arguments: list[str], code: int, part: str) -> None:
     assert_refused(mla2dsa("generate", TINY, *arguments), code, part)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-0.5"])
+def test_serve_says_the_same_of_a_temperature(value: str) -> None:
+    assert_refused(mla2dsa("serve", TINY, "--temperature", value), 2, f"--temperature {value}, expected 0 (greedy)")
 
 
 @pytest.mark.parametrize(
