@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from places import ROOT
+from places import ROOMS, ROOT, package_files
 
 from mla2dsa.errors import UserError
 from mla2dsa.exporters.engine import plugin_build, plugin_sources
@@ -66,6 +66,25 @@ def test_wheel_modules_are_those_in_the_tree(wheel: zipfile.ZipFile) -> None:
         Path("mla2dsa/setup.py")
     }
     assert {Path(path) for path in python_members(wheel)} == expected
+
+
+def data_in_tree() -> set[Path]:
+    """What lies in the package's rooms and is no Python: pages, tables, sources in C++."""
+    compiled = {plugin_sources.LIBRARY, plugin_sources.DIGEST}
+    files = (file.relative_to(ROOT) for room in ROOMS for file in (ROOT / room).rglob("*") if file.is_file())
+    kept = (file for file in files if not any(part.startswith((".", "__pycache__")) for part in file.parts))
+    return {file for file in kept if file.suffix != ".py" and file.name not in compiled}
+
+
+def test_wheel_has_every_file_of_the_package_as_it_is(wheel: zipfile.ZipFile) -> None:
+    """The page of `serve` and the prices of `plan --cost` among them: a wheel without them would fail when it is used."""
+    data = data_in_tree()
+    assert {Path("serving/page.html"), Path("serving/page.js"), Path("serving/page.css")} <= data
+    assert {Path("optimizer/cost/gpus.json"), Path("kernels/gpu/programs/tuning.json")} <= data
+    expected = {*package_files(), *data, Path("py.typed")}
+    names = set(wheel.namelist())
+    assert not sorted(str(file) for file in expected if f"mla2dsa/{file}" not in names)
+    assert not [file for file in expected if wheel.read(f"mla2dsa/{file}") != (ROOT / file).read_bytes()]
 
 
 def test_wheel_has_one_top_level_name(wheel: zipfile.ZipFile) -> None:
