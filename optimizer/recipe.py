@@ -254,7 +254,8 @@ def _trains_any(source: str, fields: Mapping[str, Any]) -> bool:
 def _explain(error: Any, file: str | None, flags: Mapping[str, Any]) -> str:
     """One line for pydantic's first finding: a flag is called by its flag, a field by its place in the file."""
     flag = error["loc"][:1] and flags.get(error["loc"][0]) is not None
-    place = error["loc"][:1] if flag else error["loc"]  # where in a flag's list is seen from what was given
+    whole = not flag or error["loc"][0] == "layers"  # where in a flag's list is seen from what was given
+    place = error["loc"] if whole else error["loc"][:1]
     where = short(".".join(map(str, place))) or "indexer"
     source = f"--{where.replace('_', '-')}" if flag or file is None else f"{file}: {where}"
     if error["loc"][:1] == ("layers",) and (reason := _not_of_some_layers(error)):

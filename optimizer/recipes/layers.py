@@ -16,8 +16,8 @@ from ..recipe import TRAINED, LayerRecipe, Recipe, read_budget
 
 @dataclass(frozen=True)
 class Told:
-    """How one layer's indexer is made. steps, lr: of its distillation. budget: of all layers that share it; shared: the pattern that
-    it was given with, "" for the recipe's own."""
+    """How one layer's indexer is made. steps, lr: of its distillation, 0 steps where nothing is distilled. budget: of all layers that
+    share it; shared: the pattern that it was given with, "" for the recipe's own."""
 
     indexer: str
     steps: int
@@ -37,8 +37,8 @@ class Told:
         return asdict(self)
 
     def __str__(self) -> str:
-        if self.indexer not in TRAINED:
-            return self.indexer
+        if not self.steps:
+            return self.indexer if self.indexer not in TRAINED else f"{self.indexer}, without text to train on"
         budget = "" if self.budget is None else f", budget {self.budget}"
         return f"{self.indexer}, at most {self.steps} steps at {self.lr:g}{budget}"
 
@@ -64,7 +64,8 @@ def each_layer(recipe: Recipe, names: Iterable[str]) -> dict[str, Told]:
                 f"layers: {short(repr(pattern))} has a budget, and no layer that would spend it: a later pattern has another "
                 "for them, or they are not distilled"
             )
-    return {n: one if recipe.trains(one.indexer) else replace(one, budget=None, shared="") for n, one in told.items()}
+    untrained = {name: one for name, one in told.items() if not recipe.trains(one.indexer)}
+    return told | {name: replace(one, steps=0, budget=None, shared="") for name, one in untrained.items()}
 
 
 def trainings(recipe: Recipe, names: Iterable[str]) -> dict[str, Training]:

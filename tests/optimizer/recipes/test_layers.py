@@ -17,7 +17,7 @@ BASE = Told("auto", 1024, 3e-3)
 
 
 def told(layers: dict[str, Any], **fields: Any) -> list[Told]:
-    found = each_layer(read_recipe(None, {**fields, "layers": layers}), NAMES)
+    found = each_layer(read_recipe(None, {"calibration": "text", **fields, "layers": layers}), NAMES)
     assert list(found) == NAMES
     return list(found.values())
 
@@ -52,7 +52,7 @@ def test_the_last_that_matches_holds_field_by_field() -> None:
          "*.2.*": {"indexer": "distil"}},
         distil={"steps": 9},
     )  # fmt: skip
-    assert (first, second) == (Told("distil", 5, 3e-3), Told("closed-form", 5, 0.1))
+    assert (first, second) == (Told("distil", 5, 3e-3), Told("closed-form", 0, 0.1))
     assert (third, fourth) == (Told("distil", 9, 0.1), Told("auto", 9, 3e-3))
 
 
@@ -86,6 +86,10 @@ def test_a_budget_is_of_the_layers_that_share_it() -> None:
 
 def test_without_text_auto_spends_nothing() -> None:
     recipe = read_recipe(None, {"budget": "10 steps", "layers": {"*.0.*": {"indexer": "distil"}}})
+    assert list(map(str, each_layer(recipe, NAMES[:2]).values())) == [
+        "distil, at most 1024 steps at 0.003, budget 10 steps",
+        "auto, without text to train on",
+    ]
     first, *others = trainings(recipe, NAMES).values()
     assert first.budget is not None
     assert first.budget.layers == 1
@@ -133,6 +137,11 @@ def test_what_cannot_differ(said: object, message: str, tmp_path: Path) -> None:
     assert str(error.value).startswith(f"{file}: layers.model.layers.[0-2].*")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_from_python_the_place_is_named_too() -> None:
+    with pytest.raises(UsageError, match=r"--layers\.\*\.stepz: no such field; known are indexer, budget, distil"):
+        read_recipe(None, {"layers": {"*": {"stepz": 3}}})
 
 
 def test_a_donor_leaves_nothing_to_tell() -> None:
