@@ -275,7 +275,7 @@ def _oracles(found: Streams, length: int) -> float:
 
 
 def _training(found: Streams, recipe: Recipe, length: int) -> tuple[float, float]:
-    """(operations, seconds) of distilling layers: those whose budget is of time, and all others."""
+    """(operations of distilling layers, seconds): of those whose budget is a time, that alone."""
     trained = [one for one in each_layer(recipe, found.names).values() if recipe.trains(one.indexer)]
     of_budget: dict[tuple[str, str | None], float] = {}
     for one in trained:

@@ -12,7 +12,7 @@ from mla2dsa.errors import UserError
 from mla2dsa.optimizer.before import resources as module
 from mla2dsa.optimizer.before.resources import STATES, Machine, Resources, refuse_if_too_large, this_machine
 from mla2dsa.optimizer.plan import prepare
-from mla2dsa.optimizer.recipe import Recipe
+from mla2dsa.optimizer.recipe import LayerRecipe, Recipe
 
 GIB = 2**30
 FITS = Resources(8192, 28, {STATES: GIB}, 2**20, 1e12)
@@ -55,6 +55,9 @@ def test_training_takes_more_text_random_tokens_and_time(folder: Path) -> None:
     assert closed.flops < steps.flops == tokens.flops < auto.flops
     assert (timed.seconds, steps.seconds) == (600, 0)
     assert timed.flops < steps.flops
+    first = {"layers": {"*.layers.0.*": LayerRecipe(budget="90s")}}
+    both, one = (planned(folder, calibration="text", budget=budget, **first) for budget in ("10m", "8 steps"))
+    assert (both.seconds, both.flops, one.seconds, one.flops) == (690, timed.flops, 90, steps.flops)
     assert Machine(GIB, 1e11).seconds(timed) == pytest.approx(600 + timed.flops / (1e11 * module.SHARE_OF_RATE))
 
 
