@@ -271,11 +271,7 @@ def _add_verify(commands: Any) -> None:
     )  # fmt: skip
     _add_long(command)
     command.add_argument("--device", default="cpu", help="where the models are streamed through (default cpu)")
-    command.add_argument(
-        "--skip-transformers",
-        action="store_true",
-        help="no comparison with transformers: less time and memory",
-    )
+    command.add_argument("--skip-transformers", action="store_true", help="no comparison with transformers")
     add_partial(command)
     add_trust(command)
     add_drop_stale(command)
