@@ -28,7 +28,7 @@ from ..model.stored_formats import block_of
 GROUP_BYTES = 512 * 2**20  # of layers that are loaded together, unless one alone is larger
 ITEM = 4  # fixed by float32: bytes of an element
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+_FAULTS = ("missing_keys", "mismatched_keys", "error_msgs")  # whichever part says so
 
 
 def groups(layers: Sequence[int], most: int | None = None) -> list[range]:
@@ -77,7 +77,8 @@ class StreamedModel:
 
     checkpoint: Checkpoint
     model_class: Any
-    _said: list[Mapping[str, Any]] = field(default_factory=list)
+    _wrong: dict[str, None] = field(default_factory=dict)  # in the order in which it was said
+    _unwanted: set[str] | None = None
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, class_name: str) -> StreamedModel:
@@ -123,10 +124,12 @@ class StreamedModel:
     def faults(self) -> list[str]:
         """What transformers said is wrong with the files: missing, unexpected or mismatched keys. A key is unexpected when no part
         of the model wants it."""
-        unwanted = [set(said.get("unexpected_keys", ())) for said in self._said]
-        found = [f"{kind.replace('_', ' ')}: {name}" for kind in _FAULTS if kind != "unexpected_keys"
-                 for said in self._said for name in said.get(kind, ())]  # fmt: skip
-        return found + [f"unexpected keys: {name}" for name in sorted(set.intersection(*unwanted))]
+        return [*self._wrong, *(f"unexpected keys: {name}" for name in sorted(self._unwanted or ()))]
+
+    def _hear(self, said: Mapping[str, Any]) -> None:
+        self._wrong |= {f"{kind.replace('_', ' ')}: {name}": None for kind in _FAULTS for name in said.get(kind, ())}
+        unwanted = set(said.get("unexpected_keys", ()))
+        self._unwanted = unwanted if self._unwanted is None else self._unwanted & unwanted
 
     def _loaded(self, part: Any) -> Any:
         """A part of the model class, filled. Tied weights are in the frame, which has both."""
@@ -142,7 +145,7 @@ class StreamedModel:
                 checkpoint.path, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True,
                 key_mapping=PREFIXES if is_wrapper(checkpoint.whole_config) else None, **_dequantised(checkpoint),
             )  # fmt: skip
-        self._said.append(said)
+        self._hear(said)
         return model.float().eval()
 
 

@@ -42,7 +42,7 @@ def test_every_family_has_a_row(family: str) -> None:
 
 def test_what_does_not_work_has_its_reason(script: ModuleType) -> None:
     for name, row in ROWS.items():
-        assert set(row) == {*script.VERBS, "layout"}, name
+        assert set(row) == {*script.VERBS, "layout", "targets"}, name
         after = [reason for verb in script.VERBS if (reason := row[verb]) and reason.startswith("after ")]
         assert all(row[reason.removeprefix("after ")] for reason in after), name
 
@@ -50,10 +50,14 @@ def test_what_does_not_work_has_its_reason(script: ModuleType) -> None:
 def test_a_row_is_what_every_verb_does(script: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "place").mkdir()
     build("youtu", pad_token_id=None).save_pretrained(tmp_path / "youtu")  # type: ignore[operator]
-    assert script.row(tmp_path / "youtu", tmp_path / "place") == {
-        "layout": "deepseek_v32",
-        **dict.fromkeys(script.VERBS),
-    }
+    row = script.row(tmp_path / "youtu", tmp_path / "place")
+    assert {"transformers", "vllm"} <= set(row.pop("targets"))
+    assert row == {"layout": "deepseek_v32", **dict.fromkeys(script.VERBS)}
+
+
+def test_another_text_is_no_agreement(script: ModuleType) -> None:
+    with pytest.raises(script.UserError, match=r"greedy text is \[2\], onnxruntime's \[1\]"):
+        script._same_text("onnxruntime", [1], [2])
 
 
 def test_a_row_says_why_not(script: ModuleType, tmp_path: Path) -> None:
