@@ -20,21 +20,18 @@ def add_report(commands: Any) -> None:
         "source",
         metavar="SOURCE",
         type=a_path,
-        help="folder that convert wrote, or a file that `verify --json` printed",
+        help="folder that convert wrote, or a file that `verify --json` or `compare --json` printed",
     )
     command.add_argument("out", metavar="OUT", type=a_path, help="file to write, which is not there yet")
 
 
 def _report(args: argparse.Namespace) -> int:
     from ..exporters.dsa.names import REPORT
-    from ..exporters.report.page import page
-    from ..exporters.report.plots import check_library
     from ..files.json_files import read_json
     from ..files.temporary import replace_file
     from .show.tables import print_json
 
     source, out = Path(args.source), Path(args.out)
-    check_library()
     _check_new(out)
     if not out.parent.is_dir():
         raise UserError(f"{out.parent}: no such folder")
@@ -44,16 +41,28 @@ def _report(args: argparse.Namespace) -> int:
         raise UserError(
             f"{file}: the conversion was not verified (--skip-verification); run `mla2dsa verify --json` and give its output"
         )
-    try:
-        made = page(report, f"{source.resolve().name}: dense and sparse side by side")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{file}: neither a report.json nor what `verify --json` prints ({type(error).__name__}: {error})"
-        ) from None
+    made = _page(report, file, f"{source.resolve().name}: dense and sparse side by side")
     _check_new(out)  # drawing took seconds
     replace_file(out, made.encode())  # whole or not at all
     print_json({"out": str(out)}) if args.json else print(f"{out}: written")
     return 0
+
+
+def _page(report: dict[str, Any], file: Path, title: str) -> str:
+    """Raises UserError for what is no report, and where there is nothing to draw with."""
+    from ..exporters.report.compared import compared_page
+    from ..exporters.report.page import page
+    from ..exporters.report.plots import check_library
+
+    compared = "prompts" in report
+    if not compared:
+        check_library()  # texts side by side have no plots
+    try:
+        return compared_page(report, title) if compared else page(report, title)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{file}: neither a report.json nor what `verify --json` or `compare --json` prints ({type(error).__name__}: {error})"
+        ) from None
 
 
 def _check_new(out: Path) -> None:

@@ -1,4 +1,4 @@
-"""report.json, or what `verify --json` printed, as one HTML page: no script, nothing fetched."""
+"""report.json, or what `verify --json` printed, as one HTML page."""
 
 from __future__ import annotations
 
@@ -8,21 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from . import plots
+from .parts import document, number, table
 
 Report = Mapping[str, Any]
 # Fixed by what a reader should look at first: a layer that loses more of the oracle's mass than this.
 _WEAK = 0.03
-_STYLE = """
-:root { color-scheme: light dark; --quiet: #59636e; --line: #d0d7de; --bad: #b3261e; --good: #1a6b3c }
-@media (prefers-color-scheme: dark) { :root { --quiet: #9aa4af; --line: #3d444d; --bad: #ff8a80; --good: #7ee2a8 } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-svg { width: 100%; height: auto } .quiet { color: var(--quiet) } .bad { color: var(--bad) } .good { color: var(--good) }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
-th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid var(--line) }
-th:first-child, td:first-child { text-align: left }
-td { overflow-wrap: anywhere } blockquote { border-left: 3px solid var(--line); margin: .5rem 0; padding-left: 1rem }
-"""
 
 
 def page(report: Report, title: str) -> str:
@@ -33,14 +23,7 @@ def page(report: Report, title: str) -> str:
     if found.get("foreign"):
         parts.append(_text("On text of another domain", found["foreign"]))
     parts += [_layers(found["layers"]), _long(found.get("long")), _cost(report.get("plan")), _checks(found)]
-    name = html.escape(title)
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{_STYLE}</style></head>\n'
-        f"<body><main><h1>{name}</h1>\n" + "\n".join(filter(None, parts)) + "\n</main></body></html>\n"
-    )
+    return document(title, filter(None, parts))
 
 
 def _head(report: Report, found: Report) -> str:
@@ -64,20 +47,20 @@ def _head(report: Report, found: Report) -> str:
 def _text(title: str, found: Report) -> str:
     text = found["text"]
     said = (
-        f"{found['origin']}: dense loss {_number(text['dense_loss'], '.4f')} nats/token over {text['positions']} positions that "
+        f"{found['origin']}: dense loss {number(text['dense_loss'], '.4f')} nats/token over {text['positions']} positions that "
         f"have more than index_topk keys, sequences of {text['length']} tokens."
     )
     rows = [
         [
-            plots.STYLES[name]["label"], _number(one["loss_delta"], "+.4f"), _number(one["standard_error"], ".4f"),
-            _number(one.get("ppl_ratio"), ".4f"), _number(one["kl"], ".4f"), _number(one["same_top"], ".1%"),
+            plots.STYLES[name]["label"], number(one["loss_delta"], "+.4f"), number(one["standard_error"], ".4f"),
+            number(one.get("ppl_ratio"), ".4f"), number(one["kl"], ".4f"), number(one["same_top"], ".1%"),
         ]
         for name, one in text["by_selection"].items()
     ]  # fmt: skip
     heads = ["selection", "loss increase, nats/token", "s.e.", "PPL ratio", "KL, nats", "same top token"]
     worst = text["by_selection"]["dsa"].get("worst")
     return "\n".join(
-        [f"<h2>{title}</h2>", f"<p>{html.escape(said)}</p>", _table(heads, rows), _curves(title, text), _worst(worst)]
+        [f"<h2>{title}</h2>", f"<p>{html.escape(said)}</p>", table(heads, rows), _curves(title, text), _worst(worst)]
     )
 
 
@@ -104,8 +87,8 @@ def _worst(worst: Report | None) -> str:
     if not worst:
         return ""
     said = (
-        f"The sequence that DSA harms most is number {worst['sequence']} ({_number(worst['loss_delta'], '+.4f')} nats/token); most at "
-        f"token {worst['position']} ({_number(worst['token_delta'], '+.2f')}), after:"
+        f"The sequence that DSA harms most is number {worst['sequence']} ({number(worst['loss_delta'], '+.4f')} nats/token); most at "
+        f"token {worst['position']} ({number(worst['token_delta'], '+.2f')}), after:"
     )
     return f"<p>{said}</p><blockquote>{html.escape(worst['excerpt'] or str(list(worst['tokens'])))}</blockquote>"
 
@@ -117,12 +100,12 @@ def _layers(layers: Sequence[Report]) -> str:
     weak = [layer for layer in layers if (layer["oracle"] or 0) - (layer["dsa"] or 0) > _WEAK]
     said = "No layer loses more than 3 % of the attention mass against the best choice of as many keys."
     if weak:
-        rows = [[layer["name"], *(_number(layer[name], ".3f") for name in names)] for layer in weak]
+        rows = [[layer["name"], *(number(layer[name], ".3f") for name in names)] for layer in weak]
         said = (
             "Layers that capture over 3 % less attention mass than the best choice of as many keys does. Where the oracle itself is low, "
             "only a larger index_topk helps; where DSA is well below it, more calibration text or --indexer distil does."
         )
-        return f"<h2>Layers</h2>{_plot('Attention mass', drawn)}<p>{said}</p>" + _table(["layer", *names], rows)
+        return f"<h2>Layers</h2>{_plot('Attention mass', drawn)}<p>{said}</p>" + table(["layer", *names], rows)
     return f"<h2>Layers</h2>{_plot('Attention mass', drawn)}<p>{said}</p>"
 
 
@@ -132,14 +115,14 @@ def _long(found: Report | None) -> str:
     rows = [
         [
             f"{one['task']}" + ("" if one["depth"] is None else f", {one['depth']} % of the text before it"),
-            str(one["length"]), plots.STYLES[one["variant"]]["label"], _number(one["accuracy"], ".1f"),
-            _number(one["logprob"], ".2f"),
+            str(one["length"]), plots.STYLES[one["variant"]]["label"], number(one["accuracy"], ".1f"),
+            number(one["logprob"], ".2f"),
         ]
         for one in found["scores"]
     ]  # fmt: skip
     said = f"Prompts in {found['haystack']}, index_topk {found['index_topk']}."
-    table = _table(["task", "tokens", "attention", "found, %", "log-probability"], rows)
-    return f"<h2>Long-context tasks</h2><p>{html.escape(said)}</p>{table}"
+    scores = table(["task", "tokens", "attention", "found, %", "log-probability"], rows)
+    return f"<h2>Long-context tasks</h2><p>{html.escape(said)}</p>{scores}"
 
 
 def _cost(plan: Report | None) -> str:
@@ -156,31 +139,18 @@ def _cost(plan: Report | None) -> str:
 def _checks(found: Report) -> str:
     rows = [
         [
-            ("passed: " if check["passed"] else "FAILED: ") + check["name"], _number(check["value"], ".3g"),
-            _number(check["limit"], ".3g"), check["detail"] if check["passed"] else f"{check['detail']}; {check['remedy']}",
+            ("passed: " if check["passed"] else "FAILED: ") + check["name"], number(check["value"], ".3g"),
+            number(check["limit"], ".3g"), check["detail"] if check["passed"] else f"{check['detail']}; {check['remedy']}",
         ]
         for check in found["checks"]
     ]  # fmt: skip
-    return "<h2>Checks</h2>" + _table(["check", "value", "at most", "what was looked at"], rows)
+    return "<h2>Checks</h2>" + table(["check", "value", "at most", "what was looked at"], rows)
 
 
 def _plot(caption: str, svg: str) -> str:
     said = html.escape(caption)
     labelled = svg.replace("<svg ", f'<svg role="img" aria-label="{said}" ', 1)
     return f'<figure>{labelled}<figcaption class="quiet">{said}</figcaption></figure>'
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def row(tag: str, cells: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    made = "".join(row("td", cells) for cells in rows)
-    return f'<div class="wide" tabindex="0"><table><thead>{row("th", heads)}</thead><tbody>{made}</tbody></table></div>'
-
-
-def _number(value: float | None, shape: str) -> str:
-    """NaN and infinities are null in JSON."""
-    return "-" if value is None or not math.isfinite(value) else format(value, shape)
 
 
 def _floats(values: Iterable[float | None]) -> list[float]:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import errno
 import json
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 from command_line import assert_refused, mla2dsa
+from pages import HOSTILE, Seen
 
 from mla2dsa.exporters.report import plots
 from mla2dsa.exporters.report.page import page
 from mla2dsa.files import temporary
-
-HOSTILE = "<script>alert(1)</script>"
-VOID = {"meta", "br"}
 
 
 def quality(kl: float) -> dict[str, Any]:
@@ -74,31 +71,6 @@ def report(passed: bool = True) -> dict[str, Any]:
         "context": 1024, "decode_attention_flops": {str(n): {"dense": 9.0 * n, "dsa": 900.0 + n} for n in (64, 256, 1024)},
     }  # fmt: skip
     return {"plan": plan, "verification": verification(passed)}
-
-
-class Seen(HTMLParser):
-    """Tags, text, and whether every tag is closed in its order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.open: list[str] = []
-        self.links: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
 
 
 def svgs(text: str) -> list[ElementTree.Element]:
