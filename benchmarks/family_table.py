@@ -7,7 +7,7 @@
 A verb counts when what it promises holds: `verify` when every check holds but those of quality, for the models are random;
 `generate` when the greedy text is that of transformers' own class of the source (at most index_topk tokens, so everything is selected);
 `export` when onnxruntime's is the same, and its logits; `strip` when the source comes back bit for bit. What does not is told with
-its reason. The targets that load the result are those `plan` names.
+its reason. The targets that load the result are those that `plan` names for models of the real widths.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ from mla2dsa.errors import UsageError, UserError
 from mla2dsa.exporters.dsa.strip import strip
 from mla2dsa.files.json_files import read_json
 from mla2dsa.files.model.model_files import left_out, model_files
+from mla2dsa.kernels.spec import IndexerConfig
+from mla2dsa.optimizer.before.binding import target_verdicts
 from mla2dsa.optimizer.convert import convert
 from mla2dsa.optimizer.export import export
 from mla2dsa.optimizer.model.cached_model import open_torch_session
 from mla2dsa.optimizer.model.capture import model_class_of, read_config
 from mla2dsa.optimizer.model.checkpoint import Checkpoint
-from mla2dsa.optimizer.plan import prepare
+from mla2dsa.optimizer.plan import layout_of, prepare
 from mla2dsa.optimizer.proof.evaluate import program_inputs
 from mla2dsa.optimizer.proof.streamed_model import StreamedModel
 from mla2dsa.optimizer.proof.transformers_check import logits, unreadable
@@ -50,7 +52,8 @@ BEGIN, END = "<!-- benchmarks/family_table.py writes from here -->", "<!-- to he
 RECIPE = Recipe(index_topk=64, index_n_heads=4, index_head_dim=32, tokens=512, sequence_length=128, rows=16)
 QUALITY = re.compile(r"loss increase|KL to|attention mass")
 IDS, NEW = list(range(3, 40)), 16  # a prompt, and tokens after it: together no more than index_topk
-ALSO = {"deepseek_v2 --target vllm": ("deepseek_v2", {"target": ("vllm",)})}  # rows of a family with other options
+SIZES = IndexerConfig(index_topk=2048, index_n_heads=64, index_head_dim=128)  # DeepSeek-V3.2's
+WIDTHS = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}  # as published: DeepSeek, Kimi, GLM, Youtu, LongCat
 Row = dict[str, Any]
 
 
@@ -76,9 +79,9 @@ class Family:
         return greedy(open_torch_session(self.dsa, 1, capacity=64))
 
 
-def row(source: Path, place: Path, options: Mapping[str, Any] | None = None) -> Row:
-    """layout and targets, and per verb None or why it does not work. place: an empty folder. options: fields of the recipe."""
-    family = Family(source, place, RECIPE.model_copy(update=dict(options or {})))
+def row(source: Path, place: Path) -> Row:
+    """layout and targets, and per verb None or why it does not work. place: an empty folder."""
+    family = Family(source, place, RECIPE)
     found: Row = {"layout": "native" if family.native else "", "targets": []}
 
     def attempt(verb: str, work: Callable[[], object], *needs: str) -> None:
@@ -121,7 +124,16 @@ def _planned(family: Family, found: Row) -> None:
     plan = prepare(str(family.source), family.recipe).plan
     if plan.refusal:
         raise UserError(plan.refusal)
-    found["layout"], found["targets"] = plan.layout, [it.target for it in plan.targets if it.loads]
+    found["layout"], found["targets"] = plan.layout, loaded_by(family)
+
+
+def loaded_by(family: Family) -> list[str]:
+    """The targets that load the family at the sizes its models have: some take no others."""
+    checkpoint = Checkpoint.open(family.source)
+    verdicts = target_verdicts(
+        family.source, {**checkpoint.config, **WIDTHS}, checkpoint.tensors, layout_of(checkpoint, family.recipe), SIZES
+    )
+    return [it.target for it in verdicts if it.loads]
 
 
 def _verified(family: Family) -> None:
@@ -173,7 +185,7 @@ def table(rows: Mapping[str, Row]) -> str:
         reasons = dict.fromkeys(reason for verb in VERBS if (reason := found[verb]) and not reason.startswith("after "))
         text = "; ".join(reasons).replace("|", "/").replace("\n", " ")
         lines.append(
-            f"| {name} | {' | '.join(cells)} | {found['layout'] or '-'} | {', '.join(found['targets'])} | {text} |"
+            f"| {name} | {' | '.join(cells)} | {found['layout'] or '-'} | {', '.join(found['targets']) or '-'} | {text} |"
         )
     return "\n".join(lines)
 
@@ -191,12 +203,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args()
     rows: dict[str, Row] = read_json(RESULTS) if RESULTS.exists() else {}
-    chosen = options.only or sorted([*(it.name for it in options.folder.iterdir()), *ALSO]) if options.folder else []
+    chosen = options.only or sorted(it.name for it in options.folder.iterdir()) if options.folder else []
     for name in chosen:
-        folder, fields = ALSO.get(name, (name, {}))
         place = Path(tempfile.mkdtemp())
         try:
-            rows[name] = row(options.folder / folder, place, fields)
+            rows[name] = row(options.folder / name, place)
         finally:
             shutil.rmtree(place)
         print(f"{name}: {', '.join(verb for verb in VERBS if rows[name][verb] is None) or 'nothing'}", flush=True)
