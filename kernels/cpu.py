@@ -3,7 +3,8 @@
 What makes them fast: one GEMM over the keys for a tile of queries, a partial sort of the scores without their
 indices, and a gather small enough to stay in cache. Where the machine has bfloat16 GEMMs they are used, but never
 believed: what their rounding leaves open (the low half of a logit, a close call in the ranking) is computed again.
-bfloat16 on a machine with AMX tiles is left to `amx`.
+bfloat16 and float32 are left to the C++ of `native_ops` where it can be had; what is here serves the other types, and
+machines without a compiler.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..compat.torch_private import cpu_multiplies_bfloat16
-from . import amx
+from . import native_ops
 from .reference import accumulation_dtype, in_range, rankable, softmax_or_zero
 from .reference import cache_write as cache_write  # indexed assignment is as fast as it gets
 
@@ -29,8 +30,8 @@ def lightning_indexer(
     q: Tensor, k: Tensor, weights: Tensor, key_begin: Tensor, key_end: Tensor, topk: int, budget_mb: int = BUDGET_MB
 ) -> Tensor:
     """As `reference.lightning_indexer`: int32 [B,T,min(topk,S)]."""
-    if amx.usable(q, k):
-        return amx.lightning_indexer(q, k, weights, key_begin, key_end, topk, budget_mb)
+    if (path := native_ops.taken(q.dtype)) != native_ops.TORCH:
+        return native_ops.lightning_indexer(path, q, k, weights, key_begin, key_end, topk, budget_mb)
     slots = k.shape[1]
     out = q.new_full((q.shape[0], q.shape[1], min(topk, slots)), -1, dtype=torch.int32)
     begin, end = key_begin.clamp(0, slots).long(), key_end.clamp(0, slots).long()  # [B,T]
@@ -44,8 +45,8 @@ def sparse_mla(
     q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_rank: int, budget_mb: int = BUDGET_MB
 ) -> Tensor:
     """As `reference.sparse_mla`: [B,T,H,R] in the dtype of q."""
-    if amx.usable(q, kv):
-        return amx.sparse_mla(q, kv, indices, scale, kv_lora_rank)
+    if (path := native_ops.taken(q.dtype)) != native_ops.TORCH:
+        return native_ops.sparse_mla(path, q, kv, indices, scale, kv_lora_rank)
     out = q.new_zeros((*q.shape[:3], kv_lora_rank))
     valid = (indices >= 0) & (indices < kv.shape[1])
     rows = gather_rows(indices.shape[2], kv.shape[2] * kv.element_size(), q.shape[2], budget_mb)

@@ -33,7 +33,7 @@ _ALSO = {"onnxruntime": "onnxruntime-gpu"}  # another build of the same package:
 
 def environment() -> dict[str, Any]:
     """Versions by package (None: not installed), devices, and per command and capability "usable" or the reason it is not."""
-    from ..kernels import amx
+    from ..kernels import native_ops
 
     versions = {name: _version(name) for name in _PACKAGES}
     devices = _devices()
@@ -45,7 +45,7 @@ def environment() -> dict[str, Any]:
         "devices": devices,
         "commands": _commands(versions, devices),
         "usable": {
-            "bfloat16 on AMX tiles (CPU)": amx.status(),
+            "CPU kernels in C++": native_ops.summary(),
             "build engines with TensorRT-RTX (no GPU)": _needs(versions, "tensorrt-rtx", "triton"),
             "build and run engines with TensorRT": _engines(versions, devices),
             "TensorRT plugin library": _plugin(),

@@ -1,25 +1,17 @@
-// What both ops on AMX tiles need: tiles of 16 rows of 64 bytes, 16 x 16 transposes, exp, work shared between threads.
+// What both ops on AMX tiles need: tiles of 16 rows of 64 bytes, 16 x 16 transposes, exp.
 #pragma once
 
 #include <immintrin.h>
 
-#include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <new>
-#include <thread>
-#include <vector>
+
+#include "work.h"
 
 using bf16 = uint16_t;
 
 constexpr int64_t ROWS = 16;   // rows of a tile, and float32 or pairs of bfloat16 in one of them
 constexpr int64_t CHANNELS = 32;  // bfloat16 in a row of a tile
 constexpr int64_t TILE = ROWS * CHANNELS;
-
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Every thread that uses tiles has to say how large they are, and to give them back.
 struct Tiles {
@@ -34,26 +26,6 @@ struct Tiles {
     _tile_loadconfig(&config);
   }
   ~Tiles() { _tile_release(); }
-};
-
-// Zeroed memory aligned to a cache line.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count) : data_(nullptr) {
-    const size_t bytes = static_cast<size_t>(round_up(std::max<int64_t>(count, 1) * sizeof(T), 64));
-    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
-    if (data_ == nullptr) throw std::bad_alloc();
-    std::memset(data_, 0, bytes);
-  }
-  ~Buffer() { std::free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* get() { return data_; }
-  T& operator[](int64_t i) { return data_[i]; }
-
- private:
-  T* data_;
 };
 
 // rows[i][j] <-> rows[j][i], for 16 registers of 16 numbers.
@@ -103,28 +75,4 @@ inline __m512 exponential(__m512 x) {
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
   p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
   return _mm512_scalef_ps(p, n);
-}
-
-// work(item, state of its thread) for every item, on up to `threads` threads. Exceptions (memory) are the caller's.
-template <typename State, typename Make, typename Work>
-bool share(int64_t items, int64_t threads, Make make, Work work) {
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> failed{false};
-  auto run = [&] {
-    try {
-      Tiles tiles;
-      State state = make();
-      for (int64_t item; !failed && (item = next++) < items;) work(item, state);
-    } catch (...) {
-      failed = true;
-    }
-  };
-  std::vector<std::thread> others;
-  try {
-    for (int64_t i = 1; i < std::min(threads, items); ++i) others.emplace_back(run);
-  } catch (...) {  // no thread to be had: fewer will do
-  }
-  run();
-  for (std::thread& other : others) other.join();
-  return !failed;
 }

@@ -28,6 +28,7 @@ struct Scratch {
   explicit Scratch(const Problem& p)
       : queries(p.tiles_of(p.rows) * ROWS * p.padded_width()), keys(KEYS * p.padded_width()), products(TILE),
         scores(p.rows * p.span()), candidates(p.span()) {}
+  Tiles tiles;
   Buffer<bf16> queries, keys;
   Buffer<float> products, scores;
   Buffer<int32_t> candidates;
@@ -186,9 +187,10 @@ void run(const Problem& p, int64_t batch, int64_t first, int64_t count, Scratch&
 
 // q [batch, tokens, heads, width], k [batch, slots, width], weights [batch, tokens, heads], begin and end [batch, tokens]
 // within 0..slots, out [batch, tokens, selected]; budget: bytes of scores a thread may hold; false if memory ran out.
-extern "C" __attribute__((visibility("default"))) bool mla2dsa_lightning_indexer(const bf16* q, const bf16* k, const float* weights, const int64_t* begin,
-                                          const int64_t* end, int32_t* out, int64_t batch, int64_t tokens, int64_t slots,
-                                          int64_t heads, int64_t width, int64_t selected, int64_t budget, int64_t threads) {
+EXPORTED bool mla2dsa_lightning_indexer_bfloat16(const bf16* q, const bf16* k, const float* weights, const int64_t* begin,
+                                                 const int64_t* end, int32_t* out, int64_t batch, int64_t tokens,
+                                                 int64_t slots, int64_t heads, int64_t width, int64_t selected,
+                                                 int64_t budget, int64_t threads) {
   const int64_t fit = budget / static_cast<int64_t>(sizeof(float)) / std::max<int64_t>(1, slots);
   const int64_t rows = std::max<int64_t>(1, std::min({QUERIES, tokens, fit}));
   const Problem p{q, k, weights, begin, end, out, tokens, slots, heads, width, selected, rows};

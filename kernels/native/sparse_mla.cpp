@@ -25,6 +25,7 @@ struct Scratch {
       : slots(p.selected), rows(BLOCK * p.padded_width()), values(BLOCK * p.padded_rank()),
         queries(p.groups() * ROWS * p.padded_width()), logits(BLOCK * ROWS), weights(ROWS * BLOCK),
         sums(p.groups() * ROWS * p.padded_rank()), largest(p.groups() * ROWS), total(p.groups() * ROWS) {}
+  Tiles tiles;
   Buffer<int32_t> slots;
   Buffer<bf16> rows, values, queries;
   Buffer<float> logits;
@@ -211,9 +212,9 @@ void attend(const Problem& p, int64_t token, Scratch& s) {
 
 // q [batch, tokens, heads, width], kv [batch, slots, width], indices [batch, tokens, selected], out [batch, tokens, heads,
 // rank]; false if memory ran out.
-extern "C" __attribute__((visibility("default"))) bool mla2dsa_sparse_mla(const bf16* q, const bf16* kv, const int32_t* indices, bf16* out, int64_t batch,
-                                   int64_t tokens, int64_t slots, int64_t heads, int64_t width, int64_t rank,
-                                   int64_t selected, float scale, int64_t threads) {
+EXPORTED bool mla2dsa_sparse_mla_bfloat16(const bf16* q, const bf16* kv, const int32_t* indices, bf16* out, int64_t batch,
+                                          int64_t tokens, int64_t slots, int64_t heads, int64_t width, int64_t rank,
+                                          int64_t selected, float scale, int64_t threads) {
   const Problem p{q, kv, indices, out, tokens, slots, heads, width, rank, selected, scale};
   return share<Scratch>(batch * tokens, threads, [&] { return Scratch(p); },
                         [&](int64_t token, Scratch& s) { attend(p, token, s); });

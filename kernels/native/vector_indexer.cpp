@@ -1,0 +1,151 @@
+// lightning_indexer on vectors: scores in float32, exact top-k, ties to the lowest slot, slots ascending.
+//
+// Keys lie side by side in the lanes, so that the sum over heads is a sum of registers. Products of bfloat16 are exact in
+// float32: no score has to be looked at twice. How the best are chosen: select.h.
+#include "select.h"
+
+namespace {
+
+constexpr int64_t VECTORS = 2;                  // of keys, and
+constexpr int64_t HEADS = LANES == 16 ? 8 : 4;  // heads, multiplied at once: their products stay in registers
+constexpr int64_t KEYS = VECTORS * LANES;       // packed at once, then shown to all queries of the tile
+constexpr int64_t QUERIES = 64;                 // of a tile at most
+
+template <typename T>
+struct Problem {
+  const T *q, *k;
+  const float* weights;
+  const int64_t *begin, *end;  // within 0..slots
+  int32_t* out;
+  int64_t tokens, slots, heads, width, selected, rows;  // rows: queries of a tile
+  int64_t units() const { return round_up(width, in_unit<T>) / in_unit<T>; }
+  int64_t padded_units() const { return round_up(units(), LANES); }  // of a packed key: whole squares are transposed
+  int64_t padded_heads() const { return round_up(heads, HEADS); }
+  int64_t span() const { return round_up(slots, KEYS) + KEYS; }
+};
+
+template <typename T>
+struct Scratch {
+  explicit Scratch(const Problem<T>& p)
+      : queries(p.rows * p.padded_heads() * p.units()), rows(KEYS * p.padded_units()), keys(KEYS * p.padded_units()),
+        scores(p.rows * p.span()), candidates(p.span()) {}
+  Buffer<unit> queries, rows, keys;
+  Buffer<float> scores;
+  Buffer<int32_t> candidates;
+};
+
+// `count` keys unit by unit: [units, KEYS]; keys that are not there are 0.
+template <typename T>
+void pack_keys(const Problem<T>& p, const T* k, int64_t count, Scratch<T>& s) {
+  const int64_t units = p.padded_units();
+  for (int64_t i = 0; i < KEYS; ++i) copy_row(k + i * p.width, i < count ? p.width : 0, s.rows.get() + i * units, units);
+  for (int64_t v = 0; v < KEYS; v += LANES)
+    for (int64_t u = 0; u < units; u += LANES) {
+      floats square[LANES];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < LANES; ++i) square[i] = load(s.rows.get() + (v + i) * units + u);
+      transpose(square);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < LANES; ++i) store(s.keys.get() + (u + i) * KEYS + v, square[i]);
+    }
+}
+
+// sum [VECTORS] += weights x ReLU(q . k) of up to HEADS heads; NaN for NaN.
+template <bool PAIR>
+void add_heads(const unit* q, int64_t units, const float* weights, int64_t heads, const unit* keys, floats* sum) {
+  floats dot[HEADS][VECTORS];
+#pragma GCC unroll 8
+  for (int64_t h = 0; h < HEADS; ++h)
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < VECTORS; ++j) dot[h][j] = floats{};
+  for (int64_t u = 0; u < units; ++u) {
+    floats k[VECTORS];
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < VECTORS; ++j) k[j] = load(keys + u * KEYS + j * LANES);
+#pragma GCC unroll 8
+    for (int64_t h = 0; h < HEADS; ++h) {
+      const floats one = everywhere<PAIR>(q + h * units + u);
+#pragma GCC unroll 2
+      for (int64_t j = 0; j < VECTORS; ++j) dot[h][j] = add_product<PAIR>(dot[h][j], one, k[j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int64_t h = 0; h < HEADS; ++h) {
+    if (h >= heads) break;  // a head that is not there adds nothing: 0 times an infinite key would be NaN
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < VECTORS; ++j) sum[j] += (dot[h][j] < 0.0f ? floats{} : dot[h][j]) * weights[h];
+  }
+}
+
+// Scores of KEYS keys for one query.
+template <typename T>
+void score(const Problem<T>& p, const unit* q, const float* weights, const unit* keys, float* scores) {
+  floats sum[VECTORS] = {};
+  for (int64_t h = 0; h < p.heads; h += HEADS)
+    add_heads<paired<T>>(q + h * p.units(), p.units(), weights + h, p.heads - h, keys, sum);
+  for (int64_t j = 0; j < VECTORS; ++j) store(scores + j * LANES, rankable(sum[j]));
+}
+
+// Scores of queries first .. first + count of a sequence, for those that have a choice.
+template <typename T>
+void score_tile(const Problem<T>& p, int64_t token, int64_t count, const T* k, Scratch<T>& s) {
+  const int64_t *begin = p.begin + token, *end = p.end + token, stride = p.padded_heads() * p.units();
+  int64_t low = p.slots, high = 0;
+  for (int64_t t = 0; t < count; ++t) {
+    if (end[t] - begin[t] <= p.selected) continue;
+    low = std::min(low, begin[t]), high = std::max(high, end[t]);
+    for (int64_t h = 0; h < p.heads; ++h)
+      copy_row(p.q + ((token + t) * p.heads + h) * p.width, p.width, s.queries.get() + t * stride + h * p.units(), p.units());
+  }
+  for (int64_t i = low / KEYS * KEYS; i < high; i += KEYS) {
+    pack_keys(p, k + i * p.width, std::min(KEYS, p.slots - i), s);
+    for (int64_t t = 0; t < count; ++t)
+      if (end[t] - begin[t] > p.selected && begin[t] < i + KEYS && i < end[t])
+        score(p, s.queries.get() + t * stride, p.weights + (token + t) * p.heads, s.keys.get(), s.scores.get() + t * p.span() + i);
+  }
+}
+
+template <typename T>
+void run_tile(const Problem<T>& p, int64_t batch, int64_t first, int64_t count, Scratch<T>& s) {
+  const int64_t token = batch * p.tokens + first;
+  score_tile(p, token, count, p.k + batch * p.slots * p.width, s);
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t begin = p.begin[token + t], seen = std::max<int64_t>(0, p.end[token + t] - begin);
+    int32_t* out = p.out + (token + t) * p.selected;
+    if (seen > p.selected)
+      select(s.scores.get() + t * p.span() + begin, seen, p.selected, begin, s.candidates.get(), out);
+    else
+      for (int64_t i = 0; i < p.selected; ++i) out[i] = i < seen ? static_cast<int32_t>(begin + i) : -1;
+  }
+}
+
+template <typename T>
+bool run(const T* q, const T* k, const float* weights, const int64_t* begin, const int64_t* end, int32_t* out, int64_t batch,
+         int64_t tokens, int64_t slots, int64_t heads, int64_t width, int64_t selected, int64_t budget, int64_t threads) {
+  const int64_t fit = budget / static_cast<int64_t>(sizeof(float)) / std::max<int64_t>(1, slots);
+  const int64_t rows = std::max<int64_t>(1, std::min({QUERIES, tokens, fit}));
+  const Problem<T> p{q, k, weights, begin, end, out, tokens, slots, heads, width, selected, rows};
+  const int64_t tiles = (tokens + rows - 1) / rows;
+  return share<Scratch<T>>(batch * tiles, threads, [&] { return Scratch<T>(p); }, [&](int64_t item, Scratch<T>& s) {
+    const int64_t first = item % tiles * rows;
+    run_tile(p, item / tiles, first, std::min(rows, tokens - first), s);
+  });
+}
+
+}  // namespace
+
+// q [batch, tokens, heads, width], k [batch, slots, width], weights [batch, tokens, heads], begin and end [batch, tokens]
+// within 0..slots, out [batch, tokens, selected]; budget: bytes of scores a thread may hold; false if memory ran out.
+EXPORTED bool mla2dsa_lightning_indexer_bfloat16(const bf16* q, const bf16* k, const float* weights, const int64_t* begin,
+                                                 const int64_t* end, int32_t* out, int64_t batch, int64_t tokens,
+                                                 int64_t slots, int64_t heads, int64_t width, int64_t selected,
+                                                 int64_t budget, int64_t threads) {
+  return run(q, k, weights, begin, end, out, batch, tokens, slots, heads, width, selected, budget, threads);
+}
+
+EXPORTED bool mla2dsa_lightning_indexer_float32(const float* q, const float* k, const float* weights, const int64_t* begin,
+                                                const int64_t* end, int32_t* out, int64_t batch, int64_t tokens,
+                                                int64_t slots, int64_t heads, int64_t width, int64_t selected,
+                                                int64_t budget, int64_t threads) {
+  return run(q, k, weights, begin, end, out, batch, tokens, slots, heads, width, selected, budget, threads);
+}
