@@ -2,6 +2,9 @@
 //
 // 16 heads lie side by side in the lanes, so that a key row is read a unit at a time, where it lies, and serves all heads:
 // nothing is gathered. For the sums the lanes are channels of the rows. The softmax runs on, block by block.
+//
+// Neighbours that selected every key so far, as the first index_topk queries of a sequence do, go through its rows together:
+// that is dense attention, with the same sums in the same order as each of them would have alone.
 #include "vectors.h"
 
 namespace {
@@ -10,6 +13,7 @@ constexpr int64_t HEADS = 16;                               // next to each othe
 constexpr int64_t ROWS = LANES == 16 ? 8 : 4;               // key rows multiplied at once: their sums stay in registers
 constexpr int64_t VALUE_HEADS = LANES == 16 ? 8 : 4;        // heads and vectors of channels summed at once
 constexpr int64_t VECTORS = LANES == 4 ? 4 : 2;
+constexpr int64_t TOGETHER = 4;                             // tokens at most that go through the same rows together
 constexpr int64_t LINE = 16;                                // units in a cache line
 constexpr int64_t PART = 64;                                // units of a row summed at once
 constexpr int64_t UNITS = 64;                               // units of a block in the sums: 64 rows, or 64 pairs of rows
@@ -21,6 +25,7 @@ struct Problem {
   T* out;
   int64_t tokens, slots, heads, width, rank, selected;
   float scale;
+  int64_t together;
   int64_t groups() const { return round_up(heads, HEADS) / HEADS; }
   int64_t units() const { return round_up(width, in_unit<T>) / in_unit<T>; }       // of a row
   int64_t padded_rank() const { return round_up(rank, VECTORS * LANES * in_unit<T>); }  // channels that are summed
@@ -35,15 +40,17 @@ template <typename T>
 struct Scratch {
   static constexpr int64_t BLOCK = UNITS * in_unit<T>;
   explicit Scratch(const Problem<T>& p)
-      : slots(p.selected), rows(p.in_place() ? 0 : BLOCK * p.row_units()), nothing(p.row_units()),
-        one(p.units()), values(paired<T> ? UNITS * (p.padded_rank() + LINE) : 0), queries(p.groups() * p.units() * HEADS), logits(BLOCK * HEADS),
-        weights(UNITS * HEADS), sums(p.groups() * HEADS * p.padded_rank()), largest(p.groups() * HEADS),
-        total(p.groups() * HEADS), factor(HEADS) {}
+      : slots(p.together * p.selected), rows(p.in_place() ? 0 : BLOCK * p.row_units()), nothing(p.row_units()),
+        one(p.units()), values(paired<T> ? (UNITS + 1) * (p.padded_rank() + LINE) : 0),
+        queries(p.together * p.groups() * p.units() * HEADS), logits(BLOCK * HEADS), weights(UNITS * HEADS),
+        sums(p.together * p.groups() * HEADS * p.padded_rank()), largest(p.together * p.groups() * HEADS),
+        total(p.together * p.groups() * HEADS), factor(HEADS) {}
   Buffer<int32_t> slots;
   Buffer<unit> rows, nothing, one, values, queries;
   Buffer<float> logits;
   Buffer<unit> weights;
   Buffer<float> sums, largest, total, factor;
+  int64_t count[TOGETHER];  // of the slots of each token
   const unit *row[BLOCK + ROWS], *value[UNITS];  // of a block; ROWS more are fetched
 };
 
@@ -107,7 +114,9 @@ void multiply(const unit* const* row, const unit* queries, int64_t units, float*
     for (int64_t line = part; line < end; line += LINE) {
 #pragma GCC unroll 8
       for (int64_t i = 0; i < ROWS; ++i) __builtin_prefetch(row[ROWS + i] + line);
-      for (int64_t u = line; u < std::min(line + LINE, end); ++u) {
+      const int64_t stop = std::min(line + LINE, end);
+#pragma GCC unroll 4
+      for (int64_t u = line; u < stop; ++u) {
         floats q[wide];
 #pragma GCC unroll 4
         for (int64_t j = 0; j < wide; ++j) q[j] = load(queries + u * HEADS + j * LANES);
@@ -214,66 +223,110 @@ void add_values(const unit* const* value, int64_t first, const unit* weights, in
 }
 
 template <typename T>
-void finish(const Problem<T>& p, Scratch<T>& s, T* out) {
-  for (int64_t h = 0; h < p.heads; ++h) {
-    const float* sums = s.sums.get() + h * p.padded_rank();
-    for (int64_t c = 0; c < p.rank; ++c) convert(sums[c] / s.total[h], out[h * p.rank + c]);
-  }
+void finish(const Problem<T>& p, const float* sums, const float* total, T* out) {
+  for (int64_t h = 0; h < p.heads; ++h)
+    for (int64_t c = 0; c < p.rank; ++c) convert(sums[h * p.padded_rank() + c] / total[h], out[h * p.rank + c]);
 }
 
-// The rows of a block, for all heads of a token.
+// The first `count` rows of a block, for 16 heads of a token: group g of all of the tile.
 template <typename T>
-void attend_block(const Problem<T>& p, int64_t count, Scratch<T>& s) {
+void attend_rows(const Problem<T>& p, int64_t count, int64_t g, Scratch<T>& s) {
   constexpr bool pair = paired<T>;
   const int64_t channels = p.padded_rank(), padded = round_up(count, in_unit<T>), used = padded / in_unit<T>;
+  float* sums = s.sums.get() + g * HEADS * channels;
+  soften<pair>(p.scale, s.logits.get(), count, padded, s.weights.get(), s.largest.get() + g * HEADS,
+               s.total.get() + g * HEADS, s.factor.get());
+  rescale(sums, channels, s.factor.get());
   const unit* const* value = s.row;
-  for (int64_t g = 0; g < p.groups(); ++g) {
-    float* sums = s.sums.get() + g * HEADS * channels;
-    for (int64_t i = 0; i < count; i += ROWS)
-      multiply<pair>(s.row + i, s.queries.get() + g * p.units() * HEADS, p.units(), s.logits.get() + i * HEADS);
 #if defined(__AVX512BF16__)
-    if constexpr (pair) {  // after the first products, which bring the rows into the cache
-      if (g == 0) interleave(s.row, used, channels, s.values.get(), s.value);
-      value = s.value;
+  const unit* last = nullptr;
+  if constexpr (pair) {
+    value = s.value;
+    last = s.value[used - 1];
+    if (count < padded) {  // its neighbour in the pair may be a row of another token: 0 times NaN would be NaN
+      const unit* alone[2] = {s.row[count - 1], s.nothing.get()};
+      interleave(alone, 1, channels, s.values.get() + UNITS * (channels + LINE), s.value + used - 1);
     }
+  }
 #endif
-    soften<pair>(p.scale, s.logits.get(), count, padded, s.weights.get(), s.largest.get() + g * HEADS,
-                 s.total.get() + g * HEADS, s.factor.get());
-    rescale(sums, channels, s.factor.get());
-    const int64_t heads = round_up(std::min(HEADS, p.heads - g * HEADS), VALUE_HEADS);
-    for (int64_t c = 0; c < channels; c += VECTORS * LANES)
-      for (int64_t h = 0; h < heads; h += VALUE_HEADS)
-        add_values<pair>(value, c, s.weights.get() + h, used, sums + h * channels + c, channels);
+  const int64_t heads = round_up(std::min(HEADS, p.heads - g % p.groups() * HEADS), VALUE_HEADS);
+  for (int64_t c = 0; c < channels; c += VECTORS * LANES)
+    for (int64_t h = 0; h < heads; h += VALUE_HEADS)
+      add_values<pair>(value, c, s.weights.get() + h, used, sums + h * channels + c, channels);
+#if defined(__AVX512BF16__)
+  if constexpr (pair) s.value[used - 1] = last;
+#endif
+}
+
+// Rows first .. first + count of a list of slots, for all heads of the tokens whose list reaches there.
+template <typename T>
+void attend_block(const Problem<T>& p, int64_t first, int64_t count, int64_t tokens, Scratch<T>& s) {
+  bool interleaved = !paired<T>;
+  for (int64_t g = 0; g < tokens * p.groups(); ++g) {
+    const int64_t here = std::min(s.count[g / p.groups()] - first, count);
+    for (int64_t i = 0; i < here; i += ROWS)
+      multiply<paired<T>>(s.row + i, s.queries.get() + g * p.units() * HEADS, p.units(), s.logits.get() + i * HEADS);
+#if defined(__AVX512BF16__)
+    if (!interleaved) interleave(s.row, round_up(count, 2) / 2, p.padded_rank(), s.values.get(), s.value);
+    interleaved = true;  // after the first products, which bring the rows into the cache
+#endif
+    if (here > 0) attend_rows(p, here, g, s);
   }
 }
 
+// Tokens token .. token + tokens of a sequence, whose lists of slots all begin as the longest one does.
 template <typename T>
-void attend(const Problem<T>& p, int64_t token, Scratch<T>& s) {
-  T* out = p.out + token * p.heads * p.rank;
-  const int64_t count = valid_slots(p, token, s.slots.get());
-  if (count == 0) {
-    std::memset(out, 0, p.heads * p.rank * sizeof(T));
-    return;
-  }
+void attend(const Problem<T>& p, int64_t token, int64_t tokens, const int32_t* slots, Scratch<T>& s) {
+  const int64_t groups = p.groups(), most = *std::max_element(s.count, s.count + tokens);
   const T* kv = p.kv + token / p.tokens * p.slots * p.width;
-  pack_queries(p, p.q + token * p.heads * p.width, s.one.get(), s.queries.get());
-  std::fill_n(s.largest.get(), p.groups() * HEADS, -INFINITY);
-  std::fill_n(s.total.get(), p.groups() * HEADS, 0.0f);
-  std::fill_n(s.sums.get(), p.groups() * HEADS * p.padded_rank(), 0.0f);
-  for (int64_t first = 0; first < count; first += s.BLOCK) {
-    const int64_t here = std::min(s.BLOCK, count - first);
-    find_rows(p, kv, s.slots.get() + first, here, count - first - here, s);
-    attend_block(p, here, s);
+  for (int64_t t = 0; t < tokens; ++t)
+    pack_queries(p, p.q + (token + t) * p.heads * p.width, s.one.get(), s.queries.get() + t * groups * p.units() * HEADS);
+  std::fill_n(s.largest.get(), tokens * groups * HEADS, -INFINITY);
+  std::fill_n(s.total.get(), tokens * groups * HEADS, 0.0f);
+  std::fill_n(s.sums.get(), tokens * groups * HEADS * p.padded_rank(), 0.0f);
+  for (int64_t first = 0; first < most; first += s.BLOCK) {
+    const int64_t here = std::min(s.BLOCK, most - first);
+    find_rows(p, kv, slots + first, here, most - first - here, s);
+    attend_block(p, first, here, tokens, s);
   }
-  finish(p, s, out);
+  for (int64_t t = 0; t < tokens; ++t) {
+    T* out = p.out + (token + t) * p.heads * p.rank;
+    if (s.count[t] == 0)
+      std::memset(out, 0, p.heads * p.rank * sizeof(T));
+    else
+      finish(p, s.sums.get() + t * groups * HEADS * p.padded_rank(), s.total.get() + t * groups * HEADS, out);
+  }
+}
+
+// Up to TOGETHER tokens of a sequence: together if they can, else one after the other.
+template <typename T>
+void run_tile(const Problem<T>& p, int64_t token, int64_t tokens, Scratch<T>& s) {
+  int64_t longest = 0, count[TOGETHER];
+  const auto slots = [&](int64_t t) { return s.slots.get() + t * p.selected; };
+  for (int64_t t = 0; t < tokens; ++t) {
+    s.count[t] = count[t] = valid_slots(p, token + t, slots(t));
+    if (count[t] > count[longest]) longest = t;
+  }
+  bool alike = true;
+  for (int64_t t = 0; t < tokens; ++t) alike &= std::memcmp(slots(t), slots(longest), count[t] * sizeof(int32_t)) == 0;
+  if (alike) return attend(p, token, tokens, slots(longest), s);
+  for (int64_t t = 0; t < tokens; ++t) {
+    s.count[0] = count[t];
+    attend(p, token + t, 1, slots(t), s);
+  }
 }
 
 template <typename T>
 bool run(const T* q, const T* kv, const int32_t* indices, T* out, int64_t batch, int64_t tokens, int64_t slots,
          int64_t heads, int64_t width, int64_t rank, int64_t selected, float scale, int64_t threads) {
-  const Problem<T> p{q, kv, indices, out, tokens, slots, heads, width, rank, selected, scale};
-  return share<Scratch<T>>(batch * tokens, threads, [&] { return Scratch<T>(p); },
-                           [&](int64_t token, Scratch<T>& s) { attend(p, token, s); });
+  // fewer where not all threads would have work, or what they hold would leave the cache
+  const int64_t together = std::max<int64_t>(1, std::min({TOGETHER, batch * tokens / threads, TOGETHER * HEADS / heads}));
+  const Problem<T> p{q, kv, indices, out, tokens, slots, heads, width, rank, selected, scale, together};
+  const int64_t tiles = (tokens + together - 1) / together;
+  return share<Scratch<T>>(batch * tiles, threads, [&] { return Scratch<T>(p); }, [&](int64_t item, Scratch<T>& s) {
+    const int64_t first = item % tiles * together;
+    run_tile(p, item / tiles * tokens + first, std::min(together, tokens - first), s);
+  });
 }
 
 }  // namespace

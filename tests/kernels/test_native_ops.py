@@ -113,6 +113,24 @@ def test_sparse_mla_reads_nothing_behind_the_last_row(width: int, way: Way) -> N
     assert bool(got.isfinite().all())
 
 
+@pytest.mark.parametrize("past", [0, 60, 130], ids="{} before".format)
+@pytest.mark.parametrize("heads", [3, 20], ids="{} heads".format)
+def test_queries_that_select_all_they_see_go_together(past: int, heads: int, way: Way, threads: int) -> None:
+    """Each as it would be alone, bit for bit, and without a look at rows that only its neighbours see: these are NaN."""
+    tokens = 11
+    q, kv, _ = sparse_inputs((1, tokens, past + tokens + 1, heads, 64, 32, 1), way.dtype)
+    indices = torch.arange(past + tokens, dtype=torch.int32).repeat(1, tokens, 1)
+    indices = indices.masked_fill(indices >= causal(1, tokens, past)[1].unsqueeze(-1), -1)
+    indices[0, 5] = indices[0, 5].flip(0)  # not as its neighbours
+    indices[0, 8] = -1  # nothing at all
+    kv[0, past + 7 :] = torch.nan
+    got = way.sparse(q, kv, indices, 0.3, 64)
+    alone = [way.sparse(q[:, t : t + 1], kv, indices[:, t : t + 1], 0.3, 64) for t in range(tokens)]
+    assert torch.equal(got.isnan(), torch.cat(alone, 1).isnan())
+    assert torch.equal(got.nan_to_num(), torch.cat(alone, 1).nan_to_num())
+    assert got.isfinite().flatten(2).all(-1).tolist() == [[True] * 7 + [False, True, False, False]]
+
+
 @pytest.mark.parametrize("shape", INDEXER, ids=str)
 @pytest.mark.parametrize("budget_mb", [0, 64], ids=["query by query", "tiles"])
 def test_lightning_indexer_with_ties(shape: tuple[int, ...], budget_mb: int, threads: int, way: Way) -> None:
