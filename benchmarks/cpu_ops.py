@@ -1,7 +1,8 @@
 """DSA (lightning_indexer + sparse_mla) beside dense attention for one MLA layer on this CPU, in one run.
 
     python benchmarks/cpu_ops.py                # decode at 8K and 32K, prefill at 4K and 8K, float32 and bfloat16
-    python benchmarks/cpu_ops.py --full         # and prefill at 16K and 32K
+    python benchmarks/cpu_ops.py --full         # and prefill at 1K, 2K, 16K and 32K
+    MLA2DSA_CPU=torch python benchmarks/cpu_ops.py  # without the C++, or with that of another path
     python benchmarks/cpu_ops.py --only decode  # seconds instead of minutes
 
 Dense is what a model runs today: decode in absorbed form over the latent cache (torch matmul and softmax), prefill in
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mla2dsa.kernels import ops
+from mla2dsa.kernels import native_ops, ops
 
 HEADS, RANK, ROPE, NOPE, VALUE = 16, 512, 64, 128, 128  # DeepSeek-V2-Lite's attention
 INDEX_HEADS, INDEX_DIM, TOPK = 8, 128, 2048
@@ -113,7 +114,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
         if args.only != "prefill":
             yield from (decode(length, name, args.repeats * 5) for length in (8192, 32768))
         if args.only != "decode":
-            lengths = (4096, 8192, 16384, 32768) if args.full else (4096, 8192)
+            lengths = (1024, 2048, 4096, 8192, 16384, 32768) if args.full else (4096, 8192)
             yield from (prefill(length, name, args.points, args.chunk, args.repeats) for length in lengths)
 
 
@@ -124,6 +125,7 @@ def machine() -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "C++": native_ops.summary(),
     }
 
 
@@ -135,7 +137,7 @@ def cpu_model() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="add prefill at 16K and 32K")
+    parser.add_argument("--full", action="store_true", help="add prefill at 1K, 2K, 16K and 32K")
     parser.add_argument("--only", choices=("decode", "prefill"))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--threads", type=int, default=1)
