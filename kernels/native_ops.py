@@ -29,8 +29,9 @@ _SOURCES = Path(__file__).parent / "native"
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden", "-ffp-contract=fast")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 _ON_AMX = ("lightning_indexer.cpp", "sparse_mla.cpp", "support.cpp", "amx.h", "work.h")
-_ON_VECTORS = ("vector_indexer.cpp", "vector_sparse_mla.cpp", "select.h", "vectors.h", "work.h")
+_ON_VECTORS = ("vector_indexer.cpp", "vector_sparse_mla.cpp", "attention.h", "select.h", "vectors.h", "work.h")
 _SCORES_BYTES = 4 * 2**20  # of a thread: more queries at once would fall out of its cache
+_GRAIN = 8 * 2**20  # products that are worth a thread, which takes as long to start as some hundred thousand of them
 _NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}  # as functions have them
 _ARGUMENTS = {
     "sparse_mla": (*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 7, ctypes.c_float, ctypes.c_int64),
@@ -139,10 +140,11 @@ def lightning_indexer(
         return out
     begin, end = (bound.clamp(0, slots).long().contiguous() for bound in (key_begin, key_end))
     q, k, weights = q.contiguous(), k.contiguous(), weights.float().contiguous()
-    budget = max(1, min(_SCORES_BYTES, budget_mb * 2**20 // (2 * torch.get_num_threads())))
+    threads = _threads(batch * tokens * slots * heads * width)
+    budget = max(1, min(_SCORES_BYTES, budget_mb * 2**20 // (2 * threads)))
     _call(
         name, "lightning_indexer", q, k, weights, begin, end, out,
-        batch, tokens, slots, heads, width, out.shape[2], budget, torch.get_num_threads(),
+        batch, tokens, slots, heads, width, out.shape[2], budget, threads,
     )  # fmt: skip
     return out
 
@@ -155,11 +157,16 @@ def sparse_mla(name: str, q: Tensor, kv: Tensor, indices: Tensor, scale: float, 
     if out.numel() == 0:
         return out
     q, kv, indices = q.contiguous(), kv.contiguous(), indices.contiguous()
+    threads = _threads(batch * tokens * selected * heads * (width + kv_lora_rank))
     _call(
         name, "sparse_mla", q, kv, indices, out,
-        batch, tokens, slots, heads, width, kv_lora_rank, selected, scale, torch.get_num_threads(),
+        batch, tokens, slots, heads, width, kv_lora_rank, selected, scale, threads,
     )  # fmt: skip
     return out
+
+
+def _threads(products: int) -> int:
+    return max(1, min(torch.get_num_threads(), products // _GRAIN))
 
 
 def _call(name: str, op: str, *arguments: Tensor | int | float) -> None:

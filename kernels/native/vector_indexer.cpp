@@ -1,7 +1,7 @@
 // lightning_indexer on vectors: scores in float32, exact top-k, ties to the lowest slot, slots ascending.
 //
 // Keys lie side by side in the lanes, so that the sum over heads is a sum of registers. Products of bfloat16 are exact in
-// float32: no score has to be looked at twice. How the best are chosen: select.h.
+// float32: no score has to be looked at twice. How the best are chosen: select.h. A score is the same whichever thread makes it.
 #include "select.h"
 
 namespace {
@@ -20,15 +20,16 @@ struct Problem {
   int64_t tokens, slots, heads, width, selected, rows;  // rows: queries of a tile
   int64_t units() const { return round_up(width, in_unit<T>) / in_unit<T>; }
   int64_t padded_units() const { return round_up(units(), LANES); }  // of a packed key: whole squares are transposed
+  int64_t tiles() const { return (tokens + rows - 1) / rows; }  // of a sequence
   int64_t padded_heads() const { return round_up(heads, HEADS); }
   int64_t span() const { return round_up(slots, KEYS) + KEYS; }
 };
 
 template <typename T>
 struct Scratch {
-  explicit Scratch(const Problem<T>& p)
+  Scratch(const Problem<T>& p, int64_t queries_held)
       : queries(p.rows * p.padded_heads() * p.units()), rows(KEYS * p.padded_units()), keys(KEYS * p.padded_units()),
-        scores(p.rows * p.span()), candidates(p.span()) {}
+        scores(queries_held * p.span()), candidates(queries_held > 0 ? p.span() : 0) {}
   Buffer<unit> queries, rows, keys;
   Buffer<float> scores;
   Buffer<int32_t> candidates;
@@ -86,14 +87,15 @@ void score(const Problem<T>& p, const unit* q, const float* weights, const unit*
   for (int64_t j = 0; j < VECTORS; ++j) store(scores + j * LANES, rankable(sum[j]));
 }
 
-// Scores of queries first .. first + count of a sequence, for those that have a choice.
+// Scores [count, span] of queries token .. token + count for the keys from .. to of their sequence, where there is a choice.
 template <typename T>
-void score_tile(const Problem<T>& p, int64_t token, int64_t count, const T* k, Scratch<T>& s) {
+void score_tile(const Problem<T>& p, int64_t token, int64_t count, int64_t from, int64_t to, float* scores, Scratch<T>& s) {
   const int64_t *begin = p.begin + token, *end = p.end + token, stride = p.padded_heads() * p.units();
-  int64_t low = p.slots, high = 0;
+  const T* k = p.k + token / p.tokens * p.slots * p.width;
+  int64_t low = to, high = from;
   for (int64_t t = 0; t < count; ++t) {
     if (end[t] - begin[t] <= p.selected) continue;
-    low = std::min(low, begin[t]), high = std::max(high, end[t]);
+    low = std::min(low, std::max(from, begin[t])), high = std::max(high, std::min(to, end[t]));
     for (int64_t h = 0; h < p.heads; ++h)
       copy_row(p.q + ((token + t) * p.heads + h) * p.width, p.width, s.queries.get() + t * stride + h * p.units(), p.units());
   }
@@ -101,22 +103,41 @@ void score_tile(const Problem<T>& p, int64_t token, int64_t count, const T* k, S
     pack_keys(p, k + i * p.width, std::min(KEYS, p.slots - i), s);
     for (int64_t t = 0; t < count; ++t)
       if (end[t] - begin[t] > p.selected && begin[t] < i + KEYS && i < end[t])
-        score(p, s.queries.get() + t * stride, p.weights + (token + t) * p.heads, s.keys.get(), s.scores.get() + t * p.span() + i);
+        score(p, s.queries.get() + t * stride, p.weights + (token + t) * p.heads, s.keys.get(), scores + t * p.span() + i);
   }
 }
 
 template <typename T>
-void run_tile(const Problem<T>& p, int64_t batch, int64_t first, int64_t count, Scratch<T>& s) {
-  const int64_t token = batch * p.tokens + first;
-  score_tile(p, token, count, p.k + batch * p.slots * p.width, s);
-  for (int64_t t = 0; t < count; ++t) {
-    const int64_t begin = p.begin[token + t], seen = std::max<int64_t>(0, p.end[token + t] - begin);
-    int32_t* out = p.out + (token + t) * p.selected;
-    if (seen > p.selected)
-      select(s.scores.get() + t * p.span() + begin, seen, p.selected, begin, s.candidates.get(), out);
-    else
-      for (int64_t i = 0; i < p.selected; ++i) out[i] = i < seen ? static_cast<int32_t>(begin + i) : -1;
-  }
+void choose(const Problem<T>& p, int64_t token, const float* scores, int32_t* candidates) {
+  const int64_t begin = p.begin[token], seen = std::max<int64_t>(0, p.end[token] - begin);
+  int32_t* out = p.out + token * p.selected;
+  if (seen > p.selected) return select(scores + begin, seen, p.selected, begin, candidates, out);
+  for (int64_t i = 0; i < p.selected; ++i) out[i] = i < seen ? static_cast<int32_t>(begin + i) : -1;
+}
+
+template <typename T>
+bool run_tiles(const Problem<T>& p, int64_t batch, int64_t threads) {
+  return share<Scratch<T>>(batch * p.tiles(), threads, [&] { return Scratch<T>(p, p.rows); }, [&](int64_t item, Scratch<T>& s) {
+    const int64_t first = item % p.tiles() * p.rows, token = item / p.tiles() * p.tokens + first;
+    const int64_t count = std::min(p.rows, p.tokens - first);
+    score_tile(p, token, count, 0, p.slots, s.scores.get(), s);
+    for (int64_t t = 0; t < count; ++t) choose(p, token + t, s.scores.get() + t * p.span(), s.candidates.get());
+  });
+}
+
+// Where there are fewer tiles than threads: parts of the keys, then the choices.
+template <typename T>
+bool run_parts(const Problem<T>& p, int64_t batch, int64_t threads) {
+  const int64_t tiles = batch * p.tiles(), parts = (threads + tiles - 1) / tiles, keys = round_up((p.slots + parts - 1) / parts, KEYS);
+  Buffer<float> scores(batch * p.tokens * p.span());
+  return share<Scratch<T>>(tiles * parts, threads, [&] { return Scratch<T>(p, 0); }, [&](int64_t item, Scratch<T>& s) {
+    const int64_t tile = item / parts, first = tile % p.tiles() * p.rows, token = tile / p.tiles() * p.tokens + first;
+    const int64_t from = std::min(item % parts * keys, p.slots), to = std::min(from + keys, p.slots);
+    score_tile(p, token, std::min(p.rows, p.tokens - first), from, to, scores.get() + token * p.span(), s);
+  }) && share<Buffer<int32_t>>(batch * p.tokens, threads, [&] { return Buffer<int32_t>(p.span()); },
+                               [&](int64_t token, Buffer<int32_t>& candidates) {
+    choose(p, token, scores.get() + token * p.span(), candidates.get());
+  });
 }
 
 template <typename T>
@@ -125,11 +146,11 @@ bool run(const T* q, const T* k, const float* weights, const int64_t* begin, con
   const int64_t fit = budget / static_cast<int64_t>(sizeof(float)) / std::max<int64_t>(1, slots);
   const int64_t rows = std::max<int64_t>(1, std::min({QUERIES, tokens, fit}));
   const Problem<T> p{q, k, weights, begin, end, out, tokens, slots, heads, width, selected, rows};
-  const int64_t tiles = (tokens + rows - 1) / rows;
-  return share<Scratch<T>>(batch * tiles, threads, [&] { return Scratch<T>(p); }, [&](int64_t item, Scratch<T>& s) {
-    const int64_t first = item % tiles * rows;
-    run_tile(p, item / tiles, first, std::min(rows, tokens - first), s);
-  });
+  try {
+    return batch * p.tiles() < threads ? run_parts(p, batch, threads) : run_tiles(p, batch, threads);
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
 }
 
 }  // namespace

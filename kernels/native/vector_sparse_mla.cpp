@@ -4,19 +4,14 @@
 // nothing is gathered. For the sums the lanes are channels of the rows. The softmax runs on, block by block.
 //
 // Neighbours that selected every key so far, as the first index_topk queries of a sequence do, go through its rows together:
-// that is dense attention, with the same sums in the same order as each of them would have alone.
-#include "vectors.h"
+// that is dense attention, with the same sums in the same order as each of them would have alone. A token's rows are summed in
+// chunks, which threads share where there are fewer tokens than threads: how many threads there are changes no bit.
+#include "attention.h"
 
 namespace {
 
-constexpr int64_t HEADS = 16;                               // next to each other in the logits
-constexpr int64_t ROWS = LANES == 16 ? 8 : 4;               // key rows multiplied at once: their sums stay in registers
-constexpr int64_t VALUE_HEADS = LANES == 16 ? 8 : 4;        // heads and vectors of channels summed at once
-constexpr int64_t VECTORS = LANES == 4 ? 4 : 2;
-constexpr int64_t TOGETHER = 4;                             // tokens at most that go through the same rows together
-constexpr int64_t LINE = 16;                                // units in a cache line
-constexpr int64_t PART = 64;                                // units of a row summed at once
-constexpr int64_t UNITS = 64;                               // units of a block in the sums: 64 rows, or 64 pairs of rows
+constexpr int64_t TOGETHER = 4;             // tokens at most that go through the same rows together
+constexpr int64_t CHUNK = 512;              // rows that are summed for themselves
 
 template <typename T>
 struct Problem {
@@ -30,10 +25,21 @@ struct Problem {
   int64_t units() const { return round_up(width, in_unit<T>) / in_unit<T>; }       // of a row
   int64_t padded_rank() const { return round_up(rank, VECTORS * LANES * in_unit<T>); }  // channels that are summed
   int64_t row_units() const { return std::max(units(), padded_rank() / in_unit<T>); }   // of a row that may be read
+  int64_t heads_held() const { return together * groups() * HEADS; }
+  int64_t sums_held() const { return heads_held() * (padded_rank() + 2); }  // numbers in one Sums
+  int64_t chunks() const { return std::max<int64_t>(1, (selected + CHUNK - 1) / CHUNK); }  // of a token
   // Whether rows can be read where they are: they are made of units, and reading padded_rank() stays within them.
   bool in_place() const {
     return (std::is_same<T, float>::value || paired<T>) && width % in_unit<T> == 0 && padded_rank() <= width;
   }
+};
+
+// What has been summed: values [heads, padded_rank] times e^-largest, for the heads of the tokens of a tile.
+struct Sums {
+  template <typename T>
+  Sums(const Problem<T>& p, float* from)
+      : values(from), largest(from + p.heads_held() * p.padded_rank()), total(largest + p.heads_held()) {}
+  float *values, *largest, *total;
 };
 
 template <typename T>
@@ -43,13 +49,12 @@ struct Scratch {
       : slots(p.together * p.selected), rows(p.in_place() ? 0 : BLOCK * p.row_units()), nothing(p.row_units()),
         one(p.units()), values(paired<T> ? (UNITS + 1) * (p.padded_rank() + LINE) : 0),
         queries(p.together * p.groups() * p.units() * HEADS), logits(BLOCK * HEADS), weights(UNITS * HEADS),
-        sums(p.together * p.groups() * HEADS * p.padded_rank()), largest(p.together * p.groups() * HEADS),
-        total(p.together * p.groups() * HEADS), factor(HEADS) {}
+        whole(p.sums_held()), part(p.sums_held()), factor(HEADS) {}
   Buffer<int32_t> slots;
   Buffer<unit> rows, nothing, one, values, queries;
   Buffer<float> logits;
   Buffer<unit> weights;
-  Buffer<float> sums, largest, total, factor;
+  Buffer<float> whole, part, factor;
   int64_t count[TOGETHER];  // of the slots of each token
   const unit *row[BLOCK + ROWS], *value[UNITS];  // of a block; ROWS more are fetched
 };
@@ -96,146 +101,14 @@ void find_rows(const Problem<T>& p, const T* kv, const int32_t* slots, int64_t c
   }
 }
 
-// logits [ROWS, 16 heads] of rows; the ROWS after them come into the cache meanwhile. Summed in parts, which are then added:
-// the rounding of one long sum would be twice as far from the truth.
-template <bool PAIR>
-void multiply(const unit* const* row, const unit* queries, int64_t units, float* logits) {
-  constexpr int64_t wide = HEADS / LANES;
-  const unit* at[ROWS];
-#pragma GCC unroll 8
-  for (int64_t i = 0; i < ROWS; ++i) at[i] = row[i];
-  for (int64_t part = 0; part < units; part += PART) {
-    floats sum[ROWS][wide];
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < ROWS; ++i)
-#pragma GCC unroll 4
-      for (int64_t j = 0; j < wide; ++j) sum[i][j] = floats{};
-    const int64_t end = std::min(part + PART, units);
-    for (int64_t line = part; line < end; line += LINE) {
-#pragma GCC unroll 8
-      for (int64_t i = 0; i < ROWS; ++i) __builtin_prefetch(row[ROWS + i] + line);
-      const int64_t stop = std::min(line + LINE, end);
-#pragma GCC unroll 4
-      for (int64_t u = line; u < stop; ++u) {
-        floats q[wide];
-#pragma GCC unroll 4
-        for (int64_t j = 0; j < wide; ++j) q[j] = load(queries + u * HEADS + j * LANES);
-#pragma GCC unroll 8
-        for (int64_t i = 0; i < ROWS; ++i) {
-          const floats k = everywhere<PAIR>(at[i] + u);
-#pragma GCC unroll 4
-          for (int64_t j = 0; j < wide; ++j) sum[i][j] = add_product<PAIR>(sum[i][j], k, q[j]);
-        }
-      }
-    }
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < ROWS; ++i)
-#pragma GCC unroll 4
-      for (int64_t j = 0; j < wide; ++j) {
-        float* to = logits + i * HEADS + j * LANES;
-        store(to, part > 0 ? load(to) + sum[i][j] : sum[i][j]);
-      }
-  }
-}
-
-// logits -> weights [units, 16 heads], and what earlier sums have to be multiplied with.
-template <bool PAIR>
-void soften(float scale, float* logits, int64_t count, int64_t padded, unit* weights, float* largest, float* total,
-            float* factor) {
-  for (int64_t h = 0; h < HEADS; h += LANES) {
-    const floats before = load(largest + h);
-    floats peak = before;
-    for (int64_t i = 0; i < count; ++i) {
-      const floats x = load(logits + i * HEADS + h) * scale;
-      store(logits + i * HEADS + h, x);
-      peak = x > peak ? x : peak;
-    }
-    const floats base = peak == -INFINITY ? floats{} : peak;  // no key above -inf yet: -inf - -inf would be NaN
-    const floats change = exponential(before - base);
-    floats sum = {};
-    for (int64_t i = 0; i < count; ++i) {
-      const floats weight = exponential(load(logits + i * HEADS + h) - base);
-      sum += weight;
-      store((PAIR ? logits : weights) + i * HEADS + h, weight);
-    }
-    for (int64_t i = count; i < padded; ++i) store((PAIR ? logits : weights) + i * HEADS + h, floats{});
-#if defined(__AVX512BF16__)
-    if constexpr (PAIR)
-      for (int64_t u = 0; u < padded / 2; ++u)
-        store(weights + u * HEADS, pairs_of(load(logits + 2 * u * HEADS), load(logits + (2 * u + 1) * HEADS)));
-#endif
-    store(largest + h, peak);
-    store(total + h, load(total + h) * change + sum);
-    store(factor + h, change);
-  }
-}
-
-#if defined(__AVX512BF16__)
-// Two rows next to each other, channel by channel.
-void interleave(const unit* const* row, int64_t pairs, int64_t channels, unit* values, const unit** value) {
-  alignas(64) uint16_t order[2][32];
-  for (uint16_t i = 0; i < 32; ++i) order[0][i] = (i & 1) * 32 + i / 2, order[1][i] = order[0][i] + 16;
-  const __m512i first = _mm512_load_si512(order[0]), second = _mm512_load_si512(order[1]);
-  for (int64_t pair = 0; pair < pairs; ++pair) {
-    unit* to = values + pair * (channels + LINE);  // or all pairs would fall on the same few places of the cache
-    value[pair] = to;
-    for (int64_t c = 0; c < channels; c += 32) {
-      const __m512i x = (__m512i)load(row[2 * pair] + c / 2), y = (__m512i)load(row[2 * pair + 1] + c / 2);
-      store(to + c, (floats)_mm512_permutex2var_epi16(x, first, y));
-      store(to + c + 16, (floats)_mm512_permutex2var_epi16(x, second, y));
-    }
-  }
-}
-#endif
-
-void rescale(float* sums, int64_t channels, const float* factor) {
-  for (int64_t h = 0; h < HEADS; ++h)
-    if (factor[h] != 1.0f)
-      for (int64_t c = 0; c < channels; ++c) sums[h * channels + c] *= factor[h];
-}
-
-// sums [VALUE_HEADS, VECTORS of channels] += weights x values
-template <bool PAIR>
-void add_values(const unit* const* value, int64_t first, const unit* weights, int64_t units, float* sums, int64_t channels) {
-  floats sum[VALUE_HEADS][VECTORS];
-#pragma GCC unroll 8
-  for (int64_t i = 0; i < VALUE_HEADS; ++i)
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < VECTORS; ++j) sum[i][j] = floats{};
-  for (int64_t u = 0; u < units; ++u) {
-    floats v[VECTORS];
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < VECTORS; ++j) v[j] = load(value[u] + first + j * LANES);
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < VALUE_HEADS; ++i) {
-      const floats w = everywhere<PAIR>(weights + u * HEADS + i);
-#pragma GCC unroll 4
-      for (int64_t j = 0; j < VECTORS; ++j) sum[i][j] = add_product<PAIR>(sum[i][j], w, v[j]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int64_t i = 0; i < VALUE_HEADS; ++i)
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < VECTORS; ++j) {
-      float* to = sums + i * channels + j * LANES;
-      store(to, load(to) + sum[i][j]);
-    }
-}
-
-template <typename T>
-void finish(const Problem<T>& p, const float* sums, const float* total, T* out) {
-  for (int64_t h = 0; h < p.heads; ++h)
-    for (int64_t c = 0; c < p.rank; ++c) convert(sums[h * p.padded_rank() + c] / total[h], out[h * p.rank + c]);
-}
-
 // The first `count` rows of a block, for 16 heads of a token: group g of all of the tile.
 template <typename T>
-void attend_rows(const Problem<T>& p, int64_t count, int64_t g, Scratch<T>& s) {
+void attend_rows(const Problem<T>& p, int64_t count, int64_t g, Sums sum, Scratch<T>& s) {
   constexpr bool pair = paired<T>;
   const int64_t channels = p.padded_rank(), padded = round_up(count, in_unit<T>), used = padded / in_unit<T>;
-  float* sums = s.sums.get() + g * HEADS * channels;
-  soften<pair>(p.scale, s.logits.get(), count, padded, s.weights.get(), s.largest.get() + g * HEADS,
-               s.total.get() + g * HEADS, s.factor.get());
+  float* sums = sum.values + g * HEADS * channels;
+  soften<pair>(p.scale, s.logits.get(), count, padded, s.weights.get(), sum.largest + g * HEADS, sum.total + g * HEADS,
+               s.factor.get());
   rescale(sums, channels, s.factor.get());
   const unit* const* value = s.row;
 #if defined(__AVX512BF16__)
@@ -260,7 +133,7 @@ void attend_rows(const Problem<T>& p, int64_t count, int64_t g, Scratch<T>& s) {
 
 // Rows first .. first + count of a list of slots, for all heads of the tokens whose list reaches there.
 template <typename T>
-void attend_block(const Problem<T>& p, int64_t first, int64_t count, int64_t tokens, Scratch<T>& s) {
+void attend_block(const Problem<T>& p, int64_t first, int64_t count, int64_t tokens, Sums sum, Scratch<T>& s) {
   bool interleaved = !paired<T>;
   for (int64_t g = 0; g < tokens * p.groups(); ++g) {
     const int64_t here = std::min(s.count[g / p.groups()] - first, count);
@@ -270,32 +143,62 @@ void attend_block(const Problem<T>& p, int64_t first, int64_t count, int64_t tok
     if (!interleaved) interleave(s.row, round_up(count, 2) / 2, p.padded_rank(), s.values.get(), s.value);
     interleaved = true;  // after the first products, which bring the rows into the cache
 #endif
-    if (here > 0) attend_rows(p, here, g, s);
+    if (here > 0) attend_rows(p, here, g, sum, s);
   }
+}
+
+// Rows first .. end of a list of slots, with which the lists of the tokens of a tile begin.
+template <typename T>
+void attend_chunk(const Problem<T>& p, int64_t token, int64_t tokens, const int32_t* slots, int64_t first, int64_t end, Sums sum,
+                  Scratch<T>& s) {
+  const T* kv = p.kv + token / p.tokens * p.slots * p.width;
+  const int64_t heads = tokens * p.groups() * HEADS;
+  std::fill_n(sum.values, heads * p.padded_rank(), 0.0f);
+  std::fill_n(sum.largest, heads, -INFINITY);
+  std::fill_n(sum.total, heads, 0.0f);
+  for (; first < end; first += s.BLOCK) {
+    const int64_t here = std::min(s.BLOCK, end - first);
+    find_rows(p, kv, slots + first, here, end - first - here, s);
+    attend_block(p, first, here, tokens, sum, s);
+  }
+}
+
+// Adds what another chunk of these tokens has summed.
+template <typename T>
+void merge(const Problem<T>& p, int64_t tokens, Sums whole, Sums part) {
+  for (int64_t h = 0; h < tokens * p.groups() * HEADS; ++h) {
+    const float peak = std::max(whole.largest[h], part.largest[h]), base = peak == -INFINITY ? 0.0f : peak;
+    const float old = std::exp(whole.largest[h] - base), added = std::exp(part.largest[h] - base);
+    whole.largest[h] = peak;
+    whole.total[h] = whole.total[h] * old + part.total[h] * added;
+    float *to = whole.values + h * p.padded_rank(), *from = part.values + h * p.padded_rank();
+    for (int64_t c = 0; c < p.padded_rank(); ++c) to[c] = to[c] * old + from[c] * added;
+  }
+}
+
+// What token t of a tile gets; 0 if it has no slots.
+template <typename T>
+void finish(const Problem<T>& p, int64_t token, int64_t t, int64_t count, Sums sum) {
+  T* out = p.out + (token + t) * p.heads * p.rank;
+  if (count == 0) std::memset(out, 0, p.heads * p.rank * sizeof(T));
+  const float* values = sum.values + t * p.groups() * HEADS * p.padded_rank();
+  for (int64_t h = 0; h < p.heads && count > 0; ++h)
+    for (int64_t c = 0; c < p.rank; ++c)
+      convert(values[h * p.padded_rank() + c] / sum.total[t * p.groups() * HEADS + h], out[h * p.rank + c]);
 }
 
 // Tokens token .. token + tokens of a sequence, whose lists of slots all begin as the longest one does.
 template <typename T>
 void attend(const Problem<T>& p, int64_t token, int64_t tokens, const int32_t* slots, Scratch<T>& s) {
-  const int64_t groups = p.groups(), most = *std::max_element(s.count, s.count + tokens);
-  const T* kv = p.kv + token / p.tokens * p.slots * p.width;
+  const int64_t most = *std::max_element(s.count, s.count + tokens);
+  const Sums whole(p, s.whole.get()), part(p, s.part.get());
   for (int64_t t = 0; t < tokens; ++t)
-    pack_queries(p, p.q + (token + t) * p.heads * p.width, s.one.get(), s.queries.get() + t * groups * p.units() * HEADS);
-  std::fill_n(s.largest.get(), tokens * groups * HEADS, -INFINITY);
-  std::fill_n(s.total.get(), tokens * groups * HEADS, 0.0f);
-  std::fill_n(s.sums.get(), tokens * groups * HEADS * p.padded_rank(), 0.0f);
-  for (int64_t first = 0; first < most; first += s.BLOCK) {
-    const int64_t here = std::min(s.BLOCK, most - first);
-    find_rows(p, kv, slots + first, here, most - first - here, s);
-    attend_block(p, first, here, tokens, s);
+    pack_queries(p, p.q + (token + t) * p.heads * p.width, s.one.get(), s.queries.get() + t * p.groups() * p.units() * HEADS);
+  for (int64_t first = 0; first < std::max<int64_t>(most, 1); first += CHUNK) {
+    attend_chunk(p, token, tokens, slots, first, std::min(first + CHUNK, most), first > 0 ? part : whole, s);
+    if (first > 0) merge(p, tokens, whole, part);
   }
-  for (int64_t t = 0; t < tokens; ++t) {
-    T* out = p.out + (token + t) * p.heads * p.rank;
-    if (s.count[t] == 0)
-      std::memset(out, 0, p.heads * p.rank * sizeof(T));
-    else
-      finish(p, s.sums.get() + t * groups * HEADS * p.padded_rank(), s.total.get() + t * groups * HEADS, out);
-  }
+  for (int64_t t = 0; t < tokens; ++t) finish(p, token, t, s.count[t], whole);
 }
 
 // Up to TOGETHER tokens of a sequence: together if they can, else one after the other.
@@ -317,16 +220,42 @@ void run_tile(const Problem<T>& p, int64_t token, int64_t tokens, Scratch<T>& s)
 }
 
 template <typename T>
+bool run_tiles(const Problem<T>& p, int64_t batch, int64_t threads) {
+  const int64_t tiles = (p.tokens + p.together - 1) / p.together;
+  return share<Scratch<T>>(batch * tiles, threads, [&] { return Scratch<T>(p); }, [&](int64_t item, Scratch<T>& s) {
+    const int64_t first = item % tiles * p.together;
+    run_tile(p, item / tiles * p.tokens + first, std::min(p.together, p.tokens - first), s);
+  });
+}
+
+// Where there are fewer tokens than threads: each chunk of a token on its own.
+template <typename T>
+bool run_chunks(const Problem<T>& p, int64_t tokens, int64_t threads) {
+  const int64_t chunks = p.chunks();
+  Buffer<float> parts(tokens * chunks * p.sums_held());
+  const auto part = [&](int64_t item) { return Sums(p, parts.get() + item * p.sums_held()); };
+  return share<Scratch<T>>(tokens * chunks, threads, [&] { return Scratch<T>(p); }, [&](int64_t item, Scratch<T>& s) {
+    const int64_t token = item / chunks, first = item % chunks * CHUNK;
+    s.count[0] = valid_slots(p, token, s.slots.get());
+    pack_queries(p, p.q + token * p.heads * p.width, s.one.get(), s.queries.get());
+    attend_chunk(p, token, 1, s.slots.get(), first, std::min(first + CHUNK, s.count[0]), part(item), s);
+  }) && share<Buffer<int32_t>>(tokens, 1, [&] { return Buffer<int32_t>(p.selected); }, [&](int64_t token, Buffer<int32_t>& s) {
+    for (int64_t i = 1; i < chunks; ++i) merge(p, 1, part(token * chunks), part(token * chunks + i));
+    finish(p, token, 0, valid_slots(p, token, s.get()), part(token * chunks));
+  });
+}
+
+template <typename T>
 bool run(const T* q, const T* kv, const int32_t* indices, T* out, int64_t batch, int64_t tokens, int64_t slots,
          int64_t heads, int64_t width, int64_t rank, int64_t selected, float scale, int64_t threads) {
-  // fewer where not all threads would have work, or what they hold would leave the cache
+  // fewer together where not all threads would have work, or what they hold would leave the cache
   const int64_t together = std::max<int64_t>(1, std::min({TOGETHER, batch * tokens / threads, TOGETHER * HEADS / heads}));
   const Problem<T> p{q, kv, indices, out, tokens, slots, heads, width, rank, selected, scale, together};
-  const int64_t tiles = (tokens + together - 1) / together;
-  return share<Scratch<T>>(batch * tiles, threads, [&] { return Scratch<T>(p); }, [&](int64_t item, Scratch<T>& s) {
-    const int64_t first = item % tiles * together;
-    run_tile(p, item / tiles * tokens + first, std::min(together, tokens - first), s);
-  });
+  try {
+    return batch * tokens < threads && p.chunks() > 1 ? run_chunks(p, batch * tokens, threads) : run_tiles(p, batch, threads);
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
 }
 
 }  // namespace

@@ -47,7 +47,8 @@ def way(request: pytest.FixtureRequest) -> Way:
 
 
 @pytest.fixture(params=[1, 3], ids=["1 thread", "3 threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    monkeypatch.setattr(native_ops, "_GRAIN", 1)  # however small the work
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(1)
@@ -129,6 +130,25 @@ def test_queries_that_select_all_they_see_go_together(past: int, heads: int, way
     assert torch.equal(got.isnan(), torch.cat(alone, 1).isnan())
     assert torch.equal(got.nan_to_num(), torch.cat(alone, 1).nan_to_num())
     assert got.isfinite().flatten(2).all(-1).tolist() == [[True] * 7 + [False, True, False, False]]
+
+
+def test_threads_change_no_bit(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer queries than threads share the rows of one, in chunks; as many as there are take one each."""
+    if way.name == "amx":
+        pytest.skip("amx: threads share queries alone")
+    monkeypatch.setattr(native_ops, "_GRAIN", 1)
+    q, kv, indices = sparse_inputs((1, 3, 1500, 20, 64, 32, 1300), way.dtype)
+    k, weights = kv[..., :40].contiguous(), randn(1, 3, 20, seed=2)
+    begin, end = causal(1, 3, past=1490)
+    results = []
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        best = way.indexer(q[..., :40], k, weights.float(), begin, end, 300)
+        results.append((way.sparse(q, kv, indices, 0.3, 64), best))
+    torch.set_num_threads(1)
+    for sums, best in results[1:]:
+        assert torch.equal(sums, results[0][0])
+        assert torch.equal(best, results[0][1])
 
 
 @pytest.mark.parametrize("shape", INDEXER, ids=str)
