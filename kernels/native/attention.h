@@ -88,33 +88,36 @@ void soften(float scale, float* logits, int64_t count, int64_t padded, unit* wei
   }
 }
 
-#if defined(__AVX512BF16__)
-// Two rows next to each other, channel by channel.
-void interleave(const unit* const* row, int64_t pairs, int64_t channels, unit* values, const unit** value) {
-  alignas(64) uint16_t order[2][32];
-  for (uint16_t i = 0; i < 32; ++i) order[0][i] = (i & 1) * 32 + i / 2, order[1][i] = order[0][i] + 16;
-  const __m512i first = _mm512_load_si512(order[0]), second = _mm512_load_si512(order[1]);
-  for (int64_t pair = 0; pair < pairs; ++pair) {
-    unit* to = values + pair * (channels + LINE);  // or all pairs would fall on the same few places of the cache
-    value[pair] = to;
-    for (int64_t c = 0; c < channels; c += 32) {
-      const __m512i x = (__m512i)load(row[2 * pair] + c / 2), y = (__m512i)load(row[2 * pair + 1] + c / 2);
-      store(to + c, (floats)_mm512_permutex2var_epi16(x, first, y));
-      store(to + c + 16, (floats)_mm512_permutex2var_epi16(x, second, y));
-    }
-  }
-}
-#endif
-
-void rescale(float* sums, int64_t channels, const float* factor) {
+inline void rescale(float* sums, int64_t channels, const float* factor) {
   for (int64_t h = 0; h < HEADS; ++h)
     if (factor[h] != 1.0f)
       for (int64_t c = 0; c < channels; ++c) sums[h * channels + c] *= factor[h];
 }
 
-// sums [VALUE_HEADS, VECTORS of channels] += weights x values
+// Where channel c of the values is in the sums. Pairs are put together within quarters of a vector, which costs no detour
+// across it: the sums hold channels 0..3, 8..11, 16..19, 24..27 and then the others of every 32.
 template <bool PAIR>
-void add_values(const unit* const* value, int64_t first, const unit* weights, int64_t units, float* sums, int64_t channels) {
+int64_t place(int64_t c) {
+  return PAIR ? c / 32 * 32 + c % 8 / 4 * 16 + c % 32 / 8 * 4 + c % 4 : c;
+}
+
+// VECTORS of values of unit u of the rows: one row, or each channel of two.
+template <bool PAIR>
+void take_values(const unit* const* row, int64_t u, int64_t first, floats (&v)[VECTORS]) {
+#if defined(__AVX512BF16__)
+  if constexpr (PAIR) {
+    const __m512i x = (__m512i)load(row[2 * u] + first / 2), y = (__m512i)load(row[2 * u + 1] + first / 2);
+    v[0] = (floats)_mm512_unpacklo_epi16(x, y), v[1] = (floats)_mm512_unpackhi_epi16(x, y);
+    return;
+  }
+#endif
+#pragma GCC unroll 4
+  for (int64_t j = 0; j < VECTORS; ++j) v[j] = load(row[u] + first + j * LANES);
+}
+
+// sums [VALUE_HEADS, VECTORS of channels] += weights x values, of channels `first` and on
+template <bool PAIR>
+void add_values(const unit* const* row, int64_t first, const unit* weights, int64_t units, float* sums, int64_t channels) {
   floats sum[VALUE_HEADS][VECTORS];
 #pragma GCC unroll 8
   for (int64_t i = 0; i < VALUE_HEADS; ++i)
@@ -122,8 +125,7 @@ void add_values(const unit* const* value, int64_t first, const unit* weights, in
     for (int64_t j = 0; j < VECTORS; ++j) sum[i][j] = floats{};
   for (int64_t u = 0; u < units; ++u) {
     floats v[VECTORS];
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < VECTORS; ++j) v[j] = load(value[u] + first + j * LANES);
+    take_values<PAIR>(row, u, first, v);
 #pragma GCC unroll 8
     for (int64_t i = 0; i < VALUE_HEADS; ++i) {
       const floats w = everywhere<PAIR>(weights + u * HEADS + i);
@@ -135,7 +137,7 @@ void add_values(const unit* const* value, int64_t first, const unit* weights, in
   for (int64_t i = 0; i < VALUE_HEADS; ++i)
 #pragma GCC unroll 4
     for (int64_t j = 0; j < VECTORS; ++j) {
-      float* to = sums + i * channels + j * LANES;
+      float* to = sums + i * channels + first + j * LANES;
       store(to, load(to) + sum[i][j]);
     }
 }

@@ -23,7 +23,7 @@ struct Problem {
   int64_t together;
   int64_t groups() const { return round_up(heads, HEADS) / HEADS; }
   int64_t units() const { return round_up(width, in_unit<T>) / in_unit<T>; }       // of a row
-  int64_t padded_rank() const { return round_up(rank, VECTORS * LANES * in_unit<T>); }  // channels that are summed
+  int64_t padded_rank() const { return round_up(rank, VECTORS * LANES); }           // channels that are summed
   int64_t row_units() const { return std::max(units(), padded_rank() / in_unit<T>); }   // of a row that may be read
   int64_t heads_held() const { return together * groups() * HEADS; }
   int64_t sums_held() const { return heads_held() * (padded_rank() + 2); }  // numbers in one Sums
@@ -47,16 +47,15 @@ struct Scratch {
   static constexpr int64_t BLOCK = UNITS * in_unit<T>;
   explicit Scratch(const Problem<T>& p)
       : slots(p.together * p.selected), rows(p.in_place() ? 0 : BLOCK * p.row_units()), nothing(p.row_units()),
-        one(p.units()), values(paired<T> ? (UNITS + 1) * (p.padded_rank() + LINE) : 0),
-        queries(p.together * p.groups() * p.units() * HEADS), logits(BLOCK * HEADS), weights(UNITS * HEADS),
+        one(p.units()), queries(p.together * p.groups() * p.units() * HEADS), logits(BLOCK * HEADS), weights(UNITS * HEADS),
         whole(p.sums_held()), part(p.sums_held()), factor(HEADS) {}
   Buffer<int32_t> slots;
-  Buffer<unit> rows, nothing, one, values, queries;
+  Buffer<unit> rows, nothing, one, queries;
   Buffer<float> logits;
   Buffer<unit> weights;
   Buffer<float> whole, part, factor;
   int64_t count[TOGETHER];  // of the slots of each token
-  const unit *row[BLOCK + ROWS], *value[UNITS];  // of a block; ROWS more are fetched
+  const unit* row[BLOCK + ROWS];  // of a block; ROWS more are fetched
 };
 
 template <typename T>
@@ -110,39 +109,22 @@ void attend_rows(const Problem<T>& p, int64_t count, int64_t g, Sums sum, Scratc
   soften<pair>(p.scale, s.logits.get(), count, padded, s.weights.get(), sum.largest + g * HEADS, sum.total + g * HEADS,
                s.factor.get());
   rescale(sums, channels, s.factor.get());
-  const unit* const* value = s.row;
-#if defined(__AVX512BF16__)
-  const unit* last = nullptr;
-  if constexpr (pair) {
-    value = s.value;
-    last = s.value[used - 1];
-    if (count < padded) {  // its neighbour in the pair may be a row of another token: 0 times NaN would be NaN
-      const unit* alone[2] = {s.row[count - 1], s.nothing.get()};
-      interleave(alone, 1, channels, s.values.get() + UNITS * (channels + LINE), s.value + used - 1);
-    }
-  }
-#endif
+  const unit* after = s.row[count];
+  if (count < padded) s.row[count] = s.nothing.get();  // in a pair, 0 times a row that is NaN, for others to see, would be NaN
   const int64_t heads = round_up(std::min(HEADS, p.heads - g % p.groups() * HEADS), VALUE_HEADS);
   for (int64_t c = 0; c < channels; c += VECTORS * LANES)
     for (int64_t h = 0; h < heads; h += VALUE_HEADS)
-      add_values<pair>(value, c, s.weights.get() + h, used, sums + h * channels + c, channels);
-#if defined(__AVX512BF16__)
-  if constexpr (pair) s.value[used - 1] = last;
-#endif
+      add_values<pair>(s.row, c, s.weights.get() + h, used, sums + h * channels, channels);
+  s.row[count] = after;
 }
 
 // Rows first .. first + count of a list of slots, for all heads of the tokens whose list reaches there.
 template <typename T>
 void attend_block(const Problem<T>& p, int64_t first, int64_t count, int64_t tokens, Sums sum, Scratch<T>& s) {
-  bool interleaved = !paired<T>;
   for (int64_t g = 0; g < tokens * p.groups(); ++g) {
     const int64_t here = std::min(s.count[g / p.groups()] - first, count);
     for (int64_t i = 0; i < here; i += ROWS)
       multiply<paired<T>>(s.row + i, s.queries.get() + g * p.units() * HEADS, p.units(), s.logits.get() + i * HEADS);
-#if defined(__AVX512BF16__)
-    if (!interleaved) interleave(s.row, round_up(count, 2) / 2, p.padded_rank(), s.values.get(), s.value);
-    interleaved = true;  // after the first products, which bring the rows into the cache
-#endif
     if (here > 0) attend_rows(p, here, g, sum, s);
   }
 }
@@ -183,8 +165,11 @@ void finish(const Problem<T>& p, int64_t token, int64_t t, int64_t count, Sums s
   if (count == 0) std::memset(out, 0, p.heads * p.rank * sizeof(T));
   const float* values = sum.values + t * p.groups() * HEADS * p.padded_rank();
   for (int64_t h = 0; h < p.heads && count > 0; ++h)
-    for (int64_t c = 0; c < p.rank; ++c)
-      convert(values[h * p.padded_rank() + c] / sum.total[t * p.groups() * HEADS + h], out[h * p.rank + c]);
+    for (int64_t c = 0; c < p.rank; c += 4) {
+      const float* from = values + h * p.padded_rank() + place<paired<T>>(c);
+      const float total = sum.total[t * p.groups() * HEADS + h];
+      for (int64_t i = 0; i < std::min<int64_t>(4, p.rank - c); ++i) convert(from[i] / total, out[h * p.rank + c + i]);
+    }
 }
 
 // Tokens token .. token + tokens of a sequence, whose lists of slots all begin as the longest one does.
