@@ -99,7 +99,7 @@ void score_tile(const Problem<T>& p, int64_t token, int64_t count, int64_t from,
     for (int64_t h = 0; h < p.heads; ++h)
       copy_row(p.q + ((token + t) * p.heads + h) * p.width, p.width, s.queries.get() + t * stride + h * p.units(), p.units());
   }
-  for (int64_t i = low / KEYS * KEYS; i < high; i += KEYS) {
+  for (int64_t i = low / KEYS * KEYS; low < high && i < high; i += KEYS) {
     pack_keys(p, k + i * p.width, std::min(KEYS, p.slots - i), s);
     for (int64_t t = 0; t < count; ++t)
       if (end[t] - begin[t] > p.selected && begin[t] < i + KEYS && i < end[t])
