@@ -94,14 +94,8 @@ inline void rescale(float* sums, int64_t channels, const float* factor) {
       for (int64_t c = 0; c < channels; ++c) sums[h * channels + c] *= factor[h];
 }
 
-// Where channel c of the values is in the sums. Pairs are put together within quarters of a vector, which costs no detour
-// across it: the sums hold channels 0..3, 8..11, 16..19, 24..27 and then the others of every 32.
-template <bool PAIR>
-int64_t place(int64_t c) {
-  return PAIR ? c / 32 * 32 + c % 8 / 4 * 16 + c % 32 / 8 * 4 + c % 4 : c;
-}
-
-// VECTORS of values of unit u of the rows: one row, or each channel of two.
+// VECTORS of values of unit u of the rows: one row, or each channel of two. Pairs are put together within quarters of a vector,
+// which costs no detour across it: the sums hold channels 0..3, 8..11, 16..19, 24..27 and then the others of every 32.
 template <bool PAIR>
 void take_values(const unit* const* row, int64_t u, int64_t first, floats (&v)[VECTORS]) {
 #if defined(__AVX512BF16__)
@@ -113,6 +107,21 @@ void take_values(const unit* const* row, int64_t u, int64_t first, floats (&v)[V
 #endif
 #pragma GCC unroll 4
   for (int64_t j = 0; j < VECTORS; ++j) v[j] = load(row[u] + first + j * LANES);
+}
+
+// VECTORS of sums in the order of the channels
+template <bool PAIR>
+void take_sums(const float* sums, floats (&v)[VECTORS]) {
+#pragma GCC unroll 4
+  for (int64_t j = 0; j < VECTORS; ++j) v[j] = load(sums + j * LANES);
+#if defined(__AVX512BF16__)
+  if constexpr (PAIR) {
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    const __m512 x = (__m512)v[0], y = (__m512)v[1];
+    v[0] = (floats)_mm512_permutex2var_ps(x, low, y), v[1] = (floats)_mm512_permutex2var_ps(x, high, y);
+  }
+#endif
 }
 
 // sums [VALUE_HEADS, VECTORS of channels] += weights x values, of channels `first` and on

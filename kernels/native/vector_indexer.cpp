@@ -41,14 +41,7 @@ void pack_keys(const Problem<T>& p, const T* k, int64_t count, Scratch<T>& s) {
   const int64_t units = p.padded_units();
   for (int64_t i = 0; i < KEYS; ++i) copy_row(k + i * p.width, i < count ? p.width : 0, s.rows.get() + i * units, units);
   for (int64_t v = 0; v < KEYS; v += LANES)
-    for (int64_t u = 0; u < units; u += LANES) {
-      floats square[LANES];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < LANES; ++i) square[i] = load(s.rows.get() + (v + i) * units + u);
-      transpose(square);
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < LANES; ++i) store(s.keys.get() + (u + i) * KEYS + v, square[i]);
-    }
+    for (int64_t u = 0; u < units; u += LANES) turn(s.rows.get() + v * units + u, units, s.keys.get() + u * KEYS + v, KEYS);
 }
 
 // sum [VECTORS] += weights x ReLU(q . k) of up to HEADS heads; NaN for NaN.

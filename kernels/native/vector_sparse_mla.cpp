@@ -23,6 +23,7 @@ struct Problem {
   int64_t together;
   int64_t groups() const { return round_up(heads, HEADS) / HEADS; }
   int64_t units() const { return round_up(width, in_unit<T>) / in_unit<T>; }       // of a row
+  int64_t packed_units() const { return round_up(units(), LANES); }                // of a query
   int64_t padded_rank() const { return round_up(rank, VECTORS * LANES); }           // channels that are summed
   int64_t row_units() const { return std::max(units(), padded_rank() / in_unit<T>); }   // of a row that may be read
   int64_t heads_held() const { return together * groups() * HEADS; }
@@ -47,10 +48,10 @@ struct Scratch {
   static constexpr int64_t BLOCK = UNITS * in_unit<T>;
   explicit Scratch(const Problem<T>& p)
       : slots(p.together * p.selected), rows(p.in_place() ? 0 : BLOCK * p.row_units()), nothing(p.row_units()),
-        one(p.units()), queries(p.together * p.groups() * p.units() * HEADS), logits(BLOCK * HEADS), weights(UNITS * HEADS),
+        heads(HEADS * p.packed_units()), queries(p.together * p.groups() * p.packed_units() * HEADS), logits(BLOCK * HEADS), weights(UNITS * HEADS),
         whole(p.sums_held()), part(p.sums_held()), factor(HEADS) {}
   Buffer<int32_t> slots;
-  Buffer<unit> rows, nothing, one, queries;
+  Buffer<unit> rows, nothing, heads, queries;
   Buffer<float> logits;
   Buffer<unit> weights;
   Buffer<float> whole, part, factor;
@@ -71,13 +72,15 @@ int64_t valid_slots(const Problem<T>& p, int64_t token, int32_t* slots) {
 
 // Unit by unit the heads of a token: [groups, units, 16 heads]; heads that are not there are 0.
 template <typename T>
-void pack_queries(const Problem<T>& p, const T* q, unit* one, unit* to) {
-  const int64_t units = p.units();
-  std::memset(to, 0, p.groups() * units * HEADS * sizeof(unit));
-  for (int64_t h = 0; h < p.heads; ++h) {
-    copy_row(q + h * p.width, p.width, one, units);
-    unit* place = to + h / HEADS * units * HEADS + h % HEADS;
-    for (int64_t u = 0; u < units; ++u) std::memcpy(place + u * HEADS, one + u, sizeof(unit));
+void pack_queries(const Problem<T>& p, const T* q, unit* rows, unit* to) {
+  const int64_t units = p.packed_units();
+  for (int64_t g = 0; g < p.groups(); ++g, to += units * HEADS) {
+    for (int64_t h = 0; h < HEADS; ++h) {
+      const int64_t head = g * HEADS + h;
+      copy_row(q + head * p.width, head < p.heads ? p.width : 0, rows + h * units, units);
+    }
+    for (int64_t h = 0; h < HEADS; h += LANES)
+      for (int64_t u = 0; u < units; u += LANES) turn(rows + h * units + u, units, to + u * HEADS + h, HEADS);
   }
 }
 
@@ -124,7 +127,7 @@ void attend_block(const Problem<T>& p, int64_t first, int64_t count, int64_t tok
   for (int64_t g = 0; g < tokens * p.groups(); ++g) {
     const int64_t here = std::min(s.count[g / p.groups()] - first, count);
     for (int64_t i = 0; i < here; i += ROWS)
-      multiply<paired<T>>(s.row + i, s.queries.get() + g * p.units() * HEADS, p.units(), s.logits.get() + i * HEADS);
+      multiply<paired<T>>(s.row + i, s.queries.get() + g * p.packed_units() * HEADS, p.units(), s.logits.get() + i * HEADS);
     if (here > 0) attend_rows(p, here, g, sum, s);
   }
 }
@@ -162,14 +165,20 @@ void merge(const Problem<T>& p, int64_t tokens, Sums whole, Sums part) {
 template <typename T>
 void finish(const Problem<T>& p, int64_t token, int64_t t, int64_t count, Sums sum) {
   T* out = p.out + (token + t) * p.heads * p.rank;
-  if (count == 0) std::memset(out, 0, p.heads * p.rank * sizeof(T));
-  const float* values = sum.values + t * p.groups() * HEADS * p.padded_rank();
-  for (int64_t h = 0; h < p.heads && count > 0; ++h)
-    for (int64_t c = 0; c < p.rank; c += 4) {
-      const float* from = values + h * p.padded_rank() + place<paired<T>>(c);
-      const float total = sum.total[t * p.groups() * HEADS + h];
-      for (int64_t i = 0; i < std::min<int64_t>(4, p.rank - c); ++i) convert(from[i] / total, out[h * p.rank + c + i]);
+  if (count == 0) {
+    std::memset(out, 0, p.heads * p.rank * sizeof(T));
+    return;
+  }
+  for (int64_t h = 0; h < p.heads; ++h, out += p.rank) {
+    const float* values = sum.values + (t * p.groups() * HEADS + h) * p.padded_rank();
+    const float total = sum.total[t * p.groups() * HEADS + h];
+    for (int64_t c = 0; c < p.rank; c += VECTORS * LANES) {
+      floats v[VECTORS];
+      take_sums<paired<T>>(values + c, v);
+      for (int64_t j = 0; j < VECTORS && c + j * LANES < p.rank; ++j)
+        store_some(v[j] / total, std::min(LANES, p.rank - c - j * LANES), out + c + j * LANES);
     }
+  }
 }
 
 // Tokens token .. token + tokens of a sequence, whose lists of slots all begin as the longest one does.
@@ -178,7 +187,7 @@ void attend(const Problem<T>& p, int64_t token, int64_t tokens, const int32_t* s
   const int64_t most = *std::max_element(s.count, s.count + tokens);
   const Sums whole(p, s.whole.get()), part(p, s.part.get());
   for (int64_t t = 0; t < tokens; ++t)
-    pack_queries(p, p.q + (token + t) * p.heads * p.width, s.one.get(), s.queries.get() + t * p.groups() * p.units() * HEADS);
+    pack_queries(p, p.q + (token + t) * p.heads * p.width, s.heads.get(), s.queries.get() + t * p.groups() * p.packed_units() * HEADS);
   for (int64_t first = 0; first < std::max<int64_t>(most, 1); first += CHUNK) {
     attend_chunk(p, token, tokens, slots, first, std::min(first + CHUNK, most), first > 0 ? part : whole, s);
     if (first > 0) merge(p, tokens, whole, part);
@@ -222,11 +231,11 @@ bool run_chunks(const Problem<T>& p, int64_t tokens, int64_t threads) {
   return share<Scratch<T>>(tokens * chunks, threads, [&] { return Scratch<T>(p); }, [&](int64_t item, Scratch<T>& s) {
     const int64_t token = item / chunks, first = item % chunks * CHUNK;
     s.count[0] = valid_slots(p, token, s.slots.get());
-    pack_queries(p, p.q + token * p.heads * p.width, s.one.get(), s.queries.get());
+    pack_queries(p, p.q + token * p.heads * p.width, s.heads.get(), s.queries.get());
     attend_chunk(p, token, 1, s.slots.get(), first, std::min(first + CHUNK, s.count[0]), part(item), s);
-  }) && share<Buffer<int32_t>>(tokens, 1, [&] { return Buffer<int32_t>(p.selected); }, [&](int64_t token, Buffer<int32_t>& s) {
+  }) && share<Scratch<T>>(tokens, 1, [&] { return Scratch<T>(p); }, [&](int64_t token, Scratch<T>& s) {
     for (int64_t i = 1; i < chunks; ++i) merge(p, 1, part(token * chunks), part(token * chunks + i));
-    finish(p, token, 0, valid_slots(p, token, s.get()), part(token * chunks));
+    finish(p, token, 0, valid_slots(p, token, s.slots.get()), part(token * chunks));
   });
 }
 

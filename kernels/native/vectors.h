@@ -102,6 +102,16 @@ inline void transpose(floats (&r)[LANES]) {
   }
 }
 
+// LANES rows of LANES units become columns.
+inline void turn(const unit* from, int64_t stride, unit* to, int64_t to_stride) {
+  floats square[LANES];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < LANES; ++i) square[i] = load(from + i * stride);
+  transpose(square);
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < LANES; ++i) store(to + i * to_stride, square[i]);
+}
+
 // e^x of x <= 0 to the last bits, NaN for NaN; below 2^-126 it is 0. Cephes' reduction and polynomial.
 inline floats exponential(floats x) {
   const ints gone = x < -87.3f;
@@ -129,9 +139,6 @@ inline bf16 rounded(float x) {  // to the nearest, ties to even
   return static_cast<bf16>(x != x ? 0x7fc0 : nearest);
 }
 
-inline void convert(float x, float& to) { to = x; }
-inline void convert(float x, bf16& to) { to = rounded(x); }
-
 // A row of `width` numbers as units, zeros behind it up to `units` of them.
 template <typename T>
 void copy_row(const T* from, int64_t width, unit* to, int64_t units) {
@@ -151,3 +158,22 @@ inline floats pairs_of(floats a, floats b) {
   return (floats)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 #endif
+
+// The first `count` numbers.
+inline void store_some(floats x, int64_t count, float* to) {
+  float all[LANES];
+  if (count == LANES) return store(to, x);
+  store(all, x);
+  std::memcpy(to, all, count * sizeof(float));
+}
+
+inline void store_some(floats x, int64_t count, bf16* to) {
+#if defined(__AVX512BF16__)
+  const __mmask16 there = (1u << count) - 1;
+  _mm256_mask_storeu_epi16(to, there, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
+  float all[LANES];
+  store(all, x);
+  for (int64_t i = 0; i < count; ++i) to[i] = rounded(all[i]);
+#endif
+}
