@@ -84,6 +84,11 @@ void pack_queries(const Problem<T>& p, const T* q, unit* rows, unit* to) {
   }
 }
 
+template <typename T>
+void fetch(const T* row, int64_t width) {
+  for (int64_t c = 0; c < width; c += LINE * 4 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + c);
+}
+
 // Where the rows of a block are: in the cache of the model, or in a copy; behind them rows of zeros, and what to fetch next.
 template <typename T>
 void find_rows(const Problem<T>& p, const T* kv, const int32_t* slots, int64_t count, int64_t beyond, Scratch<T>& s) {
@@ -92,6 +97,7 @@ void find_rows(const Problem<T>& p, const T* kv, const int32_t* slots, int64_t c
     if (p.in_place()) {
       s.row[i] = reinterpret_cast<const unit*>(from);
     } else {
+      if (i + ROWS < count + beyond) fetch(kv + slots[i + ROWS] * p.width, p.width);
       unit* copy = s.rows.get() + i * p.row_units();
       copy_row(from, p.width, copy, p.row_units());
       s.row[i] = copy;
