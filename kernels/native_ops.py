@@ -4,7 +4,8 @@ Paths, the fastest first: `amx` (tiles of bfloat16), `avx512_bf16` (bfloat16 mul
 for which the compiler is asked for nothing but what all processors of the kind have (NEON, SSE2). Each is compiled with the
 machine's compiler at its first use and kept. Where none can be had `cpu` goes on with torch alone: the same results, slower.
 
-MLA2DSA_CPU names the path to take, or `torch` for none of them. `taken` says which it is, `status` what keeps a path from it.
+MLA2DSA_CPU names the path to take, or `torch` for none of them; a type that the path does not serve goes on in torch. `taken`
+says which it is, `status` what keeps a path from it.
 """
 
 from __future__ import annotations

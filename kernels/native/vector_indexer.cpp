@@ -35,13 +35,23 @@ struct Scratch {
   Buffer<int32_t> candidates;
 };
 
-// `count` keys unit by unit: [units, KEYS]; keys that are not there are 0.
+// `count` keys unit by unit: [units, KEYS]; keys that are not there are 0. From where they lie if whole squares fit, else from
+// a copy. The keys after them come into the cache meanwhile: a single query is done before memory would have brought them.
 template <typename T>
 void pack_keys(const Problem<T>& p, const T* k, int64_t count, Scratch<T>& s) {
   const int64_t units = p.padded_units();
-  for (int64_t i = 0; i < KEYS; ++i) copy_row(k + i * p.width, i < count ? p.width : 0, s.rows.get() + i * units, units);
+  const unit* from = reinterpret_cast<const unit*>(k);
+  if (count < KEYS || units * in_unit<T> != p.width || !(std::is_same<T, float>::value || paired<T>)) {
+    from = s.rows.get();
+    for (int64_t i = 0; i < KEYS; ++i) copy_row(k + i * p.width, i < count ? p.width : 0, s.rows.get() + i * units, units);
+  }
   for (int64_t v = 0; v < KEYS; v += LANES)
-    for (int64_t u = 0; u < units; u += LANES) turn(s.rows.get() + v * units + u, units, s.keys.get() + u * KEYS + v, KEYS);
+    for (int64_t u = 0; u < units; u += LANES) {
+      const unit* square = from + v * units + u;
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < LANES; ++i) __builtin_prefetch(square + (KEYS + i) * units);
+      turn(square, units, s.keys.get() + u * KEYS + v, KEYS);
+    }
 }
 
 // sum [VECTORS] += weights x ReLU(q . k) of up to HEADS heads; NaN for NaN.
