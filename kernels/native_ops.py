@@ -84,7 +84,10 @@ def taken(dtype: torch.dtype) -> str:
 
 def summary() -> str:
     """In one line what this CPU does: the path of each type, or why there is none."""
-    ways = {name: taken(dtype) for dtype, name in _NAMES.items()}
+    try:
+        ways = {name: taken(dtype) for dtype, name in _NAMES.items()}
+    except UserError as error:
+        return str(error)
     if set(ways.values()) == {TORCH}:
         return f"{CPU_ENV}={TORCH}" if os.environ.get(CPU_ENV) else status("portable")
     return f"usable: {', '.join(f'{name} on {way}' for name, way in ways.items())}"

@@ -232,6 +232,7 @@ def test_a_path_that_is_named_is_taken_or_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(CPU_ENV, "avx2")
     with pytest.raises(UserError, match=r"^MLA2DSA_CPU=avx2 cannot be had here: this processor has no avx9$"):
         ops.sparse_mla(*sparse_inputs((1, 1, 4, 2, 4, 2, 3)), 0.3, 4)
+    assert native_ops.summary() == "MLA2DSA_CPU=avx2 cannot be had here: this processor has no avx9"
     monkeypatch.setenv(CPU_ENV, "avx9")
     with pytest.raises(
         UserError, match=r"MLA2DSA_CPU=avx9 is not known: unset it, or set it to one of amx, .*, torch$"
