@@ -48,13 +48,13 @@ def groups(layers: Sequence[int], most: int | None = None) -> list[range]:
 def loading_bytes(tensors: Iterable[tuple[str, int, int]]) -> int:
     """The most memory that the weights of a model take while it runs. tensors: (name, elements, bytes in its file) of all.
 
-    A group is in float32, its part of the files is mapped, and of stacked experts there is what they are made of, twice: transformers
-    reads them one by one in threads, and what a thread has freed is not the system's until all are read."""
+    A group and what is around the layers are in float32, their part of the files is mapped, and of stacked experts there is what they
+    are made of, twice: transformers reads them one by one in threads, what a thread freed is not the system's until all are read."""
     around, layers = 0, dict[int, tuple[int, int]]()
     for name, elements, stored in tensors:
         size, found = ITEM * elements, _LAYER.search(name)
         if found is None:
-            around += size
+            around += size + stored
             continue
         beside = stored + (2 * size if ".experts." in name else 0)
         whole, more = layers.get(int(found[1]), (0, 0))

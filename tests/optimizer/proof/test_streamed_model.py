@@ -39,9 +39,9 @@ def test_the_most_memory_is_of_the_largest_group(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(streamed_model, "GROUP_BYTES", 8)
     around, plain = ("model.embed_tokens.weight", 10, 20), ("model.layers.0.mlp.up_proj.weight", 2, 4)
     experts = ("model.layers.1.mlp.experts.0.up_proj.weight", 2, 2)
-    assert loading_bytes([around]) == 40
-    assert loading_bytes([around, plain]) == 40 + 8 + 4
-    assert loading_bytes([around, plain, experts]) == 40 + 8 + 2 + 16
+    assert loading_bytes([around]) == 40 + 20
+    assert loading_bytes([around, plain]) == 60 + 8 + 4
+    assert loading_bytes([around, plain, experts]) == 60 + 8 + 2 + 16
 
 
 def checkpoint(folder: Path, name: str) -> Checkpoint:
