@@ -114,7 +114,7 @@ def transformers_greedy(checkpoint: Checkpoint) -> list[int]:
     """Of the model's own class."""
     name = model_class_of(read_config(checkpoint.config), checkpoint.config).__name__
     ids = list(IDS)
-    with StreamedModel.open(checkpoint, name) as model:
+    with StreamedModel.of(checkpoint, name) as model:
         for _ in range(NEW):
             ids.append(int(logits(model, program_inputs(torch.tensor(ids)))[0, -1].argmax()))
     return ids[len(IDS) :]

@@ -283,7 +283,7 @@ def _parity(pair: Pair, name: str, sequences: Sequence[Tensor]) -> list[Check]:
     gathered: list[dict[str, Tensor]] = [{} for _ in batches]
     for seen in runners["dsa"].run(batches, [logits, *selectors]):
         gathered[seen.sequence].update(seen.values)
-    with StreamedModel.open(pair.sparse.checkpoint, name) as model:
+    with StreamedModel.of(pair.sparse.checkpoint, name) as model:
         results = [
             hf.parity(model, program_inputs(ids), found[logits].cpu(), [found[name].cpu() for name in selectors])
             for ids, found in zip(sequences, gathered, strict=True)

@@ -81,7 +81,7 @@ class StreamedModel:
     _unwanted: set[str] | None = None
 
     @classmethod
-    def open(cls, checkpoint: Checkpoint, class_name: str) -> StreamedModel:
+    def of(cls, checkpoint: Checkpoint, class_name: str) -> StreamedModel:
         """Through `class_name` of transformers."""
         import transformers
 

@@ -157,7 +157,7 @@ def logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
 def loaded_logits(checkpoint: Checkpoint, class_name: str, batch: Mapping[str, Tensor]) -> tuple[Tensor, list[str]]:
     """(logits, what is wrong with the files) of a checkpoint, through `class_name` of transformers."""
-    with StreamedModel.open(checkpoint, class_name) as model:
+    with StreamedModel.of(checkpoint, class_name) as model:
         return logits(model, batch), model.faults()
 
 

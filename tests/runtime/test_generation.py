@@ -163,12 +163,14 @@ def test_sampling_refuses(values: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "part"),
-    [((b"a\xff".decode(errors="surrogateescape"),), "half a character"), (("x", "--seed", 10**30), "seed 10")],
+    ("words", "code", "part"),
+    [((b"a\xff".decode(errors="surrogateescape"),), 1, "half a character"), (("x", "--seed", 10**30), 2, "seed 10")],
     ids=["bytes", "seed"],
 )  # fmt: skip
-def test_the_command_refuses(words: tuple[object, ...], part: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    assert_refused(mla2dsa("generate", small_conversion(tmp_path_factory), *words, "--max-new-tokens", 1), 1, part)
+def test_the_command_refuses(
+    words: tuple[object, ...], code: int, part: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    assert_refused(mla2dsa("generate", small_conversion(tmp_path_factory), *words, "--max-new-tokens", 1), code, part)
 
 
 def test_the_command_prints_the_text_and_nothing_else(tmp_path_factory: pytest.TempPathFactory) -> None:

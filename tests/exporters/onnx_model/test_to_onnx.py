@@ -167,7 +167,7 @@ def test_logits_equal_torch(
 @pytest.fixture(scope="module")
 def transformers_models(checkpoints: dict[str, Path]) -> dict[str, Any]:
     return {
-        name: StreamedModel.open(Checkpoint.open(folder), "DeepseekV32ForCausalLM")
+        name: StreamedModel.of(Checkpoint.open(folder), "DeepseekV32ForCausalLM")
         for name, folder in checkpoints.items()
     }
 

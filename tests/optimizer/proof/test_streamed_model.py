@@ -57,7 +57,7 @@ def plain(made: Checkpoint) -> tuple[Tensor, dict[str, Any]]:
 
 
 def streamed(made: Checkpoint) -> tuple[Tensor, list[str], StreamedModel]:
-    with StreamedModel.open(made, made.config["architectures"][0]) as model, torch.no_grad():
+    with StreamedModel.of(made, made.config["architectures"][0]) as model, torch.no_grad():
         return model(input_ids=IDS, use_cache=False).logits, model.faults(), model
 
 
@@ -91,7 +91,7 @@ def test_keys_are_told_as_transformers_tells_them(tmp_path: Path, monkeypatch: p
 def test_layers_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streamed_model, "GROUP_BYTES", 0)
     made = checkpoint(tmp_path, "deepseek_v3")
-    with StreamedModel.open(made, "DeepseekV3ForCausalLM") as model:
+    with StreamedModel.of(made, "DeepseekV3ForCausalLM") as model:
         first = model.layer(0)
         assert model.layer(0) is first
         assert {it.device.type for it in first.parameters()} == {"cpu"}
