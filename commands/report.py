@@ -1,4 +1,4 @@
-"""report: what a verification found, as a page."""
+"""report: what a verification found, or what two models said, as a page."""
 
 from __future__ import annotations
 
