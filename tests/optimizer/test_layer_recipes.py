@@ -18,7 +18,6 @@ from command_line import (
 )
 from safetensors.torch import load_file
 
-from mla2dsa.optimizer.indexer import calibrate
 from mla2dsa.optimizer.indexer.progress_store import ProgressStore
 
 pytestmark = pytest.mark.usefixtures("quick_capture")
@@ -81,20 +80,6 @@ def test_a_size_of_some_layers_is_refused(tmp_path: Path) -> None:
 
 
 # --resume
-
-
-@pytest.fixture
-def fitted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the layers whose closed form is computed, as it happens."""
-    names: list[str] = []
-    fit = calibrate._fit
-
-    def counting(site: Any, *arguments: Any) -> Any:
-        names.append(site.name)
-        return fit(site, *arguments)
-
-    monkeypatch.setattr(calibrate, "_fit", counting)
-    return names
 
 
 DISTIL = {"indexer": "distil", "distil": {"steps": 2}}

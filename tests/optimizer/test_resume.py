@@ -25,24 +25,10 @@ from command_line import (
 )
 
 from mla2dsa.errors import UserError
-from mla2dsa.optimizer.indexer import calibrate, layer_fit
+from mla2dsa.optimizer.indexer import layer_fit
 from mla2dsa.optimizer.indexer.progress_store import ProgressStore
 
 pytestmark = pytest.mark.usefixtures("quick_capture")
-
-
-@pytest.fixture
-def fitted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the layers whose closed form is computed, as it happens."""
-    names: list[str] = []
-    fit = calibrate._fit
-
-    def counting(site: Any, *arguments: Any) -> Any:
-        names.append(site.name)
-        return fit(site, *arguments)
-
-    monkeypatch.setattr(calibrate, "_fit", counting)
-    return names
 
 
 def looks_finished(folder: Path) -> list[Path]:
