@@ -3,7 +3,8 @@
 Registering is a side effect of the import. Both run the model's own maths; neither is specific to DSA.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +88,26 @@ def moe_experts(
     Raises ValueError naming the argument that does not fit.
     """
     check_moe_experts(hidden, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
+    return run_experts(hidden, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
+
+
+class Stacked(Protocol):
+    """What is read of a weight [E, ...]: its experts, one at a time."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+    def __getitem__(self, expert: int, /) -> Tensor: ...
+
+
+def run_experts(
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: Stacked,
+    down_proj: Stacked,
+    activation: str,
+) -> Tensor:
+    """`moe_experts` of arguments that fit; the weights of an expert are asked for once, and only where it serves a token."""
     act = _ACTIVATION[activation]
     out = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
     for expert, slots in _slots_by_expert(top_k_index, gate_up_proj.shape[0]):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +23,8 @@ from ..compat.aliasing import Memory
 from ..compat.torch_private import expression, is_metadata_assert
 from ..errors import UserError
 from ..passes.graph.graph_eval import CannotEvaluate, concrete, linear_parts, value
+from . import one_expert
+from .one_expert import OneByOne
 from .shelf import Kept, Shelf
 
 Loader = Callable[[str], Tensor]
@@ -61,6 +64,7 @@ class PieceRunner:
     load: gives a parameter or buffer by name, on the right device; default: the program's own state (in-memory programs).
     cores: names of the nodes that mark layers; one piece holds one of them. None runs the graph in one piece.
     overrides: op -> function(*args) used in its place (baselines, checks).
+    one_by_one: experts that are loaded when it is their turn (`one_expert.large`), by a loader that has `expert`.
     shelf: where what a sequence carries from piece to piece waits; None keeps it in memory.
     Inputs and weights stay as they are, also those that the program writes to.
     """
@@ -80,6 +84,7 @@ class PieceRunner:
         memory = Memory(program.graph)
         self.pieces = _cut(program, set(cores or ()), set(self._names), memory)
         self._written = {n for n in program.graph.nodes if memory.is_written(n)}
+        self.one_by_one = one_expert.large(self._names)
         for node in self._written & set(self._names):
             if sum(node in piece.weights for piece in self.pieces) > 1:
                 raise UserError(
@@ -91,7 +96,7 @@ class PieceRunner:
         watched = set(self.outputs if watch is None else watch)
         carried: list[dict[Node, Any]] = [self._start(sequence) for sequence in sequences]
         for index, piece in enumerate(self.pieces):
-            weights = {node: self._load(str(self._names[node])) for node in piece.weights}
+            weights = {node: self._weight(node) for node in piece.weights}
             for number in range(len(sequences)):
                 seen, carried[number] = self._run_piece(piece, weights, carried[number], watched)
                 found = [Seen(index, number, seen)]
@@ -108,6 +113,12 @@ class PieceRunner:
             del seen  # the outputs are the caller's alone
             if done:
                 yield list(map(final.pop(number).__getitem__, self.outputs))
+
+    def _weight(self, node: Node) -> Any:
+        name, expert = str(self._names[node]), getattr(self._load, "expert", None)
+        if expert is None or node not in self.one_by_one:
+            return self._load(name)
+        return OneByOne(tuple(value(node).shape), partial(expert, name))
 
     def _start(self, sequence: Mapping[str, Tensor]) -> dict[Node, Any]:
         unknown = set(sequence) - {node.name for node in self._inputs}
@@ -157,6 +168,8 @@ class PieceRunner:
 
         target = self._overrides.get(node.target, node.target)
         args, kwargs = torch.fx.node.map_aggregate((node.args, dict(node.kwargs)), given)
+        if any(isinstance(arg, OneByOne) for arg in args):
+            return one_expert.call(node.target, args)
         return target(*args, **kwargs)
 
 

@@ -7,7 +7,7 @@ die, and an op that only looks at memory in another way (a view) is the memory i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -52,7 +52,10 @@ class Footprints:
     def __init__(self, runner: PieceRunner, watch: Iterable[str] = ()) -> None:
         names, self._shapes = set(watch), _Shapes(runner)
         kinds: dict[_Lives, int] = {}
-        self._kind_of = [kinds.setdefault(_lives(piece, names, self._shapes), len(kinds)) for piece in runner.pieces]
+        one = runner.one_by_one
+        self._kind_of = [
+            kinds.setdefault(_lives(piece, names, self._shapes, one), len(kinds)) for piece in runner.pieces
+        ]
         self._kinds = list(kinds)
 
     def at(self, tokens: int) -> list[Footprint]:
@@ -142,16 +145,19 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Lives:
-    """A piece, and how long its values are alive. given: what it is handed by the piece before."""
+    """A piece, and how long its values are alive. given: what it is handed by the piece before; experts: bytes that those take
+    which are loaded one by one."""
 
     given: tuple[_Memory, ...]
     steps: tuple[_Step, ...]
     weights: _Memory
+    experts: int
     carried: _Memory
     watched: _Memory
 
 
-def _lives(piece: Piece, watch: set[str], shapes: _Shapes) -> _Lives:
+def _lives(piece: Piece, watch: set[str], shapes: _Shapes, one_by_one: Mapping[Node, int]) -> _Lives:
+    """one_by_one: weights of which a part is in memory at a time, and its bytes."""
     own = set(piece.nodes)
     given = {s: None for node in piece.nodes for s in node.all_input_nodes if s not in own and s.op != "placeholder"}
     roots = _roots([*given, *piece.nodes])
@@ -169,9 +175,12 @@ def _lives(piece: Piece, watch: set[str], shapes: _Shapes) -> _Lives:
             tuple(sorted((places[done], shapes.memory([done])) for done in ended if done is not None)),
         )
 
+    whole = [node for node in piece.weights if node not in one_by_one]
+    # what is read, the numbers it stands for, and the tensor that these are put into
+    experts = 3 * max((one_by_one.get(node, 0) for node in piece.weights), default=0)
     return _Lives(
         tuple(shapes.memory([node]) for node in given), tuple(map(step, piece.nodes)),
-        shapes.memory(piece.weights), shapes.memory(piece.alive), shapes.memory(watched),
+        shapes.memory(whole), experts, shapes.memory(piece.alive), shapes.memory(watched),
     )  # fmt: skip
 
 
@@ -190,7 +199,7 @@ def _footprint(lives: _Lives, sizes: _Sizes) -> Footprint:
             if not users[root]:
                 alive -= sizes.nbytes(memory)
     weights, carried, watched = map(sizes.nbytes, (lives.weights, lives.carried, lives.watched))
-    return Footprint(weights, peak, carried, watched, flops)
+    return Footprint(weights + lives.experts, peak, carried, watched, flops)
 
 
 def _roots(nodes: Iterable[Node]) -> dict[Node, Node | None]:

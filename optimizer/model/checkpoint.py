@@ -94,9 +94,10 @@ class Checkpoint:
         return {self.whole.names[name] for name in mtp_tensors(self.config, self.whole.names)}
 
     def load(
-        self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", finite: bool = True
-    ) -> Tensor:
-        """One tensor, read from its file now; `dtype` None keeps the stored one.
+        self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", finite: bool = True,
+        row: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """One tensor, read from its file now, or tensor[row] of it; `dtype` None keeps the stored one.
 
         A weight in DeepSeek's FP8 blocks (`<name>_scale_inv` beside it), in compressed-tensors' INT4 or in ModelOpt's NVFP4 is
         dequantised, to bfloat16 by default.
@@ -107,8 +108,9 @@ class Checkpoint:
             self._check_format(name)
         if place.dtype in QUANTISED:
             tensor = self._dequantised(name, place).to(dtype or torch.bfloat16)
+            tensor = tensor if row is None else tensor[row]
         else:
-            tensor = self._read(name)
+            tensor = self._read(name, row)
             tensor = tensor if dtype is None else tensor.to(dtype)
         if finite:
             _check_finite(name, place, tensor)
@@ -154,14 +156,14 @@ class Checkpoint:
             raise UserError(f"{self.path}: {name} is only there as {name}_packed, a quantised format not read here")
         raise UserError(f"{self.path}: no tensor {name}; check that config.json belongs to these weights")
 
-    def _read(self, name: str) -> Tensor:
+    def _read(self, name: str, row: int | None = None) -> Tensor:
         from safetensors import SafetensorError, safe_open
 
         stored = self.stored_name(name)
         place = self.whole_tensors[stored]
         try:
             with safe_open(place.file, framework="pt", device="cpu") as file:
-                tensor: Tensor = file.get_tensor(stored)
+                tensor: Tensor = file.get_tensor(stored) if row is None else file.get_slice(stored)[row]
         except SafetensorError as error:  # a path that is no text, a name or a size that only the library refuses
             raise UserError(f"{place.file}: safetensors does not read {short(name)} ({short(str(error))})") from error
         return tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -71,6 +72,18 @@ class _Loader:
         if list(parts.values()) == [tuple(declared.shape)]:
             return source.checkpoint.load(next(iter(parts)), dtype=declared.dtype, device=source.device)
         return self._stacked(parts, declared)
+
+    def expert(self, name: str, number: int) -> Tensor:
+        """`self(name)[number]` of a parameter that is one expert's after the other's; only that one's tensors are read."""
+        source, declared = self.source, self.program.state_dict[name]
+        name = source.capture.tied.get(name, name)
+        parts = source.names.parts(name, tuple(declared.shape))
+        if list(parts.values()) == [tuple(declared.shape)]:
+            return source.checkpoint.load(next(iter(parts)), dtype=declared.dtype, device=source.device, row=number)
+        each = len(parts) // source.names.experts(name)
+        own = islice(parts, number * each, (number + 1) * each)
+        rows = [source.checkpoint.load(part, dtype=declared.dtype) for part in own]
+        return torch.cat(rows).to(source.device)
 
     def _stacked(self, parts: Mapping[str, tuple[int, ...]], declared: Tensor) -> Tensor:
         stacked = torch.empty(declared.shape, dtype=declared.dtype, device=self.source.device)

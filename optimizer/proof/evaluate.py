@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from ...kernels.spec import IndexerConfig, IndexerWeights
 from ...passes.matching.sites import MlaSite
-from ...runtime.execute import PieceRunner
+from ...runtime.execute import Loader, PieceRunner
 from ...runtime.processes import processes
 from ...runtime.shelf import Shelf
 from ..indexer.calibrate import Calibration, layer_samples
@@ -123,8 +123,24 @@ def program_inputs(ids: Tensor, device: str = "cpu") -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
+@dataclass(frozen=True)
+class _Shared:
+    """A loader for several runners. Experts that are loaded one by one are nobody's for long enough."""
+
+    load: Loader
+    _held: WeakValueDictionary[str, Tensor] = field(default_factory=WeakValueDictionary)
+
+    def __call__(self, name: str) -> Tensor:
+        tensor = self._held.get(name)
+        return self._held.setdefault(name, self.load(name)) if tensor is None else tensor
+
+    @property
+    def expert(self) -> Callable[[str, int], Tensor] | None:
+        return getattr(self.load, "expert", None)
+
+
 def selection_runners(
-    program: ExportedProgram, load: Callable[[str], Tensor], cores: Sequence[str], shelf: Shelf | None = None,
+    program: ExportedProgram, load: Loader, cores: Sequence[str], shelf: Shelf | None = None,
     fp8: Fp8Scores | None = None,
 ) -> dict[str, PieceRunner]:  # fmt: skip
     """The converted program as it is, and with its selection replaced by the oracle's and a window's; with `fp8` also with its
@@ -132,12 +148,7 @@ def selection_runners(
 
     A weight that one of them has in memory is not loaded by the others again. shelf: as in `PieceRunner`.
     """
-    held: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
-
-    def shared(name: str) -> Tensor:
-        tensor = held.get(name)
-        return held.setdefault(name, load(name)) if tensor is None else tensor
-
+    shared = _Shared(load)
     replaced: dict[str, dict[Any, Any]] = {
         "dsa": {}, "oracle": {SPARSE_MLA: baselines.oracle}, "window": {SPARSE_MLA: baselines.window}
     }  # fmt: skip
