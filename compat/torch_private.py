@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import sympy
 import torch
@@ -35,6 +36,8 @@ TORCH = Library(
         "torch._export.serde.serialize:deserialize_scalar_type": "the element types of a .pt2, by number",
         "torch._subclasses:FakeTensor": "shapes without memory",
         "torch._subclasses:FakeTensorMode": "shapes without memory",
+        "torch.export.exported_program:_create_graph_module_for_export": "what a program generates Python code for",
+        "torch.fx._lazy_graph_module:_LazyGraphModule": "a module whose code is generated when it is called",
         "torch.fx.experimental.symbolic_shapes:DimDynamic": "the kind of a new dynamic size",
         "torch.fx.experimental.symbolic_shapes:ShapeEnv": "where dynamic sizes are made",
         "torch.fx.experimental.symbolic_shapes:ShapeEnv.create_symbol": "a new dynamic size",
@@ -126,6 +129,14 @@ def put_graph(module: GraphModule, graph: Graph) -> None:
     """`module.graph = graph`, but no Python code is generated for it: that takes longer than most passes."""
     TORCH.set(module, "GraphModule._graph", graph)
     graph.owning_module = module
+
+
+def program(**parts: Any) -> ExportedProgram:
+    """ExportedProgram(**parts), but the Python code of its graph is generated when somebody calls its module or asks for it."""
+    TORCH.find("torch.export.exported_program:_create_graph_module_for_export")
+    lazy = TORCH.find("torch.fx._lazy_graph_module:_LazyGraphModule")
+    with mock.patch("torch.export.exported_program._create_graph_module_for_export", lazy):
+        return ExportedProgram(**parts)
 
 
 def is_metadata_assert(target: Any) -> bool:

@@ -157,7 +157,7 @@ class ProgramEditor:
         calls, example = self._program.module_call_graph, self._program.example_inputs
         if self._new_inputs or self._new_outputs or self._dropped:
             calls, example = [self._extended_call()], None
-        return ExportedProgram(  # lints and compiles the graph
+        return torch_private.program(  # lints the graph
             root=self.module,
             graph=self.graph,
             graph_signature=ExportGraphSignature(input_specs=self._input_specs, output_specs=self._outputs_as_named()),

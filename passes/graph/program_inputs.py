@@ -11,6 +11,8 @@ from torch.export.exported_program import ModuleCallEntry
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import Node
 
+from ...compat import torch_private
+
 STORED = (InputKind.PARAMETER, InputKind.BUFFER)
 
 
@@ -54,7 +56,7 @@ class Inputs:
         for node in stored:
             held = program.constants if self.specs[node].persistent is False else program.state_dict
             held.setdefault(self.name(node), tensors[self.name(node)])
-        return ExportedProgram(
+        return torch_private.program(
             root=torch.nn.Module(),
             graph=program.graph,
             graph_signature=ExportGraphSignature(specs, program.graph_signature.output_specs),
