@@ -31,7 +31,7 @@ from .graph.graph_eval import (
 )
 from .manager import BrokenPass, Pass, Report, Work
 from .matching.cores import find_cores, iter_nodes_of
-from .matching.layout import behind_keys_and_values, prove_layout
+from .matching.layout import LayoutProver, behind_keys_and_values
 from .matching.mask import MaskProver
 from .matching.rope import read_k_pe
 from .matching.sites import Core, Found, Miss, MlaDims, MlaSite, NoMatch
@@ -110,6 +110,7 @@ def _module_path(node: Node, index: int) -> str:
 class _Matcher:
     def __init__(self, masks: MaskProver, writes: WriteGuard, strides: StrideGuard, names: Mapping[str, str]) -> None:
         self._masks, self._writes, self._strides, self._names = masks, writes, strides, names
+        self._prove_layout = LayoutProver()
 
     def match(self, core: Core, index: int) -> MlaSite:
         for operand in (core.q, core.k, core.v):
@@ -119,7 +120,7 @@ class _Matcher:
         self._strides.check(core)
         behind = behind_keys_and_values(core)
         latent, weight = behind.latent, behind.weight
-        layout = prove_layout(core, behind)
+        layout = self._prove_layout(core, behind)
         kv_a, hidden = _shared_projection(latent, behind.k_pe)
         rope, k_pe_rows = read_k_pe(behind.k_pe, kv_a)
         q_b, q_resid = _query_path(core.q, hidden)

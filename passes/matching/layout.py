@@ -8,17 +8,20 @@ Behind K and V, through ops that only move data, there must be one linear layer 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ...compat import torch_private
 from ..graph.arguments import int_arg, node_arg
 from ..graph.graph_eval import (
     BLANK,
     END,
     CannotEvaluate,
+    ancestors,
     concrete_shape,
     evaluate,
     integers,
@@ -142,6 +145,56 @@ def _is_blank(node: Node, moving: dict[Node, None]) -> bool:
     while node in moving and node.target not in BLANK and node.args and isinstance(node.args[0], Node):
         node = node.args[0]
     return node.target in BLANK
+
+
+class LayoutProver:
+    """`prove_layout` for the layers of one graph: those whose movement is node by node the same have the same layout."""
+
+    def __init__(self) -> None:
+        self._proved: dict[object, Layout] = {}
+
+    def __call__(self, core: Core, behind: Behind) -> Layout:
+        key = _described(core, behind)
+        found = self._proved.get(key)
+        return self._proved.setdefault(key, prove_layout(core, behind)) if found is None else found
+
+
+def _described(core: Core, behind: Behind) -> tuple[object, ...]:
+    """All that `prove_layout` looks at. What is run, and neither moves data nor is one of the two sources, stands for itself; of what
+    lies behind k_pe, which is not run, the sizes are looked at."""
+    sources = {behind.kv_b: "kv_b", behind.k_pe: "k_pe"}
+    moving = _movement(core.k)[0] | _movement(core.v)[0]
+    numbers = {node: number for number, node in enumerate(moving)}
+    run = ancestors(core.k, sources.__contains__) | ancestors(core.v, sources.__contains__)
+
+    def said(node: Node) -> object:
+        val = node.meta.get("val")
+        if isinstance(val, torch.SymInt):
+            return torch_private.expression(val)
+        return numbers.get(node, sources.get(node, node if node in run else _sizes(node)))
+
+    return (
+        *((sources.get(node), _sizes(node), node.target, _frozen(node.args, said), _frozen(node.kwargs, said)) for node in moving),
+        *((said(node), _sizes(node)) for node in (core.k, core.v, behind.kv_b, behind.k_pe)),
+        _sizes(core.q),
+    )  # fmt: skip
+
+
+def _sizes(node: Node) -> tuple[object, ...] | None:
+    if not is_tensor(node):
+        return None
+    return tuple(torch_private.expression(n) if isinstance(n, torch.SymInt) else n for n in shape(node))
+
+
+def _frozen(arg: object, said: Callable[[Node], object]) -> object:
+    """An argument, hashable, with nodes as `said` has them."""
+    if isinstance(arg, Node):
+        return said(arg)
+    if isinstance(arg, tuple | list):
+        return tuple(_frozen(item, said) for item in arg)
+    if isinstance(arg, dict):
+        return tuple((name, _frozen(item, said)) for name, item in arg.items())
+    return type(arg), arg
 
 
 def prove_layout(core: Core, behind: Behind) -> Layout:
