@@ -91,10 +91,7 @@ def _kind(layer: torch.nn.Module) -> list[Any]:
     hooks among it."""
     stored = {id(tensor) for tensor in (*layer.parameters(), *layer.buffers())}
     held = [(name, type(module), vars(module)) for name, module in layer.named_modules()]
-    return [
-        list(layer.state_dict()),
-        *((n, t, _comparable({k: v for k, v in own.items() if k != NUMBER}, stored)) for n, t, own in held),
-    ]
+    return [(n, t, _comparable({k: v for k, v in own.items() if k != NUMBER}, stored)) for n, t, own in held]
 
 
 def _comparable(value: Any, stored: set[int]) -> Any:
