@@ -170,8 +170,11 @@ def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: has no weight_map (tensor name to file name); {FETCH_AGAIN}")
+    fine: set[str] = set()
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not is_plain_name(shard):
+        if isinstance(shard, str) and (shard in fine or is_plain_name(shard)):
+            fine.add(shard)
+        else:
             raise UserError(
                 f"{index}: weight_map puts {short(name)} into {short(shard)}; expected a file name in the same folder"
             )

@@ -53,10 +53,13 @@ def mtp_tensors(config: Mapping[str, Any], tensors: Iterable[str]) -> set[str]:
     A layer after num_hidden_layers that is built like the others is none: config.json has cut it off.
     """
     names, layers = list(tensors), config.get("num_hidden_layers")
-    numbers = {int(found[1]) for name in names if (found := _MTP_PARTS.search(name))}
-    after = {number for number in numbers if isinstance(layers, int) and number >= layers}
-    inside = {name for name in names if (found := _LAYER.search(name)) and int(found[1]) in after}
-    return inside | {name for name in names if _MTP_PREFIX.search(name)}
+    # DeepSeek-V3 has 92 thousand names: a look for what may fit takes a tenth of the time of a pattern
+    parts = [name for name in names if ".eh_proj." in name or "norm." in name or ".shared_head." in name]
+    numbers = {found[1] for name in parts if (found := _MTP_PARTS.search(name))}
+    after = {number for number in numbers if isinstance(layers, int) and int(number) >= layers}
+    may_be = [name for number in after for name in names if f"layers.{number}." in name]
+    inside = {name for name in may_be if (found := _LAYER.search(name)) and found[1] in after}
+    return inside | {name for name in names if "mtp" in name and _MTP_PREFIX.search(name)}
 
 
 def format_fault(
