@@ -20,6 +20,7 @@ from .model.capture import Capture, capture
 from .model.checkpoint import Checkpoint
 from .model.donor import Donor
 from .model.every_tensor import check_every_tensor, with_true_quantisation
+from .model.free_memory import uncollected
 from .model.stored_formats import mtp_tensors
 from .model.text import vocabulary_size
 from .model.weights import WeightSource
@@ -99,6 +100,7 @@ class Prepared:
     mtp_modules: tuple[str, ...] = ()
 
 
+@uncollected()
 def prepare(
     model: str,
     recipe: Recipe,
