@@ -33,6 +33,7 @@ from mla2dsa.optimizer.recipe import CLOSED_FORM_SEQUENCES, DISTIL_SEQUENCES, Di
 from mla2dsa.passes.matching.sites import MlaSite
 from mla2dsa.passes.mla_to_dsa import Converted, mla_to_dsa
 from mla2dsa.runtime.execute import PieceRunner
+from mla2dsa.runtime.logits import Logits
 
 TOPK, LENGTH, SELECTION = 64, 1024, 4
 MOST_ROWS = 128  # sampled once; a trial takes an even share of them
@@ -116,10 +117,10 @@ class Remembered:
     """The dense model's outputs, in place of the runner that would compute them again for each trial."""
 
     def __init__(self, runner: PieceRunner, ids: Tensor) -> None:
-        self._outputs = list(runner.outputs_of([program_inputs(ids)]))
+        self._logits = list(runner.logits_of([program_inputs(ids)]))
 
-    def outputs_of(self, _: object) -> Iterator[list[Any]]:
-        yield from self._outputs
+    def logits_of(self, _: object) -> Iterator[Logits]:
+        yield from self._logits
 
 
 def remembered(prepared: Prepared, sequences: Sequence[Tensor]) -> list[Remembered]:

@@ -116,7 +116,7 @@ def transformers_greedy(checkpoint: Checkpoint) -> list[int]:
     ids = list(IDS)
     with StreamedModel.of(checkpoint, name) as model:
         for _ in range(NEW):
-            ids.append(int(logits(model, program_inputs(torch.tensor(ids)))[0, -1].argmax()))
+            ids.append(int(logits(model, program_inputs(torch.tensor(ids))).rows(slice(-1, None))[0].argmax()))
     return ids[len(IDS) :]
 
 

@@ -104,7 +104,10 @@ def rows() -> None:
         calls = {
             "dense attention": lambda: anchors.dense_attention(q, k, v, mask, 0.1),
             "oracle": lambda: baselines.oracle(query, kv, indices, 0.1, 512),
-            "distributions": lambda: figures.Tally().add(logits, logits, targets),
+            "distributions": lambda: [
+                figures.Tally().add(*[figures.log_probabilities(logits[part])] * 2, targets[part])
+                for part in figures.blocks(0, len(targets))
+            ],
         }
         for name, call in calls.items():
             started = time.perf_counter()

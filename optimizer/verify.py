@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import UsageError, UserError
 from ..files.model.text_model import is_other_part, is_wrapper
 from ..kernels.spec import IndexerConfig
+from ..runtime.logits import Logits
 from ..runtime.processes import processes
 from ..runtime.shelf import Shelf
 from .environment import usable_device
@@ -26,7 +27,7 @@ from .model.capture import model_class_of, read_config
 from .model.stored_formats import mtp_tensors
 from .model.text import load_tokenizer, model_tokens
 from .proof import transformers_check as hf
-from .proof.check import compare, difference
+from .proof.check import compare, logits_difference
 from .proof.evaluate import LayerRecall, TextResult, layer_recalls, on_text, program_inputs
 from .proof.figures import Decode
 from .proof.fp8 import Fp8Scores
@@ -217,7 +218,7 @@ def _against_transformers(pair: Pair, sequences: Sequence[Tensor]) -> list[Check
             *checks,
             Check("transformers loads the dense model, no key missing", False, len(faults), 0, faults[0], NOT_A_PAIR),
         ]
-    checks.append(_equal(pair, dense_short, sparse_short, length))
+    checks.append(_equal(pair, dense_short, sparse_short))
     if target is None:
         return [*checks, _dense_parity(pair, sparse_short, short)]
     length = parity_length(pair.config, [site.dims.num_heads for site in pair.converted.found.sites])
@@ -237,25 +238,21 @@ def _known_to_be_left_over(pair: Pair, fault: str) -> bool:
     return mtp or (pair.layout.in_transformers is None and ".indexer." in fault)
 
 
-def _equal(pair: Pair, dense: Tensor, sparse: Tensor, length: int) -> Check:
-    """The gate of a family's rule. logits: [1, T, vocab] of both by transformers."""
+def _equal(pair: Pair, dense: Logits, sparse: Logits) -> Check:
+    """The gate of a family's rule. logits: of both by transformers."""
+    name, limit = "dense = DSA up to index_topk (transformers, bit for bit)", 0.0
     if pair.folded:
         name, limit = "dense = DSA up to index_topk (transformers, folded)", FOLDED_TOLERANCE
-        gap = difference("logits", dense, sparse).relative
-    else:
-        name, limit = "dense = DSA up to index_topk (transformers, bit for bit)", 0.0
-        gap = float((dense - sparse).abs().max())
-    return Check(name, gap <= limit, gap, limit, f"{length} tokens", NOT_A_PAIR)
+    gap = logits_difference(dense, sparse)
+    return Check(name, gap <= limit, gap, limit, f"{dense.tokens} tokens", NOT_A_PAIR)
 
 
-def _dense_parity(pair: Pair, expected: Tensor, batch: dict[str, Tensor]) -> Check:
+def _dense_parity(pair: Pair, expected: Logits, batch: dict[str, Tensor]) -> Check:
     """Our graph against transformers' dense class, where everything is selected."""
     _, runners = pair.runners()
-    logits = runners["dsa"].outputs[0]
     on_device = {name: tensor.to(pair.sparse.device) for name, tensor in batch.items()}
-    found = next(seen.values[logits] for seen in runners["dsa"].run([on_device], [logits]) if logits in seen.values)
-    gap = difference("logits", expected, found.cpu()).relative
-    detail = f"{expected.shape[1]} tokens"
+    gap = logits_difference(expected, next(runners["dsa"].logits_of([on_device])))
+    detail = f"{expected.tokens} tokens"
     return Check(
         "graph = transformers' dense class up to index_topk",
         gap <= TRANSFORMERS_TOLERANCE,
@@ -280,12 +277,12 @@ def _parity(pair: Pair, name: str, sequences: Sequence[Tensor]) -> list[Check]:
     ]
     batches = [program_inputs(ids, pair.sparse.device) for ids in sequences]
     logits = runners["dsa"].outputs[0]
-    gathered: list[dict[str, Tensor]] = [{} for _ in batches]
-    for seen in runners["dsa"].run(batches, [logits, *selectors]):
+    gathered: list[dict[str, Any]] = [{} for _ in batches]
+    for seen in runners["dsa"].run(batches, [logits, *selectors], late=True):
         gathered[seen.sequence].update(seen.values)
     with StreamedModel.of(pair.sparse.checkpoint, name) as model:
         results = [
-            hf.parity(model, program_inputs(ids), found[logits].cpu(), [found[name].cpu() for name in selectors])
+            hf.parity(model, program_inputs(ids), found[logits], [found[name].cpu() for name in selectors])
             for ids, found in zip(sequences, gathered, strict=True)
         ]
     detail = f"{len(sequences)} sequences of {len(sequences[0])} tokens"

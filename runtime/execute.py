@@ -7,7 +7,7 @@ Nothing here knows layers by name, so any program that `find_mla` reads can be s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -24,6 +24,7 @@ from ..compat.torch_private import expression, is_metadata_assert
 from ..errors import UserError
 from ..passes.graph.graph_eval import CannotEvaluate, concrete, linear_parts, value
 from . import one_expert
+from .logits import Logits
 from .one_expert import OneByOne
 from .shelf import Kept, Shelf
 
@@ -84,6 +85,7 @@ class PieceRunner:
         memory = Memory(program.graph)
         self.pieces = _cut(program, set(cores or ()), set(self._names), memory)
         self._written = {n for n in program.graph.nodes if memory.is_written(n)}
+        self.projection = _projection(program)
         self.one_by_one = one_expert.large(self._names)
         for node in self._written & set(self._names):
             if sum(node in piece.weights for piece in self.pieces) > 1:
@@ -91,24 +93,42 @@ class PieceRunner:
                     f"the program writes to {self._names[node]} in place and reads it in several layers: give a functional one"
                 )
 
-    def run(self, sequences: Sequence[Mapping[str, Tensor]], watch: Sequence[str] | None = None) -> Iterator[Seen]:
-        """Every piece on every sequence, pieces outermost. `watch`: node names, default the program's outputs."""
+    def run(
+        self, sequences: Sequence[Mapping[str, Tensor]], watch: Sequence[str] | None = None, late: bool = False
+    ) -> Iterator[Seen]:
+        """Every piece on every sequence, pieces outermost, as far as there is something to see. `watch`: node names, default the
+        program's outputs; late: the value of `projection` is Logits."""
         watched = set(self.outputs if watch is None else watch)
         carried: list[dict[Node, Any]] = [self._start(sequence) for sequence in sequences]
-        for index, piece in enumerate(self.pieces):
+        for index, piece in enumerate(self.pieces[: self.until(watched)]):
             weights = {node: self._weight(node) for node in piece.weights}
             for number in range(len(sequences)):
-                seen, carried[number] = self._run_piece(piece, weights, carried[number], watched)
+                seen, carried[number] = self._run_piece(piece, weights, carried[number], watched, late)
                 found = [Seen(index, number, seen)]
                 del seen  # what is yielded is the caller's alone: to put away before the next sequence runs
                 yield found.pop()
             del weights  # before the next piece's are loaded: two layers would be in memory
 
-    def outputs_of(self, sequences: Sequence[Mapping[str, Tensor]]) -> Iterator[list[Any]]:
-        """The program's outputs, sequence by sequence (one sequence's outputs in memory at a time)."""
+    def until(self, watch: Collection[str]) -> int:
+        """How many pieces are run to see these nodes."""
+        wanted = {node for piece in self.pieces for node in piece.nodes if node.name in watch}
+        ends = [
+            number for number, piece in enumerate(self.pieces, 1) if not wanted.isdisjoint({*piece.nodes} - piece.again)
+        ]
+        return max(ends, default=0)
+
+    def logits_of(self, sequences: Sequence[Mapping[str, Tensor]]) -> Iterator[Logits]:
+        """The program's first output, sequence by sequence; its rows are computed when they are asked for, where it is a linear
+        layer's."""
+        for outputs in self.outputs_of(sequences, late=True):
+            yield outputs[0] if isinstance(outputs[0], Logits) else Logits(outputs[0])
+
+    def outputs_of(self, sequences: Sequence[Mapping[str, Tensor]], late: bool = False) -> Iterator[list[Any]]:
+        """The program's outputs, sequence by sequence (one sequence's outputs in memory at a time). late: as for `run`."""
         final: dict[int, dict[str, Any]] = {}
-        for seen in self.run(sequences):
-            number, done = seen.sequence, seen.piece == len(self.pieces) - 1
+        last = self.until(self.outputs) - 1
+        for seen in self.run(sequences, late=late):
+            number, done = seen.sequence, seen.piece == last
             final.setdefault(number, {}).update(seen.values)
             del seen  # the outputs are the caller's alone
             if done:
@@ -135,14 +155,16 @@ class PieceRunner:
 
     @torch.no_grad()
     def _run_piece(
-        self, piece: Piece, weights: Mapping[Node, Tensor], carried: Mapping[Node, Any], watched: set[str]
+        self, piece: Piece, weights: Mapping[Node, Tensor], carried: Mapping[Node, Any], watched: set[str], late: bool
     ) -> tuple[dict[str, Any], dict[Node, Any]]:
         env: dict[Node, Any] = {node: self._own(node, weight) for node, weight in weights.items()}
         env |= {node: kept.get() if isinstance(kept, Kept) else kept for node, kept in carried.items()}
         device = next((carried[node].device for node in self._inputs if node in carried), None)
         seen: dict[str, Any] = {}
         for node in piece.nodes:
-            env[node] = self._call(node, env, device)
+            env[node] = (
+                Logits(*_operands(node, env)) if late and node is self.projection else self._call(node, env, device)
+            )
             if node.name in watched and node not in piece.again:
                 seen[node.name] = env[node]
             for done in piece.last_use[node]:
@@ -175,6 +197,16 @@ class PieceRunner:
 
 def _is_random(target: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+
+
+def _projection(program: ExportedProgram) -> Node | None:
+    """The linear layer whose result the program's first output is, if nobody else reads that."""
+    first = next(iter(_flat_outputs(program)), None)
+    return first if first is not None and linear_parts(first) and len(first.users) == 1 else None
+
+
+def _operands(linear: Node, env: Mapping[Node, Any]) -> tuple[Any, ...]:
+    return tuple(None if node is None else env[node] for node in linear_parts(linear) or ())
 
 
 def _own_state(program: ExportedProgram) -> Loader:

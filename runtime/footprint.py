@@ -46,16 +46,14 @@ class Footprints:
     """Of every piece, for one sequence of any length: what does not depend on the length is looked at once, and so are pieces
     that take the same (layers of one kind).
 
-    watch: as for `PieceRunner.run`.
+    watch, late: as for `PieceRunner.run`.
     """
 
-    def __init__(self, runner: PieceRunner, watch: Iterable[str] = ()) -> None:
-        names, self._shapes = set(watch), _Shapes(runner)
+    def __init__(self, runner: PieceRunner, watch: Iterable[str] = (), late: bool = False) -> None:
+        how = _How(set(watch), runner.one_by_one, runner.projection if late else None)
+        self._shapes = _Shapes(runner)
         kinds: dict[_Lives, int] = {}
-        one = runner.one_by_one
-        self._kind_of = [
-            kinds.setdefault(_lives(piece, names, self._shapes, one), len(kinds)) for piece in runner.pieces
-        ]
+        self._kind_of = [kinds.setdefault(_lives(piece, how, self._shapes), len(kinds)) for piece in runner.pieces]
         self._kinds = list(kinds)
 
     def at(self, tokens: int) -> list[Footprint]:
@@ -156,28 +154,40 @@ class _Lives:
     watched: _Memory
 
 
-def _lives(piece: Piece, watch: set[str], shapes: _Shapes, one_by_one: Mapping[Node, int]) -> _Lives:
-    """one_by_one: weights of which a part is in memory at a time, and its bytes."""
+@dataclass(frozen=True)
+class _How:
+    """How pieces are run. watch: names of nodes that somebody is shown; one_by_one: weights of which a part is in memory at a time, and
+    its bytes; late: the node whose value is not computed."""
+
+    watch: set[str]
+    one_by_one: Mapping[Node, int]
+    late: Node | None
+
+
+def _lives(piece: Piece, how: _How, shapes: _Shapes) -> _Lives:
     own = set(piece.nodes)
     given = {s: None for node in piece.nodes for s in node.all_input_nodes if s not in own and s.op != "placeholder"}
     roots = _roots([*given, *piece.nodes])
     places = {node: place for place, node in enumerate([*given, *piece.nodes])}
-    watched = {node: None for node in piece.nodes if node.name in watch and node not in piece.again}
+    watched = {node: None for node in piece.nodes if node.name in how.watch and node not in piece.again}
+
+    def memory(node: Node) -> _Memory:
+        return () if node is how.late else shapes.memory([node])
 
     def step(node: Node) -> _Step:
         root = roots[node]
         ended = (roots.get(done) for done in piece.last_use[node] if done not in watched)
         return _Step(
             None if root is None else places[root],
-            shapes.memory([node]) if root is node else (),
+            memory(node) if root is node else (),
             _workspace(node, shapes),
             _flops(node, shapes),
-            tuple(sorted((places[done], shapes.memory([done])) for done in ended if done is not None)),
+            tuple(sorted((places[done], memory(done)) for done in ended if done is not None)),
         )
 
-    whole = [node for node in piece.weights if node not in one_by_one]
+    whole = [node for node in piece.weights if node not in how.one_by_one]
     # what is read, the numbers it stands for, and the tensor that these are put into
-    experts = 3 * max((one_by_one.get(node, 0) for node in piece.weights), default=0)
+    experts = 3 * max((how.one_by_one.get(node, 0) for node in piece.weights), default=0)
     return _Lives(
         tuple(shapes.memory([node]) for node in given), tuple(map(step, piece.nodes)),
         shapes.memory(whole), experts, shapes.memory(piece.alive), shapes.memory(watched),

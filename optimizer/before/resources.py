@@ -32,6 +32,7 @@ from ..indexer.closed_form import REFIT_TOKENS
 from ..indexer.head_weights import EXCESS_WEIGHTS, ONE_ROUNDS, ONE_TOKENS
 from ..indexer.indexer_math import BLOCK_ELEMENTS
 from ..model.free_memory import free_memory
+from ..proof.figures import POSITIONS
 from ..proof.streamed_model import loading_bytes, tensor_sizes
 from ..recipe import Recipe, read_budget
 from ..recipes.layers import each_layer
@@ -100,7 +101,7 @@ def this_machine() -> Machine:
 
 @dataclass(frozen=True)
 class Streams:
-    """The two programs that are streamed, and the sizes that the rest follows from."""
+    """The two programs that are streamed, whose logits are never whole in memory, and the sizes that the rest follows from."""
 
     dense: Footprints
     sparse: Footprints
@@ -139,7 +140,7 @@ def streams(
     weights = loading_bytes(chain(tensor_sizes(tensors), indexers))
     sites = converted.found.sites
     names, layers = tuple(site.name for site in sites), tuple(site.dims for site in sites)
-    return Streams(Footprints(dense), Footprints(sparse), config, names, layers, weights, rows)
+    return Streams(Footprints(dense, late=True), Footprints(sparse, late=True), config, names, layers, weights, rows)
 
 
 def _sample(d: MlaDims, length: int, rows: int) -> int:
@@ -193,12 +194,14 @@ def resources(found: Streams, recipe: Recipe, context: int, vocabulary: int) -> 
     fit = _fit(found, recipe, length, fitted) if fitted else 0
     stages = {
         "one sequence, its layer's weights and fit": max(p.weights + max(p.peak, fit if p.watched else 0) for p in dense),
-        "dense and sparse logits": max(p.weights + p.peak for p in sparse) + dense[-1].weights + dense[-1].peak,
+        "dense and sparse side by side": max(p.weights + p.peak for p in sparse) + dense[-1].weights
+        + _distributions(found, length, vocabulary),
     }  # fmt: skip
     largest = max(stages, key=lambda name: stages[name])
     held = min(shelved, BUDGET)
     memory = {STATES: held, largest: stages[largest]}
-    flops = (fitted + choosing + 2 * proving) * sum(p.flops for p in dense)
+    flops = (fitted + choosing) * sum(p.flops for p in dense[:-1])  # all but the logits
+    flops += 2 * proving * sum(p.flops for p in dense)
     flops += 3 * proving * sum(p.flops for p in sparse) + proving * _oracles(found, length)
     flops += _constant_ones(found, fitted * length) if fitted else 0.0
     training, seconds = _training(found, recipe, length)
@@ -251,14 +254,20 @@ def _fit(found: Streams, recipe: Recipe, length: int, fitted: int) -> int:
     return max(sizes) + blocks
 
 
+def _distributions(found: Streams, length: int, vocabulary: int) -> int:
+    """What the logits of four programs (dense, DSA, oracle, window) are made from, and the blocks that two of them are compared in:
+    logits and logarithms of each, and what the divergence takes."""
+    return 4 * 4 * length * found.layers[-1].hidden_size + 7 * 4 * POSITIONS * vocabulary
+
+
 def _transformers(found: Streams, length: int, vocabulary: int) -> int:
-    """Its model, a group of layers at a time; our logits of every sequence; and either two score matrices, or its logits and the
-    difference."""
-    heads = [d.num_heads for d in found.layers]
+    """Its model, a group of layers at a time; our head beside its, and what the logits of every sequence are made from; and two score
+    matrices, or the blocks that logits are compared in."""
+    heads, hidden = [d.num_heads for d in found.layers], found.layers[-1].hidden_size
     tokens = min(length, parity_length(found.config, heads))
     scores = 2 * 4 * max(found.config.index_n_heads, *heads) * tokens**2
-    logits = 4 * tokens * vocabulary
-    return found.weights + PARITY_SEQUENCES * logits + max(scores, 2 * logits)
+    made_from = 4 * hidden * (vocabulary + (PARITY_SEQUENCES + 1) * tokens)
+    return found.weights + made_from + max(scores, 3 * 4 * POSITIONS * vocabulary)
 
 
 def _constant_ones(found: Streams, tokens: int) -> float:

@@ -145,12 +145,14 @@ def layer_samples(
         for site in sites.values():
             yield site, ShelvedSamples([]), partial(_checked_maps, site, names, load)
     gathered: list[dict[str, Kept]] = [{} for _ in inputs]
-    for seen in runner.run(inputs, [node for name, node in tapped.taps.items() if not name.endswith(".attention")]):
+    watch = [node for name, node in tapped.taps.items() if not name.endswith(".attention")]
+    steps = runner.until(watch) * len(inputs)
+    for seen in runner.run(inputs, watch):
         gathered[seen.sequence] |= {name: shelf.put(tensor[0].float()) for name, tensor in seen.values.items()}
         here, number, piece = [sites[name] for name in seen.values if name in sites], seen.sequence, seen.piece
         del seen  # the next sequence needs the room
         if on_sequence is not None:
-            on_sequence(piece * len(inputs) + number + 1, len(runner.pieces) * len(inputs))
+            on_sequence(piece * len(inputs) + number + 1, steps)
         if number < len(inputs) - 1:
             continue
         for site in here:

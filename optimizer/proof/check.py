@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from ...runtime.execute import Loader, PieceRunner
+from ...runtime.logits import Logits
+from .figures import blocks
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,15 @@ def difference(name: str, a: Tensor, b: Tensor, mask: Tensor | None = None, toke
         return Difference(name, float("nan"), nans, infinities)
     scale = a.abs().max().clamp_min(torch.finfo(a.dtype).tiny)
     return Difference(name, float((a - b).abs_().max() / scale))
+
+
+def logits_difference(a: Logits, b: Logits) -> float:
+    """The largest difference of one sequence's, relative to the largest of `a`; NaN where something is not finite."""
+    worst, largest = torch.zeros(()), torch.tensor(torch.finfo(torch.float32).tiny)
+    for positions in blocks(0, a.tokens):
+        one, two = (logits.rows(positions).float().cpu() for logits in (a, b))
+        worst, largest = torch.maximum(worst, (one - two).abs().max()), torch.maximum(largest, one.abs().max())
+    return float(worst / largest)
 
 
 def _larger(a: float, b: float) -> float:

@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from ...kernels.spec import IndexerConfig, IndexerWeights
 from ...passes.matching.sites import MlaSite
 from ...runtime.execute import Loader, PieceRunner
+from ...runtime.logits import Logits
 from ...runtime.processes import processes
 from ...runtime.shelf import Shelf
 from ..indexer.calibrate import Calibration, layer_samples
@@ -25,7 +26,7 @@ from ..indexer.samples import SiteMaps, SiteSample
 from ..indexer.sharing import by_layer
 from ..model.weights import WeightSource
 from . import baselines
-from .figures import NAN, POSITIONS, Decode, Quality, Tally, log_probabilities, quality
+from .figures import NAN, Decode, Quality, Tally, blocks, log_probabilities, quality
 from .fp8 import Fp8Scores
 
 SPARSE_MLA = torch.ops.mla2dsa.sparse_mla.default
@@ -73,20 +74,16 @@ def on_text(
     on_sequence: Callable[[int, int], None] | None = None,
     decode: Decode | None = None,
 ) -> TextResult:
-    """Stream all programs in step; one sequence's logits of each are in memory at a time. sequences: [L] ids, of which each of
+    """Stream all programs in step; logits of a few positions of one sequence are in memory at a time. sequences: [L] ids, of which each of
     several processes takes its own; all of them get the result. decode: for the excerpt of the worst sequence."""
     shared, own = processes(), list[_Figures]()
     numbers = shared.own(len(sequences))
     inputs = [program_inputs(sequences[number], device) for number in numbers]
-    streams = {name: runner.outputs_of(inputs) for name, runner in selections.items()}
-    for number, (expected, *_) in zip(numbers, dense.outputs_of(inputs) if inputs else (), strict=True):
-        targets = sequences[number][index_topk + 1 :].to(device)
-        expected = _judged(expected, index_topk)
-        found = _Figures(_losses(expected, targets).cpu(), {name: Tally() for name in streams})
-        for name, stream in streams.items():
-            found.tallies[name].add(expected, _judged(next(stream)[0], index_topk), targets)
-        own.append(found)
-        del expected  # logits of a large vocabulary are the largest thing here
+    streams = {name: runner.logits_of(inputs) for name, runner in selections.items()}
+    for number, expected in zip(numbers, dense.logits_of(inputs) if inputs else (), strict=True):
+        found = {name: next(stream) for name, stream in streams.items()}
+        own.append(_figures(expected, found, sequences[number].to(device), index_topk))
+        del expected, found  # logits of a large vocabulary are the largest thing here
         if on_sequence is not None:
             on_sequence(len(own), len(numbers))
     figures = shared.in_order(own)
@@ -105,15 +102,16 @@ class _Figures:
     tallies: dict[str, Tally]
 
 
-def _judged(logits: Tensor, index_topk: int) -> Tensor:
-    """[N, vocab] at the positions that see more than index_topk keys and have a next token."""
-    return logits[0, index_topk:-1]
-
-
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Nats of every target, [N]."""
-    parts = zip(logits.split(POSITIONS), targets.split(POSITIONS), strict=True)
-    return torch.cat([F.nll_loss(log_probabilities(part), wanted, reduction="none") for part, wanted in parts])
+def _figures(dense: Logits, selections: Mapping[str, Logits], ids: Tensor, index_topk: int) -> _Figures:
+    """At the positions that see more than index_topk keys and have a next token. ids: [L]."""
+    losses, tallies = list[Tensor](), {name: Tally() for name in selections}
+    for positions in blocks(index_topk, len(ids) - 1):
+        targets = ids[positions.start + 1 : positions.stop + 1]
+        expected = log_probabilities(dense.rows(positions))
+        losses.append(F.nll_loss(expected, targets, reduction="none").cpu())
+        for name, logits in selections.items():
+            tallies[name].add(expected, log_probabilities(logits.rows(positions)), targets)
+    return _Figures(torch.cat(losses), tallies)
 
 
 def program_inputs(ids: Tensor, device: str = "cpu") -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ samples: on foreign text an error over positions came out six times too small.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -85,11 +85,7 @@ class Tally:
     same: list[Tensor] = field(default_factory=list)
 
     def add(self, dense: Tensor, sparse: Tensor, targets: Tensor) -> None:
-        """dense, sparse: [N, vocab] logits; targets: [N]."""
-        for parts in zip(dense.split(POSITIONS), sparse.split(POSITIONS), targets.split(POSITIONS), strict=True):
-            self._add(log_probabilities(parts[0]), log_probabilities(parts[1]), parts[2])
-
-    def _add(self, dense: Tensor, sparse: Tensor, targets: Tensor) -> None:
+        """dense, sparse: [n, vocab] logarithms of probabilities, of the positions that follow those before; targets: [n]."""
         delta = F.nll_loss(sparse, targets, reduction="none") - F.nll_loss(dense, targets, reduction="none")
         self.delta.append(delta.cpu())
         self.kl.append((dense.exp() * (dense - sparse)).sum(-1).cpu())
@@ -159,6 +155,12 @@ def _worst(
     )
     worst = Worst(*found)
     return worst if decode is None else replace(worst, excerpt=decode(tokens))
+
+
+def blocks(first: int, end: int) -> Iterator[slice]:
+    """Positions first..end-1, a few at a time."""
+    for start in range(first, end, POSITIONS):
+        yield slice(start, min(start + POSITIONS, end))
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

@@ -97,6 +97,13 @@ class StreamedModel:
         """The outputs of the model. inputs: as its forward has them."""
         return self._frame(**inputs)
 
+    def get_output_embeddings(self) -> nn.Module:
+        head: nn.Module = self._frame.get_output_embeddings()
+        return head
+
+    def set_output_embeddings(self, head: nn.Module) -> None:
+        self._frame.set_output_embeddings(head)
+
     def layer(self, number: int) -> nn.Module:
         """The layer with its weights; those of another group are given up first."""
         if number not in self._held[0]:

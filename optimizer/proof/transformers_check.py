@@ -8,14 +8,15 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...compat.torch_private import topk_rule
 from ...errors import UserError
+from ...runtime.logits import Logits
 from ..model.checkpoint import Checkpoint
 from ..model.free_memory import free_memory
 from ..model.stored_formats import FP8, block_of
-from .check import difference
+from .check import logits_difference
 from .streamed_model import StreamedModel, loading_bytes, tensor_sizes
 
 # Fixed by what a model needs beside its weights: activations, and what the allocator keeps.
@@ -147,23 +148,42 @@ def _uneven(checkpoint: Checkpoint, name: str) -> bool:
     return any(size > step and size % step for size, step in zip(sizes, steps, strict=True))
 
 
-@torch.no_grad()
-def logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+class _Kept(nn.Module):
+    """In the place of a model's head: keeps what it is given, and gives something that can be told from all else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.x, self.given = x, x.new_empty(0)
+        return self.given
+
+
+def logits(model: Any, batch: Mapping[str, Tensor]) -> Logits:
     """[B, T, vocab] without a cache, ties broken by lowest slot."""
     with lowest_slot_ties():
-        out: Tensor = model(**batch, use_cache=False).logits
-    return out
+        return _run(model, batch)
 
 
-def loaded_logits(checkpoint: Checkpoint, class_name: str, batch: Mapping[str, Tensor]) -> tuple[Tensor, list[str]]:
+@torch.no_grad()
+def _run(model: Any, batch: Mapping[str, Tensor]) -> Logits:
+    """Logits, as rows of them are asked for, unless the model does more with them than to give them out."""
+    head, kept = model.get_output_embeddings(), _Kept()
+    model.set_output_embeddings(kept)
+    try:
+        found = model(**batch, use_cache=False).logits
+    finally:
+        model.set_output_embeddings(head)
+    if found is not kept.given:
+        return Logits(model(**batch, use_cache=False).logits)
+    return Logits(kept.x, head.weight.detach(), head.bias if head.bias is None else head.bias.detach())
+
+
+def loaded_logits(checkpoint: Checkpoint, class_name: str, batch: Mapping[str, Tensor]) -> tuple[Logits, list[str]]:
     """(logits, what is wrong with the files) of a checkpoint, through `class_name` of transformers."""
     with StreamedModel.of(checkpoint, class_name) as model:
         return logits(model, batch), model.faults()
 
 
-@torch.no_grad()
 def parity(
-    model: Any, batch: Mapping[str, Tensor], expected: Tensor, selections: Sequence[Tensor]
+    model: Any, batch: Mapping[str, Tensor], expected: Logits, selections: Sequence[Tensor]
 ) -> tuple[float, float]:
     """(relative difference of the logits over equal selections, shortfall of our selections) on one sequence.
 
@@ -172,5 +192,5 @@ def parity(
     """
     selection = SameSelection(selections)
     with selection.taken():
-        found: Tensor = model(**batch, use_cache=False).logits
-    return difference("logits", found, expected).relative, selection.shortfall
+        found = _run(model, batch)
+    return logits_difference(found, expected), selection.shortfall

@@ -36,6 +36,7 @@ from mla2dsa.optimizer.proof.transformers_check import parity
 from mla2dsa.passes.mla_to_dsa import mla_to_dsa
 from mla2dsa.runtime.execute import PieceRunner
 from mla2dsa.runtime.generation import Sampling, generate
+from mla2dsa.runtime.logits import Logits
 from mla2dsa.runtime.ort_session import OrtSession
 
 TOPK, LAYERS, SHARED = 8, 4, (1, 2)
@@ -86,7 +87,7 @@ def test_the_graph_is_that_of_transformers(made: Path, model: Any) -> None:
         inputs, found = program_inputs(IDS[:length]), {}
         for seen in runner.run([inputs], [runner.outputs[0], *(node.name for node in selectors)]):
             found |= seen.values
-        difference, shortfall = parity(model, inputs, found.pop(runner.outputs[0]), list(found.values()))
+        difference, shortfall = parity(model, inputs, Logits(found.pop(runner.outputs[0])), list(found.values()))
         assert difference < 1e-5
         assert shortfall < 1e-5
 

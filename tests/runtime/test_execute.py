@@ -219,10 +219,51 @@ def test_what_is_carried_is_what_a_sequence_needs(program: ExportedProgram, core
 def test_watched_values_come_from_their_layers_piece(program: ExportedProgram, cores: list[str]) -> None:
     sequences = batches(SHAPES[1], SHAPES[2])
     seen = list(PieceRunner(program, cores=cores).run(sequences, watch=cores))
-    assert [(s.piece, s.sequence) for s in seen] == [(p, n) for p in range(LAYERS + 1) for n in range(2)]
-    assert [list(s.values) for s in seen[::2]] == [[core] for core in cores] + [[]]
+    assert [(s.piece, s.sequence) for s in seen] == [(p, n) for p in range(LAYERS) for n in range(2)]
+    assert [list(s.values) for s in seen[::2]] == [[core] for core in cores]
     assert seen[2].values[cores[1]].shape == (2, 4, 9, 12)  # batch, heads, tokens, v_head_dim
     assert seen[3].values[cores[1]].shape == (1, 4, 40, 12)
+
+
+def test_nothing_is_run_after_what_is_watched(program: ExportedProgram, cores: list[str]) -> None:
+    loaded: list[str] = []
+    load = own_weights(program)
+    runner = PieceRunner(program, lambda name: loaded.append(name) or load(name), cores)  # type: ignore[func-returns-value]
+    assert [seen.piece for seen in runner.run(batches(SHAPES[1]), watch=cores[:2])] == [0, 1]
+    assert not any(name.startswith(("model.layers.3.", "lm_head.")) for name in loaded)
+    assert runner.until(runner.outputs) == len(runner.pieces)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows_of_logits_that_are_computed_late(
+    program: ExportedProgram, cores: list[str], shape: tuple[int, int, int]
+) -> None:
+    """What they are made from is all that is kept of them, and each row is that of the whole."""
+    [sequence] = batches(shape)
+    logits = next(PieceRunner(program, cores=cores).logits_of([sequence]))
+    wanted = whole(program, sequence)
+    assert logits.x.shape == (*wanted.shape[:2], 64)  # hidden_size
+    for number, row in enumerate(wanted):
+        torch.testing.assert_close(logits.rows(slice(None), number), row, rtol=0, atol=1e-6)
+    first = logits.rows(slice(0, 1))
+    torch.testing.assert_close(first, wanted[0, :1], rtol=0, atol=1e-6)
+
+
+def test_logits_that_are_no_linear_layers_are_given_whole(program: ExportedProgram) -> None:
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Linear(8, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x).tanh()
+
+    x = torch.randn(1, 5, 8)
+    scaled = torch.export.export(Scaled().requires_grad_(False), (x,))
+    runner = PieceRunner(scaled)
+    logits = next(runner.logits_of([{"x": x}]))
+    assert runner.projection is None
+    assert torch.equal(logits.rows(slice(1, 3)), scaled.module()(x)[0, 1:3])
 
 
 def test_an_override_replaces_the_op(program: ExportedProgram, cores: list[str]) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mla2dsa.errors import UserError
-from mla2dsa.optimizer.proof.transformers_check import SameSelection, lowest_slot_ties, parity
+from mla2dsa.optimizer.proof.transformers_check import SameSelection, logits, lowest_slot_ties, parity
+from mla2dsa.runtime.logits import Logits
 
 NEVER = -torch.inf
 
@@ -163,7 +164,7 @@ def model() -> Any:
     return families.build("deepseek_v32", index_topk=TOPK)
 
 
-def own_choice(model: Any) -> tuple[Tensor, list[Tensor]]:
+def own_choice(model: Any) -> tuple[Logits, list[Tensor]]:
     """(logits, the slots every indexer took, -1 for one in the future)."""
     taken: list[Tensor] = []
     seen = torch.arange(TOKENS)[None, :, None]
@@ -172,26 +173,51 @@ def own_choice(model: Any) -> tuple[Tensor, list[Tensor]]:
             lambda *call: taken.append(call[-1].masked_fill(call[-1] > seen, -1))
         )
     with torch.no_grad():
-        return model(**inputs(), use_cache=False).logits, taken
+        return Logits(model(**inputs(), use_cache=False).logits), taken
 
 
 def test_parity_with_transformers_itself(model: Any) -> None:
-    logits, taken = own_choice(model)
-    assert parity(model, inputs(), logits, taken) == (0.0, 0.0)
+    found, taken = own_choice(model)
+    difference, shortfall = parity(model, inputs(), found, taken)
+    assert difference < 1e-6  # of products of other sizes
+    assert shortfall == 0.0
+    changed = Logits(found.x + torch.eye(TOKENS, found.x.shape[-1])[None] * found.x.abs().max())
+    assert parity(model, inputs(), changed, taken[:2])[0] == pytest.approx(1.0)
 
 
 def test_parity_takes_our_selection(model: Any) -> None:
     """The latest keys instead of the best: scored worse, and other logits."""
-    logits, taken = own_choice(model)
+    found, taken = own_choice(model)
     latest = (torch.arange(TOKENS)[:, None] - torch.arange(TOPK))[None].clamp(min=-1).int()
-    difference, shortfall = parity(model, inputs(), logits, [latest for _ in taken])
+    difference, shortfall = parity(model, inputs(), found, [latest for _ in taken])
     assert difference > 1e-3
     assert 0.01 < shortfall < torch.inf
 
 
 def test_an_indexer_that_selects_without_topk_is_refused(model: Any) -> None:
-    logits, taken = own_choice(model)
+    found, taken = own_choice(model)
     indexer = model.model.layers[0].self_attn.indexer
     indexer.forward = lambda *args, **kwargs: taken[0].clamp(min=0)
     with pytest.raises(UserError, match=r"selected keys 1 times .* expected 2, once a layer.*--skip-transformers"):
-        parity(model, inputs(), logits, taken)
+        parity(model, inputs(), found, taken)
+
+
+@pytest.mark.parametrize("capped", [False, True], ids=["the head's", "capped after the head"])
+def test_logits_are_the_models(model: Any, capped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made of what the head is given, unless the model does something with what the head gives."""
+    forward = model.forward
+    if capped:
+
+        def then(**inputs: Any) -> Any:
+            out = forward(**inputs)
+            out.logits = 3 * torch.tanh(out.logits / 3)
+            return out
+
+        monkeypatch.setattr(model, "forward", then)
+    head = model.lm_head
+    found = logits(model, inputs())
+    assert model.lm_head is head
+    assert (found.weight is None) == capped
+    with torch.no_grad(), lowest_slot_ties():
+        wanted = model(**inputs(), use_cache=False).logits
+    torch.testing.assert_close(found.rows(slice(None)), wanted[0], rtol=0, atol=1e-6)
