@@ -33,6 +33,9 @@ REFIT_RIDGE = (
 )
 # Swept by benchmarks/constants.py.
 REFIT_TOKENS = 32768  # that fit is made on at most, evenly spread
+# Fixed by what a divisor is a mean over: of a token with a hundredth of the usual it would be a hundred times the usual. Texts have
+# none: hidden states are normed, but for rows of zeros, or nearly, that an embedding has for tokens no training showed.
+FAINT = 0.1  # of the rms of a latent, the median of a sequence: tokens below it say nothing of what the LayerNorm divides by
 # Fixed by memory: of DeepSeek-V3's hidden states so many take 56 MiB in float64.
 REFIT_PIECE = 1024  # tokens at once
 
@@ -68,15 +71,17 @@ class ClosedForm:
 
 @dataclass(frozen=True)
 class _Moments:
-    """float64, of the latent y after its norm but before its gain (so q . c = gain q . y).
+    """float64, of the latent y after its norm but before its gain (so q . c = gain q . y), over the tokens that have one.
 
     query: [R, R] head-mean E[(gain q)(gain q)^T]; mean: [R] and covariance: [R, R] of y; norm: [N] 1 / rms(latent @ x).
+    taken: by sample, [T] which tokens have one.
     """
 
     query: Tensor
     mean: Tensor
     covariance: Tensor
     norm: Tensor
+    taken: tuple[Tensor, ...]
 
 
 @torch.no_grad()
@@ -91,7 +96,7 @@ def closed_form(
     channels beyond that stay zero. The LayerNorm leaves wk's scale free; it is chosen so that the mean variance of
     wk x is 1, where the epsilon of 1e-6 is negligible and entries are far from the ends of any float format.
     Linear algebra in float64 on the device of `maps`; nothing of size tokens x heads x rank is ever built.
-    Raises UserError if the index head is too narrow, for fewer than two tokens, or for samples that are not finite.
+    Raises UserError if the index head is too narrow, for fewer than two tokens, or for samples that are not finite, or zero.
     """
     width = _latent_width(maps, config)
     if sum(len(sample.hidden) for sample in samples) < 2:
@@ -123,30 +128,36 @@ def _latent_width(maps: SiteMaps, config: IndexerConfig) -> int:
 
 
 def _moments(maps: SiteMaps, samples: Sequence[SiteSample]) -> _Moments:
-    count = sum(len(sample.hidden) for sample in samples)
     rank, q_width = maps.q_absorbed.shape[1:]
     total = maps.latent.new_zeros(rank, dtype=torch.float64)
     square = maps.latent.new_zeros(rank, rank, dtype=torch.float64)
     resid = maps.latent.new_zeros(q_width, q_width, dtype=torch.float64)
-    norms = []
+    norms, taken = [], []
     for sample in samples:
-        latent = maps.raw_latent(sample.hidden).double()
-        norm = latent.square().mean(-1).rsqrt()
+        latent, q_resid = maps.raw_latent(sample.hidden).double(), sample.q_resid.double()
+        energy = latent.square().mean(-1)
+        taken.append(~(energy <= FAINT**2 * energy.median()))  # NaN is found below
+        if not bool(taken[-1].all()):
+            latent, q_resid = latent[taken[-1]], q_resid[taken[-1]]
+        norm = maps.latent_norm(latent)
         normed = latent * norm[:, None]
         total += normed.sum(0)
         square += normed.T @ normed
-        q_resid = sample.q_resid.double()
         resid += q_resid.T @ q_resid
         norms.append(norm)
+    if not (count := sum(map(len, norms))):
+        raise UserError(
+            "its hidden states, or their latents, are zero on all calibration sequences; look at the weights before it"
+        )
     query = torch.zeros_like(square)
     for absorbed in maps.q_absorbed:  # head by head: E[(A u)(A u)^T] = A E[u u^T] A^T
         head = absorbed.double() * maps.latent_gain.double()[:, None]
         query += head @ (resid / count) @ head.T / len(maps.q_absorbed)
     mean = total / count
-    moments = _Moments(query, mean, square / count - torch.outer(mean, mean), torch.cat(norms))
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in vars(moments).values()):
+    covariance = square / count - torch.outer(mean, mean)
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in (query, mean, covariance, *norms)):
         raise UserError("the calibration sequences hold values that are not finite; run the dense model in float32")
-    return moments
+    return _Moments(query, mean, covariance, torch.cat(norms), tuple(taken))
 
 
 def _key_basis(moments: _Moments, width: int) -> tuple[Tensor, Tensor, float]:
@@ -192,7 +203,10 @@ def _key_side(
     wk[:rope] = ROPE_SHARE * maps.k_rope.double()
     wk[rope:end] = key_rows @ maps.latent.double()
     wk[end] = -wk[:end].sum(0)
-    variance = torch.cat([(s.hidden @ wk.to(s.hidden).T).double().square().mean(-1) for s in samples])
+    rows = wk.to(samples[0].hidden).T
+    variance = torch.cat(
+        [(s.hidden @ rows).double().square().mean(-1)[taken] for s, taken in zip(samples, moments.taken, strict=True)]
+    )
     wk *= variance.mean().rsqrt()
     divided = variance.rsqrt()
     relative = divided / moments.norm

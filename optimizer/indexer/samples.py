@@ -18,8 +18,8 @@ class SiteMaps:
 
     Written with x the layer's normed hidden state [D] and u the query latent `q_resid` [Rq] (x itself without q latent):
     head h's pre-softmax logit is ``scale * (q_absorbed[h] @ u . c_s + rope_t(q_rope[h] @ u) . rope_s(k_rope @ x_s))`` with
-    ``c = latent_gain * (latent @ x) / rms(latent @ x)``. Where the projection has a bias, it is added to ``latent @ x`` and to
-    ``k_rope @ x``.
+    ``c = latent_gain * (latent @ x) / rms(latent @ x)``, with `latent_eps` added to the mean of squares under the root. Where the
+    projection has a bias, it is added to ``latent @ x`` and to ``k_rope @ x``.
 
     scale: softmax scale of the layer.
     q_absorbed: [H, kv_lora_rank, Rq] = W_UK[h]^T W_q_nope[h].
@@ -27,6 +27,7 @@ class SiteMaps:
     latent: [kv_lora_rank, D], rows of kv_a_proj before the latent norm.
     latent_gain: [kv_lora_rank], gain of the latent norm (with any constant factor the model puts on the latent).
     k_rope: [qk_rope_head_dim, D], half-split rotary order.
+    latent_eps: of the latent norm; it is what a token without a hidden state (a row of zeros in the embedding) is divided by.
     latent_bias, k_rope_bias: [kv_lora_rank] and [qk_rope_head_dim], None without.
     """
 
@@ -36,12 +37,17 @@ class SiteMaps:
     latent: Tensor
     latent_gain: Tensor
     k_rope: Tensor
+    latent_eps: float
     latent_bias: Tensor | None = None
     k_rope_bias: Tensor | None = None
 
     def raw_latent(self, hidden: Tensor) -> Tensor:
         """hidden: [T, D]. [T, kv_lora_rank] before the latent norm."""
         return linear(hidden, self.latent, self.latent_bias)
+
+    def latent_norm(self, raw: Tensor) -> Tensor:
+        """raw: [T, kv_lora_rank], as `raw_latent` has it. [T], what the norm multiplies it by beside its gain."""
+        return (raw.square().mean(-1) + self.latent_eps).rsqrt()
 
     def raw_k_rope(self, hidden: Tensor) -> Tensor:
         """hidden: [T, D]. [T, qk_rope_head_dim] before the rotation."""

@@ -34,6 +34,8 @@ Load = Callable[[str], Tensor]
 
 # benchmarks/constants.py: from 100 on the gains that are read are exact in float32, with 10 they are 4e-7 off.
 _UNIT = 1e4  # large enough for the norm's epsilon to vanish
+# Fixed by float64's rounding: epsilons down to 1e-16 are read to three digits.
+_SMALL = 1e-3  # small enough for the epsilon to be seen
 # benchmarks/constants.py: on tiny-mla one row is enough to see each fault.
 CHECKED_ROWS = 4  # query rows a map is held against, spread over the sequence: some models scale far queries
 # benchmarks/constants.py: good maps pass from 1e-6 on, a gain 1% off and a row off by its last bit from 1e-2 on.
@@ -70,7 +72,7 @@ def _read(site: MlaSite, names: NameOf, load: Load) -> SiteMaps:
     rope = slice(0, dims.qk_rope_head_dim) if site.rope_first else slice(dims.qk_nope_head_dim, None)
     w_uk = load(names[site.kv_b_weight.name]).float()[site.uk_rows.flatten()].view(*site.uk_rows.shape, -1)
     w_kv_a, bias = _linear(site.kv_a, names, load)
-    latent_rows, gain = _latent_rows(site, names, load)
+    latent_rows, gain, eps = _latent_rows(site, names, load)
     order = torch.tensor(rope_order(site))
     k_rope_rows = torch.tensor(site.k_pe_rows)[order]
     return SiteMaps(
@@ -82,6 +84,7 @@ def _read(site: MlaSite, names: NameOf, load: Load) -> SiteMaps:
         k_rope=w_kv_a[k_rope_rows],
         latent_bias=None if bias is None else bias[latent_rows],
         k_rope_bias=None if bias is None else bias[k_rope_rows],
+        latent_eps=eps,
     )
 
 
@@ -138,26 +141,33 @@ def _query(site: MlaSite, source: Tensor) -> Tensor:
     return query[0, :, 0]
 
 
-def _latent_rows(site: MlaSite, names: NameOf, load: Load) -> tuple[Tensor, Tensor]:
-    """([R] row numbers of kv_a, [R] gains): unit vectors through the latent norm come out as gain * sqrt(R)."""
+def _latent_rows(site: MlaSite, names: NameOf, load: Load) -> tuple[Tensor, Tensor, float]:
+    """([R] row numbers of kv_a, [R] gains, epsilon): unit vectors through the latent norm come out as gain * sqrt(R), small ones as
+    less by what epsilon is beside them."""
     width, rank = int(shape(site.kv_a)[-1]), site.dims.kv_lora_rank
     cone = ancestors(site.latent, stop=lambda n: n is site.kv_a)
     env = dict.fromkeys(node_symbols([*cone, site.kv_a]), width)
     batch = [s for s in shape(site.kv_a)[:1] if isinstance(s, torch.SymInt)]
     env |= {symbol: 1 for size in batch for symbol in torch_private.expression(size).free_symbols}
-    units = torch.eye(width, dtype=torch.float64) * _UNIT
-    feed: dict[Node, Tensor] = {site.kv_a: units.view(concrete_shape(site.kv_a, env))}
-    for node in cone:
-        if node.op == "placeholder" and node.name in names:
-            feed[node] = load(names[node.name]).double().cpu()
-    out = evaluate([site.latent], feed, env)[0].reshape(width, rank)
+    units = torch.eye(width, dtype=torch.float64).view(concrete_shape(site.kv_a, env))
+    feed = {
+        node: load(names[node.name]).double().cpu() for node in cone if node.op == "placeholder" and node.name in names
+    }
+
+    def normed(size: float) -> Tensor:
+        out: Tensor = evaluate([site.latent], {**feed, site.kv_a: units * size}, env)[0]
+        return out.reshape(width, rank)
+
+    out = normed(_UNIT)
     rows = out.abs().argmax(0)
     picked = out[rows, torch.arange(rank)]
     rest = out.clone()
     rest[rows, torch.arange(rank)] = 0
     if bool((rest.abs() > ROUND_OFF * picked.abs().max()).any()) or len(set(rows.tolist())) != rank:
         raise CannotEvaluate("the latent is not an RMS norm of the projection's rows")
-    return rows, picked / rank**0.5
+    most = int(picked.abs().argmax())
+    less = float(picked[most] / normed(_SMALL)[rows[most], most])
+    return rows, picked / rank**0.5, max(0.0, (less**2 - 1) * _SMALL**2 / rank)
 
 
 def check_maps(site: MlaSite, maps: SiteMaps, sample: SiteSample) -> None:
@@ -168,7 +178,7 @@ def check_maps(site: MlaSite, maps: SiteMaps, sample: SiteSample) -> None:
     absorbed = torch.einsum("hrq,tq->thr", maps.q_absorbed, sample.q_resid[rows])
     q_rope = torch.einsum("hdq,tq->thd", maps.q_rope, sample.q_resid[rows])
     raw = maps.raw_latent(sample.hidden)
-    latent = maps.latent_gain * raw * raw.pow(2).mean(-1, keepdim=True).rsqrt()
+    latent = maps.latent_gain * raw * maps.latent_norm(raw)[:, None]
     k_rope = maps.raw_k_rope(sample.hidden)
     if site.rope is not None:
         q_rope = rotate(q_rope, sample.cos[rows][:, None], sample.sin[rows][:, None])

@@ -40,7 +40,7 @@ class MlaLayer:
 
     def maps(self) -> SiteMaps:
         absorbed = torch.einsum("hnr,hnq->hrq", self.up_k, self.q_nope)
-        return SiteMaps(self.scale, absorbed, self.q_rope, self.latent, self.gain, self.k_rope)
+        return SiteMaps(self.scale, absorbed, self.q_rope, self.latent, self.gain, self.k_rope, latent_eps=0.0)
 
     def sample(self, seed: int, length: int = 96, rows: Tensor | None = None, vocabulary: int = 0) -> SiteSample:
         """Random hidden states with a common part; from a fixed vocabulary, seldom words included, where one is given."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comparing import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mla_layer import MlaLayer, make_layer
@@ -316,6 +317,24 @@ def test_values_that_are_not_finite_are_refused() -> None:
     broken.hidden[5, 7] = torch.inf
     with pytest.raises(UserError, match="not finite"):
         closed_form(LAYER.maps(), [CALIBRATION[1], broken], IndexerConfig(TOPK, 8, 24))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-9, 1e-3, 0.05], ids=str)
+def test_tokens_with_next_to_no_hidden_state_change_little(size: float) -> None:
+    """One in ten of them: what the LayerNorm divides others by, and so the scale of rotary and latent channels, stays."""
+    config, maps = IndexerConfig(TOPK, 8, 24), replace(LAYER.maps(), latent_eps=1e-6)
+    faint = [replace(sample, hidden=sample.hidden.clone()) for sample in CALIBRATION]
+    for sample in faint:
+        sample.hidden[5::10] *= size
+    found, usual = (closed_form(maps, samples, config).weights for samples in (faint, CALIBRATION))
+    close(found.k_norm_weight, usual.k_norm_weight, of_max=0.02)
+    assert indexer_recall(found, config) > indexer_recall(usual, config) - 0.01
+
+
+def test_hidden_states_that_are_all_zero_are_refused() -> None:
+    nothing = [replace(sample, hidden=torch.zeros_like(sample.hidden)) for sample in CALIBRATION]
+    with pytest.raises(UserError, match="zero on all calibration sequences"):
+        closed_form(LAYER.maps(), nothing, IndexerConfig(TOPK, 8, 24))
 
 
 def test_mass_that_no_head_explains_is_refused() -> None:

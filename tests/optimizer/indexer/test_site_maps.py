@@ -44,7 +44,7 @@ def layers_of(source: WeightSource, length: int = LENGTH) -> list[Layer]:
 def attention_mass(maps: SiteMaps, sample: SiteSample) -> Tensor:
     """[R, T], written from the formula in the docstring of SiteMaps."""
     raw = maps.raw_latent(sample.hidden)
-    latent = maps.latent_gain * raw / raw.square().mean(-1, keepdim=True).sqrt()
+    latent = maps.latent_gain * raw / (raw.square().mean(-1, keepdim=True) + maps.latent_eps).sqrt()
     u, rows = sample.q_resid[sample.rows], sample.rows
     logits = torch.einsum("hrq,tq,sr->hts", maps.q_absorbed, u, latent)
     turned = rotate(torch.einsum("hdq,tq->thd", maps.q_rope, u), sample.cos[rows][:, None], sample.sin[rows][:, None])
@@ -92,6 +92,19 @@ def test_maps_are_the_weights_by_name(name: str, interleaved: bool, tmp_path_fac
     assert torch.equal(maps.latent, weight("kv_a_proj_with_mqa")[:32])
     assert torch.equal(maps.k_rope, weight("kv_a_proj_with_mqa")[32:][order])
     close(maps.latent_gain, weight("kv_a_layernorm"), of_max=1e-6)
+    assert maps.latent_eps == pytest.approx(1e-6, rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-5, 1e-3], ids=["zeros", "epsilon alone", "beside epsilon"])
+def test_tokens_that_embed_as_next_to_nothing(size: float, tmp_path: Path) -> None:
+    """Of these the norms' epsilon is what they are divided by. An embedding has such rows for tokens that no training showed."""
+    model = families.build("deepseek_v3")
+    model.model.embed_tokens.weight.data[::4] *= size  # type: ignore[union-attr, operator, index]
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    for _, samples, maps in layers_of(opened(tmp_path)):
+        close(attention_mass(maps, samples[0]), samples[0].mass, of_max=1e-5)
+        found = closed_form(maps, samples, CALIBRATION.config)
+        assert all(bool(tensor.isfinite().all()) for tensor in found.weights.tensors().values())
 
 
 def test_channels_of_a_complex_rotary_table_are_put_in_half_split_order(
