@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ...errors import UserError
-from ...files.model.text_model import is_wrapper, text_config
+from ...files.model.text_model import HOW_IT_RUNS, is_wrapper, text_config
 from .folds import Config, bias_rank
 from .layout import SKIP_LISTS, Layout, with_defaults
 
@@ -84,7 +84,7 @@ def _in_words_of_a_class(config: Config, layout: Layout) -> dict[str, Any]:
     family, target = layout.family, layout.target
     assert family is not None
     assert target is not None
-    dropped = {*family.drops, *_OBEYED_ONLY_BY_DSA}
+    dropped = {*family.drops, *_OBEYED_ONLY_BY_DSA, *HOW_IT_RUNS}
     full = with_defaults(config, family)
     result = {name: value for name, value in full.items() if name not in dropped}
     result |= {name: value(full) if callable(value) else value for name, value in family.config.items()}

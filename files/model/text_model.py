@@ -28,6 +28,12 @@ _SHARED = (
     "dtype",
 )
 
+# Fields that say how transformers ran the model where it was saved, which says nothing of the model: another class, or another
+# machine, may not have that way.
+HOW_IT_RUNS = frozenset(
+    {"_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation"}
+)
+
 
 def is_wrapper(config: Mapping[str, Any]) -> bool:
     """Whether the model of a config.json is more than its language model."""

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...files.model.text_model import PREFIXES, is_wrapper
+from ...errors import UserError, short
+from ...files.model.text_model import HOW_IT_RUNS, PREFIXES, is_wrapper
 from ...files.safetensors_index import TensorLocation
 from ..model.checkpoint import Checkpoint
 from ..model.free_memory import give_back
@@ -142,16 +143,23 @@ class StreamedModel:
         """A part of the model class, filled. Tied weights are in the frame, which has both."""
         checkpoint = self.checkpoint
         known = {
-            name: value for name, value in checkpoint.config.items() if name != "model_type"
-        }  # the class knows its own
+            name: value for name, value in checkpoint.config.items() if name not in {"model_type", *HOW_IT_RUNS}
+        }  # the class knows its own type
         config = part.config_class.from_dict(known)
         if part.LAYERS is not None:
             config.tie_word_embeddings = False
-        with _quiet():
-            model, said = part.from_pretrained(
-                checkpoint.path, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True,
-                key_mapping=PREFIXES if is_wrapper(checkpoint.whole_config) else None, **_dequantised(checkpoint),
-            )  # fmt: skip
+        try:
+            with quiet():
+                model, said = part.from_pretrained(
+                    checkpoint.path, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True,
+                    key_mapping=PREFIXES if is_wrapper(checkpoint.whole_config) else None, **_dequantised(checkpoint),
+                )  # fmt: skip
+        except Exception as error:  # transformers raises whatever its readers raise
+            reason = short((str(error).strip().splitlines() or [type(error).__name__])[0], 200)
+            raise UserError(
+                f"{checkpoint.path}: transformers does not load it as {part.__name__} ({reason}); mend what it names, or pass "
+                "--skip-transformers"
+            ) from error
         self._hear(said)
         return model.float().eval()
 
@@ -216,7 +224,7 @@ def _named_as(model_class: Any, part: Any) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No bars, no reports on keys (they are read instead), and no warning on which of two quantization configs counts."""
     from transformers.utils import logging
 

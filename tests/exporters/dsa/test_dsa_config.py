@@ -112,6 +112,12 @@ def test_tokenizer_code_stays() -> None:
     assert dsa_config(config, OFFICIAL, MODULES)["auto_map"] == {"AutoTokenizer": ["tokenization.Tok", None]}
 
 
+def test_how_the_dense_model_ran_is_not_passed_on() -> None:
+    """transformers' DSA classes have no flash attention, and would refuse to be loaded."""
+    config = {**V3, "_attn_implementation": "flash_attention_2", "attn_implementation": "flash_attention_2"}
+    assert dsa_config(config, OFFICIAL, MODULES) == dsa_config(V3, OFFICIAL, MODULES)
+
+
 @pytest.mark.parametrize("skipped", [None, ["lm_head", "model.layers.0.mlp.gate"]], ids=["no-list", "list"])
 def test_fp8_leaves_the_indexers_alone(skipped: list[str] | None) -> None:
     """By transformers' own rule for names; without a list it spares lm_head by itself, with one only what it names."""

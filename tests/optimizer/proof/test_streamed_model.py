@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from families import build
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mla2dsa.errors import UserError
+from mla2dsa.files.model.text_model import HOW_IT_RUNS
 from mla2dsa.optimizer.model.checkpoint import Checkpoint
 from mla2dsa.optimizer.proof import streamed_model
 from mla2dsa.optimizer.proof.streamed_model import StreamedModel, groups, loading_bytes, tensor_sizes
@@ -86,6 +89,27 @@ def test_keys_are_told_as_transformers_tells_them(tmp_path: Path, monkeypatch: p
     expected = [f"{kind.replace('_', ' ')}: {name}" for kind in said for name in said[kind]]
     assert len(expected) == 4
     assert sorted(streamed(made)[1]) == sorted(expected)
+
+
+def edited(folder: Path, **fields: Any) -> Checkpoint:
+    made = checkpoint(folder, "deepseek_v3")
+    (folder / "config.json").write_text(json.dumps({**made.config, **fields}))
+    return Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("field", sorted(HOW_IT_RUNS))
+def test_how_a_model_ran_elsewhere_is_not_asked_for(field: str, tmp_path: Path) -> None:
+    assert streamed(edited(tmp_path, **{field: "flash_attention_2"}))[1] == []
+
+
+def test_what_transformers_does_not_load_is_one_line(tmp_path: Path) -> None:
+    made = checkpoint(tmp_path, "deepseek_v3")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(3)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"does not load it as DeepseekV3ForCausalLM \(.*--skip-transformers$") as error:
+        streamed(made)
+    assert "\n" not in str(error.value)
 
 
 def test_layers_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
