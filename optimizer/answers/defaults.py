@@ -8,6 +8,7 @@ from typing import Any
 from ...errors import UserError, short
 from ...files.model.model_files import GENERATION_CONFIG
 from ...runtime.generation import Sampling
+from ..model.text import generation_config
 
 # What else changes the text that transformers generates, and the value that changes nothing.
 _NOT_APPLIED: dict[str, Any] = {
@@ -24,18 +25,9 @@ def default_sampling(folder: Path, seed: int = 0) -> Sampling:
 
     Raises UserError for a file that transformers does not take, and for a setting that this program does not apply.
     """
-    if not (folder / GENERATION_CONFIG).is_file():
+    file, found = folder / GENERATION_CONFIG, generation_config(folder, "pass --temperature to do without it")
+    if found is None:
         return Sampling(seed=seed)
-    from transformers import GenerationConfig
-
-    file = folder / GENERATION_CONFIG
-    try:
-        found = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises whatever its validators raise
-        reason = short((str(error).strip().splitlines() or [type(error).__name__])[0], 160)
-        raise UserError(
-            f"{file}: transformers does not accept it ({reason}); pass --temperature to do without it"
-        ) from error
     for field, neutral in _NOT_APPLIED.items():
         if (value := getattr(found, field, None)) not in (None, neutral):
             raise UserError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError, short
-from ...files.model.model_files import remote_tokenizer
+from ...files.model.model_files import GENERATION_CONFIG, remote_tokenizer
 from ...files.regular import open_regular
 from .capture import read_config
 from .checkpoint import Checkpoint
@@ -173,4 +173,19 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{folder}: no tokenizer that transformers can load, needed to read text ({short(reason, 160)})"
+        ) from error
+
+
+def generation_config(folder: Path, remedy: str) -> Any:
+    """transformers' own, None without the file. Raises UserError, which ends with `remedy`, for a file that it does not take."""
+    if not (folder / GENERATION_CONFIG).is_file():
+        return None
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises whatever its validators raise
+        reason = short((str(error).strip().splitlines() or [type(error).__name__])[0], 160)
+        raise UserError(
+            f"{folder / GENERATION_CONFIG}: transformers does not accept it ({reason}); {remedy}"
         ) from error

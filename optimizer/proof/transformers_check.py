@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from ...compat.torch_private import topk_rule
 from ...errors import UserError
+from ...files.json_files import read_json
+from ...files.safetensors_index import INDEX_FILE
 from ...runtime.logits import Logits
 from ..model.checkpoint import Checkpoint
 from ..model.free_memory import free_memory
 from ..model.stored_formats import FP8, block_of
+from ..model.text import generation_config
 from .check import logits_difference
-from .streamed_model import StreamedModel, loading_bytes, tensor_sizes
+from .streamed_model import StreamedModel, loading_bytes, quiet, tensor_sizes
 
 # Fixed by what a model needs beside its weights: activations, and what the allocator keeps.
 SHARE_OF_MEMORY = 0.9  # of what is free
@@ -107,13 +110,21 @@ class SameSelection:
 
 
 def refuse_if_too_large(checkpoint: Checkpoint) -> None:
-    """Raises UserError when a float32 model, a group of layers at a time, would not fit into the memory that is free now."""
+    """Raises UserError when a float32 model, a group of layers at a time, would not fit into the memory that is free now, and when
+    transformers would not read the files."""
     needed = loading_bytes(tensor_sizes(checkpoint.tensors))
     free = free_memory()
     if needed > SHARE_OF_MEMORY * free:
         raise UserError(
             f"{checkpoint.path}: comparing with transformers needs {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free; "
             "pass --skip-transformers to verify on our graph only"
+        )
+    with quiet():
+        generation_config(checkpoint.path, "mend or remove it, or pass --skip-transformers")
+    index = checkpoint.path / INDEX_FILE
+    if index.is_file() and not isinstance(read_json(index).get("metadata"), dict):
+        raise UserError(
+            f'{index}: has no "metadata", without which transformers reads no index; add "metadata": {{}}, or pass --skip-transformers'
         )
     if reason := unreadable(checkpoint):
         raise UserError(

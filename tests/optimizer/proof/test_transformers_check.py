@@ -1,6 +1,8 @@
 """Comparing with transformers over equal selections: ours are taken, and held against its own scores."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import families
@@ -9,10 +11,12 @@ import torch
 from torch import Tensor
 
 from mla2dsa.errors import UserError
-from mla2dsa.optimizer.proof.transformers_check import SameSelection, logits, lowest_slot_ties, parity
+from mla2dsa.optimizer.model.checkpoint import Checkpoint
+from mla2dsa.optimizer.proof.transformers_check import SameSelection, logits, lowest_slot_ties, parity, refuse_if_too_large
 from mla2dsa.runtime.logits import Logits
 
 NEVER = -torch.inf
+GENERATION, INDEX = "generation_config.json", "model.safetensors.index.json"
 
 
 def causal(scores: Tensor) -> Tensor:
@@ -221,3 +225,30 @@ def test_logits_are_the_models(model: Any, capped: bool, monkeypatch: pytest.Mon
     with torch.no_grad(), lowest_slot_ties():
         wanted = model(**inputs(), use_cache=False).logits
     torch.testing.assert_close(found.rows(slice(None)), wanted[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "part"),
+    [
+        (GENERATION, "[]", "transformers does not accept it ('list' object is not a mapping)"),
+        (GENERATION, "{", "is not a valid JSON file"),
+        (GENERATION, '{"max_new_tokens": "x"}', "transformers does not accept it"),
+        (INDEX, "{}", 'has no "metadata"'),
+        (INDEX, '{"metadata": null}', 'has no "metadata"'),
+    ],
+    ids=["generation list", "generation cut off", "generation odd", "index without", "index null"],
+)
+def test_files_that_transformers_would_stumble_over_are_told_before_work(
+    file: str, text: str, part: str, tmp_path: Path
+) -> None:
+    families.build("deepseek_v3").save_pretrained(tmp_path, max_shard_size="100KB")  # type: ignore[operator]
+    made, path = Checkpoint.open(tmp_path), tmp_path / file
+    refuse_if_too_large(made)
+    before = json.loads(path.read_text()) if path.exists() else {}
+    before.pop("metadata", None)
+    path.write_text(json.dumps({**before, **json.loads(text)}) if file == INDEX else text)
+    with pytest.raises(UserError) as error:
+        refuse_if_too_large(made)
+    assert str(error.value).startswith(f"{path}: ")
+    assert str(error.value).endswith(", or pass --skip-transformers")
+    assert part in str(error.value)
