@@ -18,8 +18,9 @@ from ...kernels.spec import IndexerConfig
 from ..model.weights import WeightSource
 from .calibrate import Calibration, layer_samples
 
-# Fixed by what the verification allows where something is folded: relative, of all layers' queries together.
-IDENTITY_LIMIT = 1e-5
+# Fixed by what the verification allows, GRAPH_TOLERANCE and FOLDED_TOLERANCE: half of that, for softmax makes more of it in the outputs
+# (random weights like Moonlight's: 7.4e-6 here, 1.1e-5 there). Relative, of all layers' queries together.
+IDENTITY_LIMIT = 5e-6
 _CLASS_EPS = 1e-6  # fixed by transformers' DSA classes: of q_a_layernorm; vLLM takes rms_norm_eps
 
 

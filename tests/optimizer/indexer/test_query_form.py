@@ -15,6 +15,7 @@ from mla2dsa.optimizer.indexer.query_form import IDENTITY_LIMIT, identity_error,
 from mla2dsa.optimizer.model.capture import capture
 from mla2dsa.optimizer.model.checkpoint import Checkpoint
 from mla2dsa.optimizer.model.weights import WeightSource
+from mla2dsa.optimizer.verify import FOLDED_TOLERANCE, GRAPH_TOLERANCE
 
 INDEXER = IndexerConfig(index_topk=8, index_n_heads=4, index_head_dim=16)
 IDS = torch.randint(3, 128, (24,), generator=torch.Generator().manual_seed(1))
@@ -44,7 +45,7 @@ def test_what_is_left_where_only_the_identity_could_be_made(tmp_path: Path) -> N
     only = layout.settled("identity")
     settled = settle(only, source, IDS, INDEXER, "auto")
     assert (settled.name, settled.target, settled.forms) == ("own", None, ())
-    assert "1e-05 is allowed" in settled.why
+    assert "5e-06 is allowed" in settled.why
     with pytest.raises(UserError, match=r"--layout deepseek_v32: the identity as query latent .*--layout own"):
         settle(only, source, IDS, INDEXER, "deepseek_v32")
 
@@ -65,6 +66,11 @@ def test_the_error_is_what_the_norms_do(rms: float, eps: float) -> None:
     measured = float(((latent - hidden).norm(dim=-1) / hidden.norm(dim=-1)).max())
     assert identity_error(hidden, gain, eps) == pytest.approx(measured, rel=1e-6)
     assert (measured > IDENTITY_LIMIT) == (rms == 0.1)
+
+
+def test_what_the_identity_may_be_off_leaves_the_verification_room() -> None:
+    """Softmax makes more of it: 1.4 times with random weights like Moonlight's, which the verification refused at 7.4e-6."""
+    assert min(GRAPH_TOLERANCE, FOLDED_TOLERANCE) >= 1.5 * IDENTITY_LIMIT
 
 
 def test_a_gain_of_zero_is_infinitely_off() -> None:
