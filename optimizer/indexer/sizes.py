@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from ..model.config_limits import LARGEST
+
 DEFAULT_TOPK = 2048  # fixed by DeepSeek-V3.2's config.json: index_topk
 MAX_HEADS = 64  # fixed by DeepSeek-V3.2's config.json: index_n_heads
 HEAD_DIM = 128  # fixed by DeepSeek-V3.2's config.json: index_head_dim
@@ -44,8 +46,16 @@ def indexer_sizes(recipe: Asked, config: Mapping[str, Any], donor: Sizes | None 
 def size_faults(recipe: Asked, config: Mapping[str, Any], context: int | None, donor: Sizes | None = None) -> list[str]:
     """What does not fit, a line each. context: None where only the model's class knows it."""
     topk, heads, width = indexer_sizes(recipe, config, donor)
-    faults = []
-    if context is not None and topk > context - MEASURED:
+    faults = [
+        f"{name} {size}, expected at most {LARGEST[name]}; pass a smaller --{name.replace('_', '-')}"
+        for name, size in (("index_n_heads", heads), ("index_head_dim", width))
+        if size > LARGEST[name]  # or config.json would say what is not read
+    ]
+    if context is not None and context <= MEASURED:
+        faults.append(
+            f"the model's context is {context} tokens, which leaves nothing sparse; mend max_position_embeddings in config.json"
+        )
+    elif context is not None and topk > context - MEASURED:
         faults.append(
             f"index_topk {topk} leaves nothing sparse in the model's context of {context} tokens; "
             f"pass --index-topk, at most {context - MEASURED}"

@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import UserError, short
 
 _WIDTH, _HEADS = 2**24, 2**16
-_LARGEST = {
+LARGEST = {
     "num_hidden_layers": 10_000,
     "n_routed_experts": _HEADS,
     "num_experts": _HEADS,
@@ -45,7 +45,7 @@ def check_config(file: Path, config: Mapping[str, Any], tensors: int) -> None:
     """tensors: how many the checkpoint holds; each layer has some. Raises UserError naming the field."""
     parts = [config, *(part for part in (config.get("text_config"),) if isinstance(part, Mapping))]
     for part in parts:
-        for name, largest in _LARGEST.items():
+        for name, largest in LARGEST.items():
             value = part.get(name)
             if value is not None and (type(value) is not int or value > largest):
                 told = short(value if isinstance(value, int) else repr(value))  # "64" is no number

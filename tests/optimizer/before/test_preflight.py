@@ -26,6 +26,8 @@ from mla2dsa.files.manifests.export_manifest import EXPORT_FILES
 from mla2dsa.files.safetensors_index import read_index
 from mla2dsa.optimizer.before.findings import Findings
 from mla2dsa.optimizer.before.space import Needs
+from mla2dsa.optimizer.indexer.sizes import size_faults
+from mla2dsa.optimizer.recipe import Recipe
 
 INDEX = "model.safetensors.index.json"
 
@@ -138,14 +140,27 @@ def test_a_donor_that_is_not_there(donor: str, tmp_path: Path) -> None:
         ((), ("index_topk 2048", "context of 1024")),
         (("--index-topk", 32, "--index-head-dim", 17), ("index_head_dim 17", "at least 18")),
         (("--index-topk", 32, "--recipe", "{recipe}"), ("sequence_length 33", "at least 34")),
+        (("--index-topk", 32, "--index-n-heads", 65537), ("index_n_heads 65537", "at most 65536", "--index-n-heads")),
+        (
+            ("--index-topk", 32, "--index-head-dim", 65537),
+            ("index_head_dim 65537", "at most 65536", "--index-head-dim"),
+        ),
     ],
-    ids=["topk", "default-topk", "head-dim", "sequence-length"],
+    ids=["topk", "default-topk", "head-dim", "sequence-length", "too-many-heads", "too-wide"],
 )
 def test_sizes_that_do_not_fit(flags: tuple[Any, ...], parts: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("sequence_length: 33\n")
     flags = tuple(tmp_path / "r.yaml" if flag == "{recipe}" else flag for flag in flags)
     assert_refused(mla2dsa("plan", TINY, *flags), 2, *parts)
     assert_refused(mla2dsa("convert", TINY, tmp_path / "out", *flags), 2, *parts)
+
+
+@pytest.mark.parametrize(("context", "fits"), [(0, False), (2, False), (3, True)], ids=str)
+def test_a_context_with_room_for_nothing_is_the_models_fault(context: int, fits: bool) -> None:
+    faults = size_faults(Recipe(index_topk=1), {"num_attention_heads": 4}, context)
+    assert [("max_position_embeddings" in fault, "at most" in fault) for fault in faults] == [(True, False)] * (
+        not fits
+    )
 
 
 @pytest.mark.parametrize("command", ["plan", "convert"])
