@@ -12,7 +12,13 @@ from torch import Tensor
 
 from mla2dsa.errors import UserError
 from mla2dsa.optimizer.model.checkpoint import Checkpoint
-from mla2dsa.optimizer.proof.transformers_check import SameSelection, logits, lowest_slot_ties, parity, refuse_if_too_large
+from mla2dsa.optimizer.proof.transformers_check import (
+    SameSelection,
+    logits,
+    lowest_slot_ties,
+    parity,
+    refuse_if_too_large,
+)
 from mla2dsa.runtime.logits import Logits
 
 NEVER = -torch.inf
