@@ -46,6 +46,29 @@ def put_graph() -> Any:
     return module
 
 
+def made_again() -> Any:
+    """A program of another's parts, whose code nobody has asked for yet."""
+    whole = program()
+    parts = {
+        name: getattr(whole, name)
+        for name in (
+            "graph",
+            "graph_signature",
+            "state_dict",
+            "range_constraints",
+            "module_call_graph",
+            "constants",
+            "verifiers",
+        )
+    }
+    made = private.program(root=whole.graph_module, **parts)
+    assert "_code" not in vars(made.graph_module)
+    assert torch.equal(made.module()(torch.ones(3, 4)), whole.module()(torch.ones(3, 4)))
+    assert "softmax" in made.graph_module.code
+    assert type(program().graph_module) is not type(made.graph_module), "others are made as ever"
+    return made
+
+
 def topk() -> Any:
     with private.topk_rule(lambda tensor, count: None):
         return torch.ones(3).topk(2)
@@ -102,6 +125,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "torch._export.serde.serialize:deserialize_scalar_type": lambda: private.saved_element_type(7) is torch.float32,
     "torch._subclasses:FakeTensor": lambda: private.fake_mode_of(values()),
     "torch._subclasses:FakeTensorMode": lambda: fake() is not None,
+    "torch.export.exported_program:_create_graph_module_for_export": made_again,
+    "torch.fx._lazy_graph_module:_LazyGraphModule": made_again,
     "torch.fx.experimental.symbolic_shapes:DimDynamic": new_size,
     "torch.fx.experimental.symbolic_shapes:ShapeEnv": lambda: fake() is not None,
     "torch.fx.experimental.symbolic_shapes:ShapeEnv.create_symbol": new_size,
