@@ -65,7 +65,8 @@ class PieceRunner:
     load: gives a parameter or buffer by name, on the right device; default: the program's own state (in-memory programs).
     cores: names of the nodes that mark layers; one piece holds one of them. None runs the graph in one piece.
     overrides: op -> function(*args) used in its place (baselines, checks).
-    one_by_one: experts that are loaded when it is their turn (`one_expert.large`), by a loader that has `expert`.
+    one_by_one: experts that are loaded when it is their turn (`one_expert.large`), by a loader that has `expert`. projection: the linear
+    layer that gives the first output, if one does; head: those of its weights that nothing else reads.
     shelf: where what a sequence carries from piece to piece waits; None keeps it in memory.
     Inputs and weights stay as they are, also those that the program writes to.
     """
@@ -86,6 +87,8 @@ class PieceRunner:
         self.pieces = _cut(program, set(cores or ()), set(self._names), memory)
         self._written = {n for n in program.graph.nodes if memory.is_written(n)}
         self.projection = _projection(program)
+        head = (linear_parts(self.projection) or ())[1:] if self.projection is not None else ()
+        self.head = {n for n in head if n is not None and n in self._names and len(n.users) == 1} - self._written
         self.one_by_one = one_expert.large(self._names)
         for node in self._written & set(self._names):
             if sum(node in piece.weights for piece in self.pieces) > 1:
@@ -97,11 +100,11 @@ class PieceRunner:
         self, sequences: Sequence[Mapping[str, Tensor]], watch: Sequence[str] | None = None, late: bool = False
     ) -> Iterator[Seen]:
         """Every piece on every sequence, pieces outermost, as far as there is something to see. `watch`: node names, default the
-        program's outputs; late: the value of `projection` is Logits."""
+        program's outputs; late: the value of `projection` is Logits, and its weights are loaded for them."""
         watched = set(self.outputs if watch is None else watch)
         carried: list[dict[Node, Any]] = [self._start(sequence) for sequence in sequences]
         for index, piece in enumerate(self.pieces[: self.until(watched)]):
-            weights = {node: self._weight(node) for node in piece.weights}
+            weights = {node: self._weight(node) for node in piece.weights if not (late and node in self.head)}
             for number in range(len(sequences)):
                 seen, carried[number] = self._run_piece(piece, weights, carried[number], watched, late)
                 found = [Seen(index, number, seen)]
@@ -162,9 +165,7 @@ class PieceRunner:
         device = next((carried[node].device for node in self._inputs if node in carried), None)
         seen: dict[str, Any] = {}
         for node in piece.nodes:
-            env[node] = (
-                Logits(*_operands(node, env)) if late and node is self.projection else self._call(node, env, device)
-            )
+            env[node] = self._late(node, env) if late and node is self.projection else self._call(node, env, device)
             if node.name in watched and node not in piece.again:
                 seen[node.name] = env[node]
             for done in piece.last_use[node]:
@@ -172,6 +173,16 @@ class PieceRunner:
         inputs = {node: carried[node] for node in self._inputs if node in carried}
         put = {node: carried[node] if node in carried else self._put_away(node, env[node]) for node in piece.alive}
         return seen, {**inputs, **put}
+
+    def _late(self, linear: Node, env: Mapping[Node, Any]) -> Logits:
+        """What a linear layer would give, whose weights are loaded when rows are asked for, if they are nobody else's."""
+        x, weight, bias = linear_parts(linear) or (linear, linear, None)
+        held = {node: env[node] for node in (weight, bias) if node is not None and node not in self.head}
+
+        def loaded(node: Node) -> Tensor:
+            return held[node] if node in held else self._load(str(self._names[node]))
+
+        return Logits(env[x], lambda: (loaded(weight), None if bias is None else loaded(bias)))
 
     def _put_away(self, node: Node, found: Any) -> Any:
         if self._shelf is None or not isinstance(found, Tensor) or node in self._written:
@@ -203,10 +214,6 @@ def _projection(program: ExportedProgram) -> Node | None:
     """The linear layer whose result the program's first output is, if nobody else reads that."""
     first = next(iter(_flat_outputs(program)), None)
     return first if first is not None and linear_parts(first) and len(first.users) == 1 else None
-
-
-def _operands(linear: Node, env: Mapping[Node, Any]) -> tuple[Any, ...]:
-    return tuple(None if node is None else env[node] for node in linear_parts(linear) or ())
 
 
 def _own_state(program: ExportedProgram) -> Loader:

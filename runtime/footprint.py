@@ -7,7 +7,7 @@ die, and an op that only looks at memory in another way (a view) is the memory i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -46,12 +46,14 @@ class Footprints:
     """Of every piece, for one sequence of any length: what does not depend on the length is looked at once, and so are pieces
     that take the same (layers of one kind).
 
-    watch, late: as for `PieceRunner.run`.
+    watch, late: as for `PieceRunner.run`. head: bytes of the weights that are loaded late.
     """
 
     def __init__(self, runner: PieceRunner, watch: Iterable[str] = (), late: bool = False) -> None:
-        how = _How(set(watch), runner.one_by_one, runner.projection if late else None)
+        head = runner.head if late else set()
+        how = _How(set(watch), runner.one_by_one, runner.projection if late else None, head)
         self._shapes = _Shapes(runner)
+        self.head: int = sum(math.prod(value(node).shape) * value(node).element_size() for node in head)
         kinds: dict[_Lives, int] = {}
         self._kind_of = [kinds.setdefault(_lives(piece, how, self._shapes), len(kinds)) for piece in runner.pieces]
         self._kinds = list(kinds)
@@ -157,11 +159,12 @@ class _Lives:
 @dataclass(frozen=True)
 class _How:
     """How pieces are run. watch: names of nodes that somebody is shown; one_by_one: weights of which a part is in memory at a time, and
-    its bytes; late: the node whose value is not computed."""
+    its bytes; late: the node whose value is not computed; head: weights that wait with it."""
 
     watch: set[str]
     one_by_one: Mapping[Node, int]
     late: Node | None
+    head: Set[Node]
 
 
 def _lives(piece: Piece, how: _How, shapes: _Shapes) -> _Lives:
@@ -185,7 +188,7 @@ def _lives(piece: Piece, how: _How, shapes: _Shapes) -> _Lives:
             tuple(sorted((places[done], memory(done)) for done in ended if done is not None)),
         )
 
-    whole = [node for node in piece.weights if node not in how.one_by_one]
+    whole = [node for node in piece.weights if node not in how.one_by_one and node not in how.head]
     # what is read, the numbers it stands for, and the tensor that these are put into
     experts = 3 * max((how.one_by_one.get(node, 0) for node in piece.weights), default=0)
     return _Lives(

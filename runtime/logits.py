@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch.nn.functional as F
 from torch import Tensor
 
+Head = tuple[Tensor, Tensor | None]  # weight [V, D] and bias [V] of a linear layer
+
 
 @dataclass(frozen=True)
 class Logits:
-    """[B, T, V], given as they are, or by what the last linear layer makes of `x` [B, T, D]: weight [V, D], bias [V]."""
+    """[B, T, V], given as they are, or by what the last linear layer makes of `x` [B, T, D]. head: gives that layer, and is asked
+    when rows are, once: it is as large as the vocabulary, too."""
 
     x: Tensor
-    weight: Tensor | None = None
-    bias: Tensor | None = None
+    head: Callable[[], Head] | None = None
 
     @property
     def tokens(self) -> int:
         return int(self.x.shape[1])
 
+    @cached_property
+    def _layer(self) -> Head:
+        assert self.head is not None
+        return self.head()
+
     def rows(self, positions: slice, sequence: int = 0) -> Tensor:
         """logits[sequence, positions], [n, V]."""
         x = self.x[sequence, positions]
-        return x if self.weight is None else F.linear(x, self.weight, self.bias)
+        return x if self.head is None else F.linear(x, *self._layer)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -193,10 +193,11 @@ def resources(found: Streams, recipe: Recipe, context: int, vocabulary: int) -> 
     shelved = max(fitting, evaluating, proving * waiting)
     fit = _fit(found, recipe, length, fitted) if fitted else 0
     stages = {
-        "one sequence, its layer's weights and fit": max(p.weights + max(p.peak, fit if p.watched else 0) for p in dense),
-        "dense and sparse side by side": max(p.weights + p.peak for p in sparse) + dense[-1].weights
-        + _distributions(found, length, vocabulary),
-    }  # fmt: skip
+        "one sequence, its layer's weights and fit": max(
+            p.weights + max(p.peak, fit if p.watched else 0) for p in dense
+        ),
+        "dense and sparse side by side": _side_by_side(found, sparse, length, vocabulary),
+    }
     largest = max(stages, key=lambda name: stages[name])
     held = min(shelved, BUDGET)
     memory = {STATES: held, largest: stages[largest]}
@@ -254,10 +255,12 @@ def _fit(found: Streams, recipe: Recipe, length: int, fitted: int) -> int:
     return max(sizes) + blocks
 
 
-def _distributions(found: Streams, length: int, vocabulary: int) -> int:
-    """What the logits of four programs (dense, DSA, oracle, window) are made from, and the blocks that two of them are compared in:
-    logits and logarithms of each, and what the divergence takes."""
-    return 4 * 4 * length * found.layers[-1].hidden_size + 7 * 4 * POSITIONS * vocabulary
+def _side_by_side(found: Streams, sparse: Sequence[Footprint], length: int, vocabulary: int) -> int:
+    """A piece of a selection's program, and what the logits of those before are made from (dense, DSA, oracle, window); or all of
+    that with both heads, and the blocks that two are compared in: logits and logarithms of each, and what the divergence takes."""
+    made_from = 4 * length * found.layers[-1].hidden_size
+    streaming = max(p.weights + p.peak for p in sparse) + 3 * made_from
+    return max(streaming, found.dense.head + found.sparse.head + 4 * made_from + 7 * 4 * POSITIONS * vocabulary)
 
 
 def _transformers(found: Streams, length: int, vocabulary: int) -> int:

@@ -184,7 +184,8 @@ def _run(model: Any, batch: Mapping[str, Tensor]) -> Logits:
         model.set_output_embeddings(head)
     if found is not kept.given:
         return Logits(model(**batch, use_cache=False).logits)
-    return Logits(kept.x, head.weight.detach(), head.bias if head.bias is None else head.bias.detach())
+    layer = head.weight.detach(), None if head.bias is None else head.bias.detach()
+    return Logits(kept.x, lambda: layer)
 
 
 def loaded_logits(checkpoint: Checkpoint, class_name: str, batch: Mapping[str, Tensor]) -> tuple[Logits, list[str]]:

@@ -240,13 +240,18 @@ def test_rows_of_logits_that_are_computed_late(
 ) -> None:
     """What they are made from is all that is kept of them, and each row is that of the whole."""
     [sequence] = batches(shape)
-    logits = next(PieceRunner(program, cores=cores).logits_of([sequence]))
+    loaded: list[str] = []
+    load = own_weights(program)
+    runner = PieceRunner(program, lambda name: loaded.append(name) or load(name), cores)  # type: ignore[func-returns-value]
+    logits = next(runner.logits_of([sequence]))
     wanted = whole(program, sequence)
+    assert "lm_head.weight" not in loaded
     assert logits.x.shape == (*wanted.shape[:2], 64)  # hidden_size
     for number, row in enumerate(wanted):
         torch.testing.assert_close(logits.rows(slice(None), number), row, rtol=0, atol=1e-6)
     first = logits.rows(slice(0, 1))
     torch.testing.assert_close(first, wanted[0, :1], rtol=0, atol=1e-6)
+    assert loaded.count("lm_head.weight") == 1
 
 
 def test_logits_that_are_no_linear_layers_are_given_whole(program: ExportedProgram) -> None:

@@ -71,3 +71,15 @@ def test_layers_of_one_kind_are_looked_at_once() -> None:
     footprints = Footprints(PieceRunner(program, cores=cores))
     assert len(footprints.at(100)) == 7
     assert len(footprints._kinds) < 6  # before the first core, dense and sparse MLPs, behind the last
+
+
+def test_logits_and_head_that_are_late_are_not_counted() -> None:
+    program = families.export(families.build("deepseek_v3", num_hidden_layers=2))
+    runner = PieceRunner(program)
+    (plain,), (late,) = Footprints(runner).at(4096), Footprints(runner, late=True).at(4096)
+    assert Footprints(runner, late=True).head == plain.weights - late.weights == 4 * 64 * families.VOCAB
+    assert late.flops == plain.flops
+    assert late.peak <= plain.peak
+    alone = torch.export.export(torch.nn.Linear(8, 512, bias=False).requires_grad_(False), (torch.ones(1, 4, 8),))
+    head = PieceRunner(alone)
+    assert Footprints(head).at(4)[0].peak - Footprints(head, late=True).at(4)[0].peak == 4 * 4 * 512
