@@ -174,7 +174,7 @@ def convert(folder: Path, options: argparse.Namespace) -> None:
     recipe = folder / "recipe.yaml"
     recipe.write_text(json.dumps({
         "tokens": options.tokens, "sequence_length": options.sequence_length, "index_topk": options.index_topk,
-        "indexer": "closed_form", "verify": {"sequences": 1, "max_loss_delta": 1e9},
+        "indexer": "closed-form", "verify": {"sequences": 1, "max_loss_delta": 1e9},
     }))  # fmt: skip
     run = [sys.executable, "-m", "mla2dsa"]
     planned = subprocess.run([*run, "plan", model, "--recipe", recipe, "--json"], check=True, capture_output=True)

@@ -221,6 +221,7 @@ def _against_transformers(pair: Pair, sequences: Sequence[Tensor]) -> list[Check
     checks.append(_equal(pair, dense_short, sparse_short))
     if target is None:
         return [*checks, _dense_parity(pair, sparse_short, short)]
+    del dense_short, sparse_short  # each has a head
     length = parity_length(pair.config, [site.dims.num_heads for site in pair.converted.found.sites])
     return checks + _parity(pair, name, [ids[:length] for ids in sequences[:PARITY_SEQUENCES]])
 

@@ -196,7 +196,7 @@ def resources(found: Streams, recipe: Recipe, context: int, vocabulary: int) -> 
         "one sequence, its layer's weights and fit": max(
             p.weights + max(p.peak, fit if p.watched else 0) for p in dense
         ),
-        "dense and sparse side by side": _side_by_side(found, sparse, length, vocabulary),
+        "dense and sparse side by side": _side_by_side(found, dense, sparse, length, vocabulary),
     }
     largest = max(stages, key=lambda name: stages[name])
     held = min(shelved, BUDGET)
@@ -255,12 +255,16 @@ def _fit(found: Streams, recipe: Recipe, length: int, fitted: int) -> int:
     return max(sizes) + blocks
 
 
-def _side_by_side(found: Streams, sparse: Sequence[Footprint], length: int, vocabulary: int) -> int:
-    """A piece of a selection's program, and what the logits of those before are made from (dense, DSA, oracle, window); or all of
-    that with both heads, and the blocks that two are compared in: logits and logarithms of each, and what the divergence takes."""
+def _side_by_side(
+    found: Streams, dense: Sequence[Footprint], sparse: Sequence[Footprint], length: int, vocabulary: int
+) -> int:
+    """The most of three. A piece of a selection's program, and what the logits of those before are made from (dense, DSA, oracle,
+    window). All of that with both heads, and the blocks that two are compared in: logits and logarithms of each, and what the
+    divergence takes. The weights of a piece of both, which short sequences go through in step."""
     made_from = 4 * length * found.layers[-1].hidden_size
     streaming = max(p.weights + p.peak for p in sparse) + 3 * made_from
-    return max(streaming, found.dense.head + found.sparse.head + 4 * made_from + 7 * 4 * POSITIONS * vocabulary)
+    judging = found.dense.head + found.sparse.head + 4 * made_from + 7 * 4 * POSITIONS * vocabulary
+    return max(streaming, judging, max(a.weights + b.weights for a, b in zip(dense, sparse, strict=True)))
 
 
 def _transformers(found: Streams, length: int, vocabulary: int) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,8 +78,8 @@ def compare(
     first = PieceRunner(before, load_before, [old for _, old, _ in layers])
     second = PieceRunner(after, load_after, [new for _, _, new in layers])
     worst = {name: Difference(name, 0.0) for name, _, _ in layers}
-    run_first = first.run(sequences, [old for _, old, _ in layers] + first.outputs)
-    run_second = second.run(sequences, [new for _, _, new in layers] + second.outputs)
+    run_first = first.run(sequences, [old for _, old, _ in layers] + first.outputs, late=True)
+    run_second = second.run(sequences, [new for _, _, new in layers] + second.outputs, late=True)
     outputs = Difference("outputs", 0.0)
     for a, b in zip(run_first, run_second, strict=True):
         mask = sequences[a.sequence].get("attention_mask")
@@ -87,7 +89,7 @@ def compare(
                 worst[name] = worst[name].joined(found)
         for old, new in zip(first.outputs, second.outputs, strict=True):
             if old in a.values and new in b.values:
-                outputs = outputs.joined(difference("outputs", a.values[old], b.values[new], mask))
+                outputs = outputs.joined(_of_outputs(a.values[old], b.values[new], mask))
     return NumericCheck((*worst.values(), outputs), tolerance)
 
 
@@ -95,21 +97,41 @@ def difference(name: str, a: Tensor, b: Tensor, mask: Tensor | None = None, toke
     """Of the values at real tokens."""
     if mask is not None and not bool(mask.all()):
         a, b = a.movedim(token_axis, 1)[mask.bool()], b.movedim(token_axis, 1)[mask.bool()]
-    nans = (int(a.isnan().sum()), int(b.isnan().sum()))
-    infinities = (int(a.isinf().sum()), int(b.isinf().sum()))
-    if any((*nans, *infinities)):
-        return Difference(name, float("nan"), nans, infinities)
-    scale = a.abs().max().clamp_min(torch.finfo(a.dtype).tiny)
-    return Difference(name, float((a - b).abs_().max() / scale))
+    return _difference(name, [(a, b)])
 
 
 def logits_difference(a: Logits, b: Logits) -> float:
     """The largest difference of one sequence's, relative to the largest of `a`; NaN where something is not finite."""
-    worst, largest = torch.zeros(()), torch.tensor(torch.finfo(torch.float32).tiny)
-    for positions in blocks(0, a.tokens):
-        one, two = (logits.rows(positions).float().cpu() for logits in (a, b))
-        worst, largest = torch.maximum(worst, (one - two).abs().max()), torch.maximum(largest, one.abs().max())
-    return float(worst / largest)
+    return _of_outputs(a, b, None).relative
+
+
+def _of_outputs(a: Any, b: Any, mask: Tensor | None) -> Difference:
+    """Of outputs of two programs, Logits or tensors."""
+    if not isinstance(a, Logits) and not isinstance(b, Logits):
+        return difference("outputs", a, b, mask)
+    a, b = (found if isinstance(found, Logits) else Logits(found) for found in (a, b))
+
+    def rows() -> Iterator[tuple[Tensor, Tensor]]:
+        for number, positions in product(range(a.x.shape[0]), blocks(0, a.tokens)):
+            real = slice(None) if mask is None else mask[number, positions].bool().cpu()
+            yield a.rows(positions, number).cpu()[real], b.rows(positions, number).cpu()[real]
+
+    return _difference("outputs", rows())
+
+
+def _difference(name: str, parts: Iterable[tuple[Tensor, Tensor]]) -> Difference:
+    """Over all parts of the values."""
+    worst, scale = 0.0, 0.0
+    nans, infinities = [0, 0], [0, 0]
+    for pair in parts:
+        nans = [count + int(x.isnan().sum()) for count, x in zip(nans, pair, strict=True)]
+        infinities = [count + int(x.isinf().sum()) for count, x in zip(infinities, pair, strict=True)]
+        if pair[0].numel():
+            scale = max(scale, float(pair[0].abs().max()), float(torch.finfo(pair[0].dtype).tiny))
+            worst = max(worst, float((pair[0] - pair[1]).abs_().max()))
+    if any((*nans, *infinities)):
+        return Difference(name, float("nan"), (nans[0], nans[1]), (infinities[0], infinities[1]))
+    return Difference(name, worst / scale if scale else 0.0)
 
 
 def _larger(a: float, b: float) -> float:
