@@ -44,14 +44,14 @@ def make(folder: Path, heads: int, layers: int, context: int) -> None:
     model.save_pretrained(folder)
 
 
-def make_youtu(folder: Path) -> None:
-    """A random YoutuForCausalLM of Youtu-LLM-2B's shape, bfloat16: 1.96 billion parameters."""
+def make_youtu(folder: Path, layers: int) -> None:
+    """A random YoutuForCausalLM of Youtu-LLM-2B's shape, bfloat16: 1.96 billion parameters with its 32 layers."""
     import torch
     from transformers import YoutuConfig, YoutuForCausalLM
 
     torch.manual_seed(0)
     config = YoutuConfig(
-        vocab_size=128256, hidden_size=2048, intermediate_size=6144, num_hidden_layers=32, num_attention_heads=16,
+        vocab_size=128256, hidden_size=2048, intermediate_size=6144, num_hidden_layers=layers, num_attention_heads=16,
         num_key_value_heads=16, kv_lora_rank=512, q_lora_rank=1536, qk_rope_head_dim=64, v_head_dim=128, qk_nope_head_dim=128,
         max_position_embeddings=131072, rope_theta=1600000.0, tie_word_embeddings=True,
     )  # fmt: skip
@@ -118,7 +118,7 @@ def rows() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--layers", type=int, help="3; of Youtu's shape 32")
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--sequence-length", type=int)
@@ -131,19 +131,20 @@ def main() -> None:
     if options.rows:
         rows()
         return
+    layers = options.layers or (32 if options.youtu else 3)
     for heads in [16] if options.youtu else options.heads:
         with tempfile.TemporaryDirectory() as folder:
             model = Path(folder) / "model"
             if options.youtu:
-                make_youtu(model)
+                make_youtu(model, layers)
             else:
-                make(model, heads, options.layers, options.context)
+                make(model, heads, layers, options.context)
             found = convert(model, Path(folder) / "out", options)
         if options.json:
             print(json.dumps({"heads": heads, **found}), flush=True)
             continue
         print(
-            f"{heads} heads, {found['sequences']} x {found['sequence_length']} tokens: predicted {found['peak_memory'] / GIB:.2f} GiB "
+            f"{heads} heads, {layers} layers, {found['sequences']} x {found['sequence_length']} tokens: predicted {found['peak_memory'] / GIB:.2f} GiB "
             f"and {found['seconds']:.0f} s, measured {found['measured_peak'] / GIB:.2f} GiB and {found['measured_seconds']:.0f} s, "
             f"exit {found['exit']} {' '.join(found['said'])}",
             flush=True,
