@@ -234,9 +234,7 @@ def test_nothing_is_streamed_behind_the_last_layer_to_fit(
     )
     whole: list[int] = []
     results(source, on_sequence=lambda count, total: whole.append(count))
-    assert len(seen) == (
-        0 if missing is None else len(whole) * (missing + 1) // (len(LAYERS) + 1)
-    )  # the last piece has no attention
+    assert len(seen) == (0 if missing is None else len(whole) * (missing + 1) // len(LAYERS))
 
 
 def test_progress_counts_every_sequence_of_every_piece(source: WeightSource) -> None:
