@@ -120,6 +120,10 @@ class PieceRunner:
         ]
         return max(ends, default=0)
 
+    def weights(self, piece: int) -> list[str]:
+        """Names of what a piece reads, as the loader knows them."""
+        return [str(self._names[node]) for node in self.pieces[piece].weights]
+
     def logits_of(self, sequences: Sequence[Mapping[str, Tensor]]) -> Iterator[Logits]:
         """The program's first output, sequence by sequence; its rows are computed when they are asked for, where it is a linear
         layer's."""

@@ -22,10 +22,10 @@ from ...kernels.spec import IndexerConfig, IndexerWeights
 from ...passes.matching.sites import MlaSite
 from ...passes.mla_to_dsa import prepare as find_sites
 from ...passes.tap import ROWS_INPUT, SITE_TAPS, TABLE_TAPS, Tapped, tap
-from ...runtime.execute import PieceRunner
+from ...runtime.execute import PieceRunner, Seen
 from ...runtime.processes import processes
 from ...runtime.shelf import Kept, Shelf
-from ..model.weights import WeightSource
+from ..model.weights import WeightLoader, WeightSource
 from .distil import DistilSchedule
 from .layer_fit import NO_TRAINING, NOTHING_SPENT, Budget, Fit, Samples, Spent, Training, fit
 from .samples import ShelvedSamples, SiteMaps, SiteSample
@@ -147,7 +147,7 @@ def layer_samples(
     gathered: list[dict[str, Kept]] = [{} for _ in inputs]
     watch = [node for name, node in tapped.taps.items() if not name.endswith(".attention")]
     steps = runner.until(watch) * len(inputs)
-    for seen in runner.run(inputs, watch):
+    for seen in _run(runner, load, inputs, watch):
         gathered[seen.sequence] |= {name: shelf.put(tensor[0].float()) for name, tensor in seen.values.items()}
         here, number, piece = [sites[name] for name in seen.values if name in sites], seen.sequence, seen.piece
         del seen  # the next sequence needs the room
@@ -160,6 +160,21 @@ def layer_samples(
             _forget(site, tapped, gathered)
             yield site, samples, partial(_checked_maps, site, names, load, samples=samples)
             del samples  # before the next layer's are gathered
+
+
+def _run(
+    runner: PieceRunner, load: WeightLoader, inputs: Sequence[Mapping[str, Tensor]], watch: Sequence[str]
+) -> Iterator[Seen]:
+    """What `runner.run` shows. Weights that it does not need (the head's, experts that no token goes to) are looked at all the same:
+    values that are not finite are refused, whoever reads them."""
+    for piece in range(runner.until(watch), len(runner.pieces)):
+        load.look_at_rest(runner.weights(piece))
+    for seen in runner.run(inputs, watch):
+        if seen.sequence == len(inputs) - 1:
+            load.look_at_rest(runner.weights(seen.piece))
+        found = [seen]
+        del seen  # what is yielded is the caller's alone
+        yield found.pop()
 
 
 def _checked_maps(

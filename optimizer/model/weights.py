@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 
@@ -30,9 +30,9 @@ class WeightSource:
     device: str = "cpu"
     indexers: Mapping[str, IndexerWeights] | None = None
 
-    def loader(self, program: ExportedProgram) -> _Loader:
+    def loader(self, program: ExportedProgram) -> WeightLoader:
         """A function from a parameter or buffer name of `program` (the captured one, or a rewritten one) to its value."""
-        return _Loader(self, program)
+        return WeightLoader(self, program)
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Tensors the checkpoint must hold, and their shapes as config.json gives them."""
@@ -54,11 +54,13 @@ class WeightSource:
 
 
 @dataclass(frozen=True)
-class _Loader:
+class WeightLoader:
     source: WeightSource
     program: ExportedProgram
+    _asked: set[str | tuple[str, int]] = field(default_factory=set, compare=False)  # names, and experts of one
 
     def __call__(self, name: str) -> Tensor:
+        self._asked.add(name)
         source = self.source
         constant = self.program.constants.get(name)
         if isinstance(constant, Tensor):
@@ -75,6 +77,7 @@ class _Loader:
 
     def expert(self, name: str, number: int) -> Tensor:
         """`self(name)[number]` of a parameter that is one expert's after the other's; only that one's tensors are read."""
+        self._asked.add((name, number))
         source, declared = self.source, self.program.state_dict[name]
         name = source.capture.tied.get(name, name)
         parts = source.names.parts(name, tuple(declared.shape))
@@ -84,6 +87,18 @@ class _Loader:
         own = islice(parts, number * each, (number + 1) * each)
         rows = [source.checkpoint.load(part, dtype=declared.dtype) for part in own]
         return torch.cat(rows).to(source.device)
+
+    def look_at_rest(self, names: Iterable[str]) -> None:
+        """Load what nobody has asked for of these, an expert at a time: what cannot be read, or is not finite, raises UserError."""
+        for name in names:
+            if name in self._asked:
+                continue
+            if name not in self.program.state_dict or not self.source.names.is_stacked(name):
+                self(name)
+                continue
+            for number in range(self.source.names.experts(name)):
+                if (name, number) not in self._asked:
+                    self.expert(name, number)
 
     def _stacked(self, parts: Mapping[str, tuple[int, ...]], declared: Tensor) -> Tensor:
         stacked = torch.empty(declared.shape, dtype=declared.dtype, device=self.source.device)

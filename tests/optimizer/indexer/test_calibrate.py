@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import dense_checkpoint
 from comparing import close
+from safetensors.torch import load_file, save_file
 from saved import opened, saved, transformers_model
 from torch import Tensor
 
@@ -21,6 +24,7 @@ from mla2dsa.optimizer.indexer.distil import DistilSchedule
 from mla2dsa.optimizer.indexer.layer_fit import Budget, Training
 from mla2dsa.optimizer.indexer.samples import SiteSample
 from mla2dsa.optimizer.model.weights import WeightSource
+from mla2dsa.runtime import one_expert
 
 TOPK, LENGTH = 12, 48
 CONFIG = IndexerConfig(index_topk=TOPK, index_n_heads=4, index_head_dim=64)
@@ -265,3 +269,24 @@ def test_the_layer_is_named(source: WeightSource) -> None:
     how = Calibration(IndexerConfig(TOPK, 4, index_head_dim=16), 16)
     with pytest.raises(UserError, match=rf"^{LAYERS[0]}: index_head_dim 16 is too narrow"):
         next(calibrate(source, text(2), text(1), how))
+
+
+@pytest.mark.parametrize("most", [None, 0], ids=["held", "one by one"])
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.experts.5.up_proj.weight"])
+def test_values_that_nothing_here_needs_are_looked_at(
+    name: str, most: int | None, source: WeightSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head's, and those of an expert that no token goes to: a broken file is refused, whichever part of it is read."""
+    if most is not None:
+        monkeypatch.setattr(one_expert, "MOST_HELD", most)
+    weights = {
+        name: tensor
+        for file in source.checkpoint.path.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+    weights[name][0, 0] = torch.nan
+    weights["model.layers.1.mlp.gate.e_score_correction_bias"][5] = -1e9
+    shutil.copytree(source.checkpoint.path, tmp_path / "broken", ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file(weights, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"{name} has 1 NaN or infinite values"):
+        results(opened(tmp_path / "broken"))
