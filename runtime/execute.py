@@ -86,9 +86,9 @@ class PieceRunner:
         memory = Memory(program.graph)
         self.pieces = _cut(program, set(cores or ()), set(self._names), memory)
         self._written = {n for n in program.graph.nodes if memory.is_written(n)}
-        self.projection = _projection(program)
+        self.projection = _projection(program, memory)
         head = (linear_parts(self.projection) or ())[1:] if self.projection is not None else ()
-        self.head = {n for n in head if n is not None and n in self._names and len(n.users) == 1} - self._written
+        self.head = {n for n in head if n is not None and n in self._names and len(n.users) == 1}
         self.one_by_one = one_expert.large(self._names)
         for node in self._written & set(self._names):
             if sum(node in piece.weights for piece in self.pieces) > 1:
@@ -214,10 +214,12 @@ def _is_random(target: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
 
 
-def _projection(program: ExportedProgram) -> Node | None:
-    """The linear layer whose result the program's first output is, if nobody else reads that."""
+def _projection(program: ExportedProgram, memory: Memory) -> Node | None:
+    """The linear layer whose result the program's first output is, if nobody else reads that, and what it reads stays as it is."""
     first = next(iter(_flat_outputs(program)), None)
-    return first if first is not None and linear_parts(first) and len(first.users) == 1 else None
+    if first is None or not linear_parts(first) or len(first.users) != 1:
+        return None
+    return None if any(map(memory.is_written, first.all_input_nodes)) else first
 
 
 def _own_state(program: ExportedProgram) -> Loader:

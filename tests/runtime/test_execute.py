@@ -271,6 +271,29 @@ def test_logits_that_are_no_linear_layers_are_given_whole(program: ExportedProgr
     assert torch.equal(logits.rows(slice(1, 3)), scaled.module()(x)[0, 1:3])
 
 
+class WritesAfterwards(torch.nn.Module):
+    """To what its head has read, or to the head's weight."""
+
+    def __init__(self, weight: bool) -> None:
+        super().__init__()
+        self.to_weight = weight
+        self.register_buffer("head", torch.randn(16, 8))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.sin()
+        logits = torch.nn.functional.linear(x, self.head)  # type: ignore[arg-type]
+        (self.head if self.to_weight else x).add_(1.0)  # type: ignore[operator, union-attr]
+        return logits, x
+
+
+@pytest.mark.parametrize("weight", [False, True], ids=["hidden state", "weight"])
+def test_logits_of_what_is_written_to_afterwards(weight: bool) -> None:
+    model, x = WritesAfterwards(weight), torch.randn(1, 5, 8)
+    written = torch.export.export(copy.deepcopy(model), (x,), strict=False)
+    logits = next(PieceRunner(written).logits_of([{"x": x}]))
+    torch.testing.assert_close(logits.rows(slice(None)), model(x)[0][0])
+
+
 def test_an_override_replaces_the_op(program: ExportedProgram, cores: list[str]) -> None:
     def nothing(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return torch.zeros_like(v)
