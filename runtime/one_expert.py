@@ -37,7 +37,7 @@ class OneByOne:
 
     def first(self, count: int) -> OneByOne:
         """w[:count]."""
-        return replace(self, shape=(min(count, self.shape[0]), *self.shape[1:]))
+        return replace(self, shape=(len(range(self.shape[0])[:count]), *self.shape[1:]))
 
 
 def large(weights: Iterable[Node], most: int | None = None) -> dict[Node, int]:

@@ -131,3 +131,11 @@ def test_a_loader_of_whole_tensors_gives_whole_tensors(
     load = source.loader(source.capture.program)
     logits(PieceRunner(source.capture.program, lambda name: asked.append(name) or load(name)))  # type: ignore[func-returns-value]
     assert any(name.endswith("experts.gate_up_proj") for name in asked)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 9, -1, -4, -9])
+def test_the_first_experts_as_a_slice_has_them(count: int) -> None:
+    whole = torch.randn(4, 3, 2)
+    first = one_expert.OneByOne(tuple(whole.shape), whole.__getitem__).first(count)
+    assert first.shape == whole[:count].shape
+    assert all(torch.equal(first[number], whole[:count][number]) for number in range(first.shape[0]))
