@@ -212,22 +212,28 @@ def test_an_indexer_that_selects_without_topk_is_refused(model: Any) -> None:
         parity(model, inputs(), found, taken)
 
 
-@pytest.mark.parametrize("capped", [False, True], ids=["the head's", "capped after the head"])
-def test_logits_are_the_models(model: Any, capped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "capped",
+    [None, lambda x: 3 * torch.tanh(x / 3), lambda x: x.mul_(2), lambda x: x.div_(30).tanh_().mul_(30)],
+    ids=["the head's", "capped after the head", "scaled in place", "capped in place"],
+)
+def test_logits_are_the_models(
+    model: Any, capped: Callable[[Tensor], Tensor] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Made of what the head is given, unless the model does something with what the head gives."""
     forward = model.forward
-    if capped:
+    if capped is not None:
 
         def then(**inputs: Any) -> Any:
             out = forward(**inputs)
-            out.logits = 3 * torch.tanh(out.logits / 3)
+            out.logits = capped(out.logits)
             return out
 
         monkeypatch.setattr(model, "forward", then)
     head = model.lm_head
     found = logits(model, inputs())
     assert model.lm_head is head
-    assert (found.head is None) == capped
+    assert (found.head is None) == (capped is not None)
     with torch.no_grad(), lowest_slot_ties():
         wanted = model(**inputs(), use_cache=False).logits
     torch.testing.assert_close(found.rows(slice(None)), wanted[0], rtol=0, atol=1e-6)
