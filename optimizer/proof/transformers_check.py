@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -171,26 +171,28 @@ class _Kept(nn.Module):
 
     def is_given_out(self, found: Any) -> bool:
         """Whether a model gave it out as it was given, and wrote nothing to it."""
-        return found is self.given and float(found) == float(found.new_tensor(self.VALUE))
+        given = self.given
+        return given is not None and found is given and torch.equal(given, torch.full_like(given, self.VALUE))
 
 
 def logits(model: Any, batch: Mapping[str, Tensor]) -> Logits:
     """[B, T, vocab] without a cache, ties broken by lowest slot."""
-    with lowest_slot_ties():
-        return _run(model, batch)
+    return _run(model, batch, lowest_slot_ties)
 
 
 @torch.no_grad()
-def _run(model: Any, batch: Mapping[str, Tensor]) -> Logits:
-    """Logits, as rows of them are asked for, unless the model does more with them than to give them out."""
+def _run(model: Any, batch: Mapping[str, Tensor], rule: Callable[[], AbstractContextManager[None]]) -> Logits:
+    """Logits, as rows of them are asked for, unless the model does more with them than to give them out. rule: each run's."""
     head, kept = model.get_output_embeddings(), _Kept()
     model.set_output_embeddings(kept)
     try:
-        found = model(**batch, use_cache=False).logits
+        with rule():
+            found = model(**batch, use_cache=False).logits
     finally:
         model.set_output_embeddings(head)
     if not kept.is_given_out(found):
-        return Logits(model(**batch, use_cache=False).logits)
+        with rule():
+            return Logits(model(**batch, use_cache=False).logits)
     layer = head.weight.detach(), None if head.bias is None else head.bias.detach()
     return Logits(kept.x, lambda: layer)
 
@@ -210,6 +212,5 @@ def parity(
     not select keys once a layer.
     """
     selection = SameSelection(selections)
-    with selection.taken():
-        found = _run(model, batch)
+    found = _run(model, batch, selection.taken)
     return logits_difference(found, expected), selection.shortfall

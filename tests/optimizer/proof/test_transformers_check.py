@@ -239,6 +239,20 @@ def test_logits_are_the_models(
     torch.testing.assert_close(found.rows(slice(None)), wanted[0], rtol=0, atol=1e-6)
 
 
+def test_parity_of_a_model_that_scales_its_logits(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is run twice, each time over our selection."""
+    forward = model.forward
+
+    def scaled(**inputs: Any) -> Any:
+        out = forward(**inputs)
+        out.logits = 2 * out.logits
+        return out
+
+    monkeypatch.setattr(model, "forward", scaled)
+    found, taken = own_choice(model)
+    assert parity(model, inputs(), found, taken) == (pytest.approx(0, abs=1e-6), 0.0)
+
+
 @pytest.mark.parametrize(
     ("file", "text", "part"),
     [
