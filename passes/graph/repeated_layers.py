@@ -89,16 +89,17 @@ def _longer(hf_config: Any, count: int) -> bool:
 def _kind(layer: torch.nn.Module) -> list[Any]:
     """All that tells a layer from others, apart from its number and the values of its weights: whatever it and its modules hold,
     hooks among it."""
-    stored = {id(tensor) for tensor in (*layer.parameters(), *layer.buffers())}
+    stored = {id(tensor): at for at, tensor in enumerate((*layer.parameters(), *layer.buffers()))}  # a tied one once
     held = [(name, type(module), vars(module)) for name, module in layer.named_modules()]
     return [(n, t, _comparable({k: v for k, v in own.items() if k != NUMBER}, stored)) for n, t, own in held]
 
 
-def _comparable(value: Any, stored: set[int]) -> Any:
-    """Something that is equal for equal values: weights and buffers (ids `stored`) by their kind, other objects as themselves alone;
+def _comparable(value: Any, stored: Mapping[int, int]) -> Any:
+    """Something that is equal for equal values: weights and buffers (`stored`: ids, and which of the layer's it is) by their kind and
+    by which are one, other objects as themselves alone;
     a tensor that is neither is a constant of the graph, and has to be the same one."""
     if isinstance(value, torch.Tensor) and id(value) in stored:
-        return (value.shape, value.dtype)
+        return (stored[id(value)], value.shape, value.dtype)
     if isinstance(value, torch.nn.Module):
         return type(value)  # what it holds is compared where its turn comes
     if isinstance(value, int | float | str | bool | type(None) | torch.dtype):

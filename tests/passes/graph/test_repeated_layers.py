@@ -117,6 +117,7 @@ CHANGES: dict[str, Any] = {
     "hook": lambda module: module.register_forward_hook(lambda *_: None),
     "buffer": lambda module: module.register_buffer("more", torch.ones(1, device="meta"), persistent=False),
     "module": lambda module: module.add_module("more", torch.nn.Identity()),
+    "tied weights": lambda module: setattr(module.kv_a_layernorm, "weight", module.q_a_layernorm.weight),
     "training": lambda module: module.train(),
     "constant": lambda module: setattr(module, "factor", torch.ones(1)),
     "constants in a list": lambda module: setattr(module, "factors", [torch.ones(1)]),
@@ -125,7 +126,8 @@ CHANGES: dict[str, Any] = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_what_a_layer_holds_tells_it_apart(change: Any) -> None:
-    model = families.build("deepseek_v3", num_hidden_layers=6, first_k_dense_replace=0, device="meta").eval()
+    options = {"num_hidden_layers": 6, "first_k_dense_replace": 0, "q_lora_rank": 32}  # both latents as wide
+    model = families.build("deepseek_v3", device="meta", **options).eval()
     change(model.model.layers[4].self_attn)
     assert alike(model, model.config) == [Run("model.layers", 0, 4)]
 
