@@ -144,8 +144,9 @@ def main() -> None:
             print(json.dumps({"heads": heads, **found}), flush=True)
             continue
         print(
-            f"{heads} heads, {layers} layers, {found['sequences']} x {found['sequence_length']} tokens: predicted {found['peak_memory'] / GIB:.2f} GiB "
-            f"and {found['seconds']:.0f} s, measured {found['measured_peak'] / GIB:.2f} GiB and {found['measured_seconds']:.0f} s, "
+            f"{heads} heads, {layers} layers, {found['sequences']} x {found['sequence_length']} tokens: "
+            f"predicted {found['peak_memory'] / GIB:.2f} GiB and {found['seconds']:.0f} s, "
+            f"measured {found['measured_peak'] / GIB:.2f} GiB and {found['measured_seconds']:.0f} s, "
             f"exit {found['exit']} {' '.join(found['said'])}",
             flush=True,
         )
