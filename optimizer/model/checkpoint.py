@@ -188,6 +188,8 @@ class Checkpoint:
 
 
 def _check_finite(name: str, place: TensorLocation, tensor: Tensor) -> None:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
     if not tensor.is_floating_point() or not tensor.numel():
         return
     values = tensor if tensor.dtype.itemsize > 1 else tensor.float()

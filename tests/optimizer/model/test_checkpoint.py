@@ -186,6 +186,23 @@ def test_fp8_without_fitting_scale(tmp_path: Path, extra: dict[str, torch.Tensor
     assert_one_line(error, tmp_path / SINGLE_FILE, part)
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64], ids=str
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_not_finite_in_any_dtype(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
+    fine = torch.arange(-40, 40).to(dtype)
+    bad = fine.clone()
+    bad[17] = value
+    save_file({"fine": fine, "bad": bad, "none": fine[:0]}, tmp_path / SINGLE_FILE)
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = Checkpoint.open(tmp_path)
+    assert torch.equal(checkpoint.load("fine"), fine)
+    assert checkpoint.load("none").numel() == 0
+    with pytest.raises(UserError, match="NaN or infinite"):
+        checkpoint.load("bad")
+
+
 def test_fp8_not_finite(tmp_path: Path) -> None:
     values = torch.ones(4, 4)
     values[0, 0] = float("nan")
