@@ -4,7 +4,7 @@ Registering is a side effect of the import. Both run the model's own maths; neit
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +88,7 @@ def moe_experts(
     Raises ValueError naming the argument that does not fit.
     """
     check_moe_experts(hidden, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
-    return run_experts(hidden, top_k_index, top_k_weights, gate_up_proj, down_proj, activation)
+    return run_experts([(hidden, top_k_index, top_k_weights)], gate_up_proj, down_proj, activation)[0]
 
 
 class Stacked(Protocol):
@@ -99,24 +99,26 @@ class Stacked(Protocol):
     def __getitem__(self, expert: int, /) -> Tensor: ...
 
 
-def run_experts(
-    hidden: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up_proj: Stacked,
-    down_proj: Stacked,
-    activation: str,
-) -> Tensor:
-    """`moe_experts` of arguments that fit; the weights of an expert are asked for once, and only where it serves a token."""
+Tokens: TypeAlias = tuple[Tensor, Tensor, Tensor]  # hidden, top_k_index, top_k_weights
+
+
+def run_experts(several: Sequence[Tokens], gate_up_proj: Stacked, down_proj: Stacked, activation: str) -> list[Tensor]:
+    """`moe_experts` of each of several batches of tokens, whose arguments fit. The weights of an expert are asked for once, and only
+    where it serves a token; each result is what it would be alone."""
     act = _ACTIVATION[activation]
-    out = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-    for expert, slots in _slots_by_expert(top_k_index, gate_up_proj.shape[0]):
-        token = slots // top_k_index.shape[1]  # [n]
-        gate, up = F.linear(hidden[token], gate_up_proj[expert]).chunk(2, -1)  # [n,I] each
-        y = F.linear(act(gate) * up, down_proj[expert])  # [n,D]
-        y = y * top_k_weights.flatten()[slots].unsqueeze(-1)
-        out.index_add_(0, token, y.to(out.dtype))
-    return out
+    outs = [torch.zeros_like(hidden, memory_format=torch.contiguous_format) for hidden, _, _ in several]
+    served = [dict(_slots_by_expert(index, gate_up_proj.shape[0])) for _, index, _ in several]
+    for expert in sorted(set().union(*served)):
+        gate_up, down = gate_up_proj[expert], down_proj[expert]
+        for out, slots_of, (hidden, index, weights) in zip(outs, served, several, strict=True):
+            if (slots := slots_of.get(expert)) is None:
+                continue
+            token = slots // index.shape[1]  # [n]
+            gate, up = F.linear(hidden[token], gate_up).chunk(2, -1)  # [n,I] each
+            y = F.linear(act(gate) * up, down)  # [n,D]
+            y = y * weights.flatten()[slots].unsqueeze(-1)
+            out.index_add_(0, token, y.to(out.dtype))
+    return outs
 
 
 @moe_experts.register_fake

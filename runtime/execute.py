@@ -7,7 +7,7 @@ Nothing here knows layers by name, so any program that `find_mla` reads can be s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -25,7 +25,7 @@ from ..errors import UserError
 from ..passes.graph.graph_eval import CannotEvaluate, concrete, linear_parts, value
 from . import one_expert
 from .logits import Logits
-from .one_expert import OneByOne
+from .one_expert import OneByOne, Waiting
 from .shelf import Kept, Shelf
 
 Loader = Callable[[str], Tensor]
@@ -105,12 +105,49 @@ class PieceRunner:
         carried: list[dict[Node, Any]] = [self._start(sequence) for sequence in sequences]
         for index, piece in enumerate(self.pieces[: self.until(watched)]):
             weights = {node: self._weight(node) for node in piece.weights if not (late and node in self.head)}
-            for number in range(len(sequences)):
-                seen, carried[number] = self._run_piece(piece, weights, carried[number], watched, late)
-                found = [Seen(index, number, seen)]
-                del seen  # what is yielded is the caller's alone: to put away before the next sequence runs
-                yield found.pop()
+            for group in self._groups(piece, sequences):
+                done = self._run_group(piece, weights, [carried[number] for number in group], watched, late)
+                for number in group:
+                    seen, carried[number] = done.pop(0)
+                    found = [Seen(index, number, seen)]
+                    del seen  # what is yielded is the caller's alone: to put away before the next sequence runs
+                    yield found.pop()
             del weights  # before the next piece's are loaded: two layers would be in memory
+
+    def _groups(self, piece: Piece, sequences: Sequence[Mapping[str, Tensor]]) -> Iterator[list[int]]:
+        """Sequences that are run at the same time: one, but where experts are loaded one by one."""
+        many = getattr(self._load, "expert", None) is not None and not self.one_by_one.keys().isdisjoint(piece.weights)
+        group: list[int] = []
+        for number, sequence in enumerate(sequences):
+            tokens = max((tensor.numel() for tensor in sequence.values() if tensor.dim() == 2), default=1)
+            if group and len(group) >= (one_expert.together(tokens) if many else 1):
+                yield group
+                group = []
+            group.append(number)
+        if group:
+            yield group
+
+    def _run_group(
+        self,
+        piece: Piece,
+        weights: Mapping[Node, Any],
+        carried: Sequence[Mapping[Node, Any]],
+        watched: set[str],
+        late: bool,
+    ) -> list[tuple[dict[str, Any], dict[Node, Any]]]:
+        """`_run_piece` of several sequences, which wait for each other where one waits for experts."""
+        runs = [self._run_piece(piece, weights, one, watched, late) for one in carried]
+        answers: list[Any] = [None] * len(runs)
+        while True:
+            waiting, done = list[Waiting](), list[tuple[dict[str, Any], dict[Node, Any]]]()
+            for run in runs:
+                try:
+                    waiting.append(run.send(answers.pop(0)))
+                except StopIteration as end:
+                    done.append(end.value)
+            if not waiting:
+                return done
+            answers = list(one_expert.served(waiting))
 
     def until(self, watch: Collection[str]) -> int:
         """How many pieces are run to see these nodes."""
@@ -162,14 +199,17 @@ class PieceRunner:
 
     @torch.no_grad()
     def _run_piece(
-        self, piece: Piece, weights: Mapping[Node, Tensor], carried: Mapping[Node, Any], watched: set[str], late: bool
-    ) -> tuple[dict[str, Any], dict[Node, Any]]:
+        self, piece: Piece, weights: Mapping[Node, Any], carried: Mapping[Node, Any], watched: set[str], late: bool
+    ) -> Generator[Waiting, Tensor, tuple[dict[str, Any], dict[Node, Any]]]:
+        """(what is watched, what is carried on); yields where experts are to be loaded, and is sent what they give."""
         env: dict[Node, Any] = {node: self._own(node, weight) for node, weight in weights.items()}
         env |= {node: kept.get() if isinstance(kept, Kept) else kept for node, kept in carried.items()}
         device = next((carried[node].device for node in self._inputs if node in carried), None)
         seen: dict[str, Any] = {}
         for node in piece.nodes:
-            env[node] = self._late(node, env) if late and node is self.projection else self._call(node, env, device)
+            made = self._late(node, env) if late and node is self.projection else self._call(node, env, device)
+            env[node] = (yield made) if isinstance(made, Waiting) else made
+            del made
             if node.name in watched and node not in piece.again:
                 seen[node.name] = env[node]
             for done in piece.last_use[node]:

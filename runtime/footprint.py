@@ -22,6 +22,7 @@ from ..kernels.anchors import QUERY_ROWS
 from ..kernels.cpu import BUDGET_MB
 from ..passes.graph.graph_eval import linear_parts, symbols, value
 from .execute import Piece, PieceRunner
+from .one_expert import together
 
 aten = torch.ops.aten
 _BUDGET = BUDGET_MB * 2**20  # of our own ops, beyond what they are given and return
@@ -107,6 +108,7 @@ class _Sizes:
             [size if isinstance(size, int) else shapes.put_in(size, tokens) for size in formula]
             for formula in shapes.formulae
         ]
+        self.tokens = tokens
         self._elements = [math.prod(shape) for shape in self.shapes]
 
     def nbytes(self, memory: _Memory) -> int:
@@ -134,13 +136,14 @@ class _Cost:
 @dataclass(frozen=True)
 class _Step:
     """A node that runs. Values go by their place in the piece. root: whose memory its value is (None: a weight's or an input's);
-    makes: what is added to it; dead: roots of views that end with it, and their memory."""
+    makes: what is added to it; dead: roots of views that end with it, and their memory; waits: for other sequences to get there."""
 
     root: int | None
     makes: _Memory
     workspace: _Cost | None
     flops: _Cost | None
     dead: tuple[tuple[int, _Memory], ...]
+    waits: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,7 @@ def _lives(piece: Piece, how: _How, shapes: _Shapes) -> _Lives:
             _workspace(node, shapes),
             _flops(node, shapes),
             tuple(sorted((places[done], memory(done)) for done in ended if done is not None)),
+            _waits(node, how.one_by_one),
         )
 
     whole = [node for node in piece.weights if node not in how.one_by_one and node not in how.head]
@@ -200,19 +204,27 @@ def _lives(piece: Piece, how: _How, shapes: _Shapes) -> _Lives:
 def _footprint(lives: _Lives, sizes: _Sizes) -> Footprint:
     users = dict.fromkeys(range(len(lives.given)), 1)  # by root: how many of its views are alive
     peak = alive = sum(map(sizes.nbytes, lives.given))
-    flops = 0.0
+    flops, waiting = 0.0, 0
     for step in lives.steps:
         if step.root is not None:
             alive += sizes.nbytes(step.makes)
             users[step.root] = users.get(step.root, 0) + 1
         peak = max(peak, alive + (int(sizes.count(step.workspace)) if step.workspace else 0))
         flops += sizes.count(step.flops) if step.flops else 0.0
+        waiting = max(waiting, alive) if step.waits else waiting
         for root, memory in step.dead:
             users[root] -= 1
             if not users[root]:
                 alive -= sizes.nbytes(memory)
     weights, carried, watched = map(sizes.nbytes, (lives.weights, lives.carried, lives.watched))
+    if waiting:  # what the others of a group have then, and what was watched of them
+        peak += (together(sizes.tokens) - 1) * (waiting + watched)
     return Footprint(weights + lives.experts, peak, carried, watched, flops)
+
+
+def _waits(node: Node, one_by_one: Mapping[Node, int]) -> bool:
+    given = {source for source in node.all_input_nodes for source in (source, *source.all_input_nodes)}
+    return node.target is torch.ops.mla2dsa.moe_experts.default and not given.isdisjoint(one_by_one)
 
 
 def _roots(nodes: Iterable[Node]) -> dict[Node, Node | None]:

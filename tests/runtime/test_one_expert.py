@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from mla2dsa.kernels.spec import IndexerConfig
 from mla2dsa.optimizer.model.checkpoint import Checkpoint
 from mla2dsa.optimizer.model.weights import WeightSource
-from mla2dsa.passes.mla_to_dsa import mla_to_dsa
+from mla2dsa.passes.mla_to_dsa import mla_to_dsa, prepare
 from mla2dsa.runtime import one_expert
 from mla2dsa.runtime.execute import PieceRunner
 from mla2dsa.runtime.footprint import Footprints
@@ -139,3 +140,38 @@ def test_the_first_experts_as_a_slice_has_them(count: int) -> None:
     first = one_expert.OneByOne(tuple(whole.shape), whole.__getitem__).first(count)
     assert first.shape == whole[:count].shape
     assert all(torch.equal(first[number], whole[:count][number]) for number in range(first.shape[0]))
+
+
+@pytest.mark.usefixtures("none_held")
+@pytest.mark.parametrize(("most", "groups"), [(1, 3), (20, 2), (30, 1)], ids=["alone", "two and one", "all"])
+def test_an_expert_serves_the_sequences_that_wait_for_it(
+    most: int, groups: int, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read once for a group of sequences of so many tokens, and each gets what it gets alone, in its turn."""
+    monkeypatch.setattr(one_expert, "MOST_TOKENS", most)
+    source = opened(saved("deepseek_v3", tmp_path_factory))
+    program = source.capture.program
+    cores = [site.core.out.name for site in prepare(program)[1].sites]
+    sequences = [tensors(families.inputs(1, 10, 0, seed=seed)) for seed in range(3)]
+    load = Watching(source)
+    runner = PieceRunner(program, load, cores)
+    found = [outputs[0] for outputs in runner.outputs_of(sequences)]
+    plain = PieceRunner(program, source.loader(program).__call__, cores)  # nothing that has `expert`
+    for one, wanted in zip(found, plain.outputs_of(sequences), strict=True):
+        assert torch.equal(one, wanted[0])
+    times = Counter(load.experts)
+    assert max(times.values()) <= groups
+    assert (sum(times.values()) == len(times)) == (groups == 1)
+    seen = [(one.piece, one.sequence) for one in runner.run(sequences, cores)]
+    assert seen == [(piece, number) for piece in range(len(cores)) for number in range(3)]
+
+
+@pytest.mark.usefixtures("none_held")
+def test_what_waits_is_planned(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = opened(saved("deepseek_v3", tmp_path_factory))
+    peaks = {}
+    for tokens in (32, 64, 128):
+        monkeypatch.setattr(one_expert, "MOST_TOKENS", tokens)
+        peaks[tokens] = Footprints(PieceRunner(source.capture.program)).at(32)[0].peak
+    assert peaks[64] - peaks[32] > 2 * 4 * 32 * 64  # the residual stream and what goes into the experts
+    assert peaks[128] - peaks[64] == 2 * (peaks[64] - peaks[32])
