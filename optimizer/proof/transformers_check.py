@@ -162,7 +162,7 @@ def _uneven(checkpoint: Checkpoint, name: str) -> bool:
 class _Kept(nn.Module):
     """In the place of a model's head: keeps what it is given, and gives something that can be told from all else."""
 
-    VALUE = 0.3  # a scale, a bias and a soft cap make another one of it
+    VALUE = 0.3  # fixed by what a scale, a bias and a soft cap make another one of
     given: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
