@@ -145,5 +145,5 @@ def test_a_query_latent_that_is_too_far_off_is_refused(tmp_path: Path) -> None:
     done = converted(tmp_path / "dense", tmp_path / "out", "vllm")
     assert done.code == 1
     assert len(done.err.strip().splitlines()) == 1
-    assert "1e-05 is allowed, and biases are not read there" in done.err
+    assert "5e-06 is allowed, and biases are not read there" in done.err
     assert not (tmp_path / "out").exists()
