@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import families
 import pytest
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from mla2dsa.optimizer.model.capture import Capture, capture
 from mla2dsa.optimizer.model.checkpoint import Checkpoint
@@ -72,3 +73,16 @@ def transformers_model(folder: Path, attention: str = "eager") -> Any:
         folder, attn_implementation=attention, dtype=torch.float32
     )
     return found.eval()
+
+
+@torch.no_grad()
+def whole(program: ExportedProgram, batch: dict[str, Tensor]) -> Tensor:
+    """Logits of a program with its own weights, as torch runs it."""
+    logits: Tensor = program.module()(**batch, use_cache=False).logits
+    return logits
+
+
+def own_weights(program: ExportedProgram) -> Callable[[str], Tensor]:
+    """A loader of copies of a program's own weights."""
+    held: dict[str, Any] = {**program.state_dict, **program.constants}
+    return lambda name: held[name].clone()

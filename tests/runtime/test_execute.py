@@ -6,7 +6,6 @@ import copy
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import families
@@ -14,7 +13,7 @@ import pytest
 import torch
 from comparing import close
 from handwritten import Mla, build, export, inputs
-from saved import captured, config_dict, opened, run, saved, tensors
+from saved import captured, config_dict, opened, own_weights, run, saved, tensors, whole
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from writing_variants import CountsCalls, MaskInputWritten
@@ -42,17 +41,6 @@ def cores(program: ExportedProgram) -> list[str]:
 
 def batches(*shapes: tuple[int, int, int]) -> list[dict[str, Tensor]]:
     return [tensors(families.inputs(*shape, seed=seed)) for seed, shape in enumerate(shapes)]
-
-
-@torch.no_grad()
-def whole(program: ExportedProgram, batch: dict[str, Tensor]) -> Tensor:
-    logits: Tensor = program.module()(**batch, use_cache=False).logits
-    return logits
-
-
-def own_weights(program: ExportedProgram) -> Callable[[str], Tensor]:
-    held: dict[str, Any] = {**program.state_dict, **program.constants}
-    return lambda name: held[name].clone()
 
 
 # The same numbers

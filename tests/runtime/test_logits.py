@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
 
 import families
 import pytest
 import torch
-from saved import tensors
+from saved import own_weights, tensors, whole
 from torch import Tensor
 from torch.export import ExportedProgram
 
@@ -27,17 +25,6 @@ def program() -> ExportedProgram:
 @pytest.fixture(scope="module")
 def cores(program: ExportedProgram) -> list[str]:
     return [site.core.out.name for site in prepare(program)[1].sites]
-
-
-@torch.no_grad()
-def whole(program: ExportedProgram, batch: dict[str, Tensor]) -> Tensor:
-    logits: Tensor = program.module()(**batch, use_cache=False).logits
-    return logits
-
-
-def own_weights(program: ExportedProgram) -> Callable[[str], Tensor]:
-    held: dict[str, Any] = {**program.state_dict, **program.constants}
-    return lambda name: held[name].clone()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
