@@ -90,6 +90,7 @@ class PieceRunner:
         head = (linear_parts(self.projection) or ())[1:] if self.projection is not None else ()
         self.head = {n for n in head if n is not None and n in self._names and len(n.users) == 1}
         self.one_by_one = one_expert.large(self._names)
+        self._ends: dict[frozenset[str], int] = {}
         for node in self._written & set(self._names):
             if sum(node in piece.weights for piece in self.pieces) > 1:
                 raise UserError(
@@ -151,11 +152,13 @@ class PieceRunner:
 
     def until(self, watch: Collection[str]) -> int:
         """How many pieces are run to see these nodes."""
-        wanted = {node for piece in self.pieces for node in piece.nodes if node.name in watch}
-        ends = [
-            number for number, piece in enumerate(self.pieces, 1) if not wanted.isdisjoint({*piece.nodes} - piece.again)
-        ]
-        return max(ends, default=0)
+        key = frozenset(watch)
+        if key not in self._ends:  # a session asks for each token
+            wanted = {node for piece in self.pieces for node in piece.nodes if node.name in key}
+            pieces = enumerate(self.pieces, 1)
+            ends = [number for number, piece in pieces if not wanted.isdisjoint({*piece.nodes} - piece.again)]
+            self._ends[key] = max(ends, default=0)
+        return self._ends[key]
 
     def weights(self, piece: int) -> list[str]:
         """Names of what a piece reads, as the loader knows them."""
@@ -245,7 +248,7 @@ class PieceRunner:
 
         target = self._overrides.get(node.target, node.target)
         args, kwargs = torch.fx.node.map_aggregate((node.args, dict(node.kwargs)), given)
-        if any(isinstance(arg, OneByOne) for arg in args):
+        if self.one_by_one and any(isinstance(arg, OneByOne) for arg in args):
             return one_expert.call(node.target, args)
         return target(*args, **kwargs)
 
