@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from ...errors import UserError
 from ...runtime.execute import Loader, PieceRunner
 from ...runtime.logits import Logits
 from .figures import blocks
@@ -81,15 +82,22 @@ def compare(
     run_first = first.run(sequences, [old for _, old, _ in layers] + first.outputs, late=True)
     run_second = second.run(sequences, [new for _, _, new in layers] + second.outputs, late=True)
     outputs = Difference("outputs", 0.0)
+    seen: set[str] = set()
     for a, b in zip(run_first, run_second, strict=True):
         mask = sequences[a.sequence].get("attention_mask")
         for name, old, new in layers:
             if old in a.values and new in b.values:
                 found = difference(name, a.values[old], b.values[new], mask, token_axis=2)
                 worst[name] = worst[name].joined(found)
+                seen.add(name)
         for old, new in zip(first.outputs, second.outputs, strict=True):
             if old in a.values and new in b.values:
                 outputs = outputs.joined(_of_outputs(a.values[old], b.values[new], mask))
+                seen.add(outputs.name)
+    if missed := [name for name in (*worst, outputs.name) if name not in seen]:
+        raise UserError(
+            f"{missed[0]}: the two graphs compute it in different pieces, so that it cannot be compared; please report it"
+        )
     return NumericCheck((*worst.values(), outputs), tolerance)
 
 

@@ -12,6 +12,7 @@ from saved import opened, saved, tensors
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from mla2dsa.errors import UserError
 from mla2dsa.kernels.spec import IndexerConfig
 from mla2dsa.optimizer.proof.check import Difference, NumericCheck, compare, difference
 from mla2dsa.passes.mla_to_dsa import Converted, mla_to_dsa
@@ -66,6 +67,14 @@ def test_a_program_equals_itself(rewrite: Rewrite) -> None:
     check = compare(rewrite.dense, rewrite.dense, batches(*SHAPES), cores, tolerance=0.0)
     assert check.worst == 0.0
     assert check.first_bad is None
+
+
+def test_what_is_nowhere_computed_alike_is_no_equality(rewrite: Rewrite) -> None:
+    """A layer whose node the other graph has in another piece would be compared with nothing."""
+    (name, old, new), *between, (last, last_old, last_new) = rewrite.layers
+    crossed = [(name, old, last_new), *between, (last, last_old, new)]
+    with pytest.raises(UserError, match=f"^{name}: the two graphs compute it in different pieces"):
+        compare(rewrite.dense, rewrite.converted.program, batches(*SHAPES), crossed, 1e-5)
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))
