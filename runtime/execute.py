@@ -7,12 +7,14 @@ Nothing here knows layers by name, so any program that `find_mla` reads can be s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -22,7 +24,7 @@ from torch.fx import Node
 from ..compat.aliasing import Memory
 from ..compat.torch_private import expression, is_metadata_assert
 from ..errors import UserError
-from ..passes.graph.graph_eval import CannotEvaluate, concrete, linear_parts, value
+from ..passes.graph.graph_eval import linear_parts, value
 from . import one_expert
 from .logits import Logits
 from .one_expert import OneByOne, Waiting
@@ -330,18 +332,13 @@ def _elements(node: Node) -> int:
     for part in parts:
         if not isinstance(part, Tensor):
             continue
-        try:
-            sizes = [
-                concrete(s, dict.fromkeys(expression(s).free_symbols, _TYPICAL)) if isinstance(s, torch.SymInt) else s
-                for s in part.shape
-            ]
-        except CannotEvaluate:
-            continue
-        number = 1
-        for size in sizes:
-            number *= size
-        count += number
+        count += math.prod(_typical(expression(s)) if isinstance(s, torch.SymInt) else s for s in part.shape)
     return count
+
+
+@cache  # a program has thousands of values, and a few dozen sizes
+def _typical(size: sympy.Expr) -> int:
+    return int(size.xreplace(dict.fromkeys(size.free_symbols, sympy.Integer(_TYPICAL))))
 
 
 def _piece(

@@ -199,7 +199,7 @@ def _export(model: torch.nn.Module, max_length: int, device: str) -> ExportedPro
     ):  # chunked linear attention (hybrids) puts relations on seq that named dims cannot state
         shapes: dict[str, Any] = {**dict.fromkeys(inputs, dims), "use_cache": None}
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch_private.uncached_shapes():
                 return torch.export.export(
                     model, (), {**inputs, "use_cache": False}, dynamic_shapes=shapes, strict=False
                 )

@@ -90,6 +90,11 @@ def fake() -> Any:
         return torch.ones(2)
 
 
+def uncached() -> bool:
+    with private.uncached_shapes():
+        return not torch._dynamo.config.fake_tensor_cache_enabled
+
+
 def op_is_read() -> bool:
     facts = aliasing._facts.__wrapped__(torch.ops.aten.mul_.Tensor)  # not what an earlier call has kept
     return facts is not None and facts.writes == ("self",)
@@ -117,6 +122,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "torch:ops.aten._to_copy.default": private.cast_op,
     "torch:ops.aten._unsafe_view.default": private.view_op,
     "torch:ops.mkldnn._is_mkldnn_bf16_supported": lambda: private.cpu_multiplies_bfloat16() in (True, False),
+    "torch._dynamo.config:fake_tensor_cache_enabled": uncached,
+    "torch._dynamo.config:patch": uncached,
     "torch._dynamo.source:ConstantSource": new_size,
     "torch._ops:OpOverload": op_is_read,
     "torch._export.serde.schema:ExportedProgram": saved_program,
