@@ -29,6 +29,7 @@ from .commands.parser import Parser
 from .commands.recipe import add_recipes
 from .commands.report import add_report
 from .commands.use import add_use
+from .commands.verification import add_verify
 from .errors import SeveralErrors, UserError, short
 
 _LONGEST_WORD, _LONGEST_LINE = 240, 1000  # of an error line: a path
@@ -183,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(parser=parser)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_conversion(commands)
+    add_verify(commands)
     add_recipes(commands)
     add_use(commands)
     add_answers(commands)

@@ -63,6 +63,17 @@ def a_path(text: str) -> Path:
     return Path(a_name(text))
 
 
+def read_numbers(flag: str, text: str) -> tuple[int, ...]:
+    """4k,8192 as numbers; k is 1024. Raises UsageError."""
+    try:
+        return tuple(
+            int(part[:-1]) * 1024 if part[-1:] in "kK" and part else int(part)
+            for part in map(str.strip, text.split(","))
+        )
+    except ValueError:
+        raise UsageError(f"{flag} {text}: expected numbers with commas between, as in 4k,8k or 0,50,100") from None
+
+
 def near_to(word: str, known: Iterable[Any]) -> str:
     """`, did you mean X?` for the nearest of what is known, or nothing where none is near."""
     names = list(map(str, known))

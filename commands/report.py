@@ -27,25 +27,43 @@ def add_report(commands: Any) -> None:
 
 def _report(args: argparse.Namespace) -> int:
     from ..exporters.dsa.names import REPORT
+    from ..exporters.report.page import page_title
     from ..files.json_files import read_json
-    from ..files.temporary import replace_file
     from .show.tables import print_json
 
     source, out = Path(args.source), Path(args.out)
-    _check_new(out)
-    if not out.parent.is_dir():
-        raise UserError(f"{out.parent}: no such folder")
+    check_page(out)
     file = source / REPORT if source.is_dir() else source
     report = read_json(file)
     if report.get("verification", report) is None:
         raise UserError(
             f"{file}: the conversion was not verified (--skip-verification); run `mla2dsa verify --json` and give its output"
         )
-    made = _page(report, file, f"{source.resolve().name}: dense and sparse side by side")
-    _check_new(out)  # drawing took seconds
-    replace_file(out, made.encode())  # whole or not at all
+    _write(_page(report, file, page_title(source)), out)
     print_json({"out": str(out)}) if args.json else print(f"{out}: written")
     return 0
+
+
+def check_page(out: Path) -> None:
+    """Raises UsageError or UserError where no page can be written to `out`."""
+    _check_new(out)
+    if not out.parent.is_dir():
+        raise UserError(f"{out.parent}: no such folder")
+
+
+def write_page(verification: dict[str, Any], out: Path, dsa: Path) -> None:
+    """The page of what `verify --json` would print of the folder `dsa`."""
+    from ..exporters.report.page import page, page_title
+    from ..files.finite import finite
+
+    _write(page(finite(verification), page_title(dsa)), out)
+
+
+def _write(made: str, out: Path) -> None:
+    from ..files.temporary import replace_file
+
+    _check_new(out)  # drawing took seconds
+    replace_file(out, made.encode())  # whole or not at all
 
 
 def _page(report: dict[str, Any], file: Path, title: str) -> str:

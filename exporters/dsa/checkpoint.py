@@ -11,6 +11,7 @@
       README.md                          ->     mla2dsa.source-README.md        (copy)
                                                 README.md                       the card of the sparse model (`card.py`)
                                                 mla2dsa-recipe.yaml             what gives it again, bit for bit
+                                                report.json, report.html        what was found, and the same as a page
                                                 mla2dsa.json                    manifest
 
 Weights are hard-linked: never write into them. The other files are copies, since people do edit those in place. What is no
@@ -62,7 +63,17 @@ from .config import dsa_config
 from .folding import pairs
 from .folds import Folding
 from .layout import Layout, choose
-from .names import DERIVED_SHARD, INDEXER_SHARD, MANIFEST, ORIGINALS, RECIPE, REPORT, UNPROVEN_CONFIG, file_names
+from .names import (
+    DERIVED_SHARD,
+    INDEXER_SHARD,
+    MANIFEST,
+    ORIGINALS,
+    PAGE,
+    RECIPE,
+    REPORT,
+    UNPROVEN_CONFIG,
+    file_names,
+)
 from .shards import write_derived, write_originals, write_shard
 from .steps import Interleave
 
@@ -93,7 +104,7 @@ def write_dsa_checkpoint(
     *,
     manifest: Mapping[str, object], layout: Layout | None = None, q_width: int | None = None, mtp: Collection[str] = (),
     dtype: torch.dtype = torch.bfloat16, dropped: Sequence[str] = (), recipe: str = "", overwrite: bool = False,
-    prove: Callable[[Path], Mapping[str, object]] | None = None,
+    prove: Callable[[Path], Mapping[str, object]] | None = None, draw: Callable[[Mapping[str, object]], str] | None = None,
 ) -> Path:  # fmt: skip
     """Write the checkpoint in `source` with an indexer in every MLA layer to `out`, whole or not at all; returns `out`.
 
@@ -105,6 +116,7 @@ def write_dsa_checkpoint(
     manifest: what to record besides our own entries; recipe: the text of RECIPE, which lies beside (none: no such file).
     prove: looks at the folder before it gets its name, its config.json still
     called UNPROVEN_CONFIG; what it returns becomes report.json and the manifest's report, what it raises leaves nothing behind.
+    draw: makes a page of that, report.html.
     Raises UserError (source unfit, weights unfit, disk full) and UsageError (`out` in the way). `source` is only read.
     """
     _check_entries(manifest)
@@ -116,7 +128,7 @@ def write_dsa_checkpoint(
         entries = _fill(folder, given, weights, shapes, dtype, settings)
         write_json(folder / UNPROVEN_CONFIG, settings)
         read_index(folder)  # what is published reads back: every header, every file size
-        report = _proved(folder, prove)
+        report = _proved(folder, prove, draw)
         if recipe:
             write_new(folder / RECIPE, recipe)
         write_card(folder, source, manifest, report)
@@ -131,10 +143,16 @@ def _settings(given: _Source, config: IndexerConfig, weights: Mapping[str, Index
     return dsa_config(given.config, config, modules, given.layout, _mtp_layers(given), plain)
 
 
-def _proved(folder: Path, prove: Callable[[Path], Mapping[str, object]] | None) -> Mapping[str, object] | None:
+def _proved(
+    folder: Path,
+    prove: Callable[[Path], Mapping[str, object]] | None,
+    draw: Callable[[Mapping[str, object]], str] | None,
+) -> Mapping[str, object] | None:
     report = prove(folder) if prove is not None else None
     if report is not None:
         write_json(folder / REPORT, report)
+        if draw is not None:
+            write_new(folder / PAGE, draw(report))
     return report
 
 

@@ -11,7 +11,7 @@ from ...files.ownership import refuse_names
 from ...files.safetensors_index import INDEX_FILE, SINGLE_FILE, TensorLocation
 
 MANIFEST = CHECKPOINT_MANIFEST
-REPORT = "report.json"
+REPORT, PAGE = "report.json", "report.html"
 RECIPE = "mla2dsa-recipe.yaml"  # not recipe.yaml: llm-compressor calls its own so, in checkpoints that we read
 INDEXER_SHARD = "model-indexer.safetensors"
 DERIVED_SHARD = "model-derived.safetensors"  # tensors that a family's rule makes of the source's
@@ -20,7 +20,7 @@ UNPROVEN_CONFIG = "config.unproven.json"  # what config.json is called until the
 CARD, DENSE_CARD = "README.md", "mla2dsa.source-README.md"
 # of the source's files
 RENAMED = {SINGLE_FILE: "model-dense.safetensors", INDEX_FILE: "mla2dsa.source-index.json", CARD: DENSE_CARD}
-_OURS = {MANIFEST, REPORT, RECIPE, INDEXER_SHARD, DERIVED_SHARD, ORIGINALS, UNPROVEN_CONFIG, *RENAMED.values()}
+_OURS = {MANIFEST, REPORT, PAGE, RECIPE, INDEXER_SHARD, DERIVED_SHARD, ORIGINALS, UNPROVEN_CONFIG, *RENAMED.values()}
 
 
 def file_names(source: Path, tensors: Mapping[str, TensorLocation]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from . import plots
@@ -15,6 +16,11 @@ Report = Mapping[str, Any]
 _WEAK = 0.03
 
 
+def page_title(folder: Path) -> str:
+    """What a page says of a checkpoint in `folder`."""
+    return f"{folder.resolve().name}: dense and sparse side by side"
+
+
 def page(report: Report, title: str) -> str:
     """report: a report.json, or a verification alone. Raises KeyError, TypeError, ValueError or
     AttributeError for what is neither."""
@@ -22,7 +28,13 @@ def page(report: Report, title: str) -> str:
     parts = [_head(report, found), _text("On text", found)]
     if found.get("foreign"):
         parts.append(_text("On text of another domain", found["foreign"]))
-    parts += [_layers(found["layers"]), _long(found.get("long")), _cost(report.get("plan")), _checks(found)]
+    parts += [
+        _layers(found["layers"]),
+        _maps(found["layers"]),
+        _long(found.get("long")),
+        _cost(report.get("plan")),
+        _checks(found),
+    ]
     return document(title, filter(None, parts))
 
 
@@ -109,6 +121,25 @@ def _layers(layers: Sequence[Report]) -> str:
     return f"<h2>Layers</h2>{_plot('Attention mass', drawn)}<p>{said}</p>"
 
 
+def _maps(layers: Sequence[Report]) -> str:
+    """A plot for each query that every layer has a map of; none in reports of versions that made no maps."""
+    drawn = []
+    for of_query in zip(*(layer.get("maps") or () for layer in layers), strict=True):
+        position, bins = of_query[0]["position"], len(of_query[0]["dsa"])
+        keys = (position + 1) / bins  # of a stretch
+        shares = {
+            name: [[min(1.0, count / keys) for count in one[name]] for one in of_query] for name in ("dsa", "oracle")
+        }
+        drawn.append(_plot(f"Query at position {position}", plots.maps(f"query {position}", shares, position)))
+    if not drawn:
+        return ""
+    said = (
+        "Which keys are chosen for some queries of the first sequence: the darker, the larger the share of the keys there that the layer "
+        "takes. Beside DSA's choice stands that of the most dense attention."
+    )
+    return f"<h2>Selections</h2><p>{said}</p>" + "\n".join(drawn)
+
+
 def _long(found: Report | None) -> str:
     if not found:
         return ""
@@ -122,7 +153,22 @@ def _long(found: Report | None) -> str:
     ]  # fmt: skip
     said = f"Prompts in {found['haystack']}, index_topk {found['index_topk']}."
     scores = table(["task", "tokens", "attention", "found, %", "log-probability"], rows)
-    return f"<h2>Long-context tasks</h2><p>{html.escape(said)}</p>{scores}"
+    return f"<h2>Long-context tasks</h2><p>{html.escape(said)}</p>{_by_depth(found['scores'])}{scores}"
+
+
+def _by_depth(scores: Sequence[Report]) -> str:
+    """A plot for each task whose needles lie at depths, and length."""
+    drawn = []
+    for task, length in dict.fromkeys((one["task"], one["length"]) for one in scores if one["depth"] is not None):
+        mine = [one for one in scores if (one["task"], one["length"]) == (task, length)]
+        curves = {
+            name: ([one["depth"] for one in mine if one["variant"] == name],
+                   _floats(one["accuracy"] for one in mine if one["variant"] == name))
+            for name in dict.fromkeys(one["variant"] for one in mine)
+        }  # fmt: skip
+        svg = plots.lines(f"{task} {length}", curves, "text before the needle, %", "found, %")
+        drawn.append(_plot(f"{task}, {length} tokens", svg))
+    return "\n".join(drawn)
 
 
 def _cost(plan: Report | None) -> str:

@@ -20,7 +20,7 @@ th:first-child, td:first-child { text-align: left }
 mark { background: none; color: inherit; text-decoration: underline 2px var(--bad); text-underline-offset: .2em }
 td { overflow-wrap: anywhere } blockquote { border-left: 3px solid var(--line); margin: .5rem 0; padding-left: 1rem }
 """
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def document(title: str, parts: Iterable[str]) -> str:

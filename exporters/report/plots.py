@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from ...errors import UsageError
 
+INSTALL = "pip install 'mla2dsa[report]'"
 _INK = "#123456"  # stands for the page's text colour until the SVG is written
 _SIZE = (7.2, 3.0)  # inches: a page's column
 # Told apart by line and marker too, since not everybody sees colours; chosen for 3 to 1 on white and on black.
@@ -22,12 +24,15 @@ STYLES = {
 Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
 def check_library() -> None:
     """Raises UsageError where matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
-        raise UsageError("a report's plots need matplotlib; pip install 'mla2dsa[report]'") from None
+    if not can_draw():
+        raise UsageError(f"a report's plots need matplotlib; {INSTALL}")
 
 
 def lines(name: str, series: Lines, x: str, y: str, *, log: bool = False) -> str:
@@ -56,6 +61,31 @@ def bars(name: str, values: Mapping[str, Sequence[float]], x: str, y: str) -> st
     return _svg(name, figure, axes)
 
 
+def maps(name: str, shares: Mapping[str, Sequence[Sequence[float]]], position: int) -> str:
+    """SVG of panels side by side, by their names in STYLES: rows are layers, columns stretches of the keys 0..position, and shares of 0
+    to 1 are as opaque as they are large."""
+    import matplotlib
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_settings()):
+        figure = Figure(
+            figsize=(_SIZE[0], min(_SIZE[0], 1.3 + 0.12 * max(map(len, shares.values())))), layout="constrained"
+        )
+        for panel, (key, rows) in enumerate(shares.items(), 1):
+            color = STYLES[key]["color"]
+            axes: Any = figure.add_subplot(
+                1, len(shares), panel, xlabel="position of the keys", title=STYLES[key]["label"]
+            )
+            axes.imshow(
+                rows, aspect="auto", interpolation="none", vmin=0, vmax=1, extent=(0, position + 1, len(rows) - 0.5, -0.5),
+                cmap=LinearSegmentedColormap.from_list(key, [f"{color}00", f"{color}ff"]),
+            )  # fmt: skip
+            axes.yaxis.get_major_locator().set_params(integer=True)
+            axes.set_ylabel("layer" if panel == 1 else "")
+    return _svg(name, figure)
+
+
 def _axes(x: str, y: str) -> tuple[Any, Any]:
     import matplotlib
     from matplotlib.figure import Figure
@@ -73,11 +103,13 @@ def _settings() -> Any:
     return {"svg.fonttype": "none", "text.parse_math": False, "font.size": 9, **dict.fromkeys(inked, _INK)}
 
 
-def _svg(name: str, figure: Any, axes: Any) -> str:
+def _svg(name: str, figure: Any, axes: Any = None) -> str:
+    """axes: those to put a legend above."""
     import matplotlib
 
     with matplotlib.rc_context({**_settings(), "svg.hashsalt": name}):  # else a page has the same ids twice
-        axes.legend(frameon=False, ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        if axes is not None:
+            axes.legend(frameon=False, ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
         made = io.StringIO()
         figure.savefig(made, format="svg", transparent=True, metadata={"Date": None})
     svg = made.getvalue()

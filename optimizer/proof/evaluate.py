@@ -28,6 +28,7 @@ from ..model.weights import WeightSource
 from . import baselines
 from .figures import NAN, Decode, Quality, Tally, blocks, log_probabilities, quality
 from .fp8 import Fp8Scores
+from .maps import SelectionMap, selection_maps
 
 SPARSE_MLA = torch.ops.mla2dsa.sparse_mla.default
 LIGHTNING_INDEXER = torch.ops.mla2dsa.lightning_indexer.default
@@ -54,7 +55,7 @@ class LayerRecall:
     """Head-mean dense attention mass captured by index_topk keys, on the dense model's hidden states.
 
     chance: what index_topk keys drawn at random capture on average. few_positive: share of the rows with more than index_topk
-    keys that score fewer of them above zero, so that the rest is filled up by position.
+    keys that score fewer of them above zero, so that the rest is filled up by position. maps: of the first sequence.
     """
 
     name: str
@@ -63,6 +64,7 @@ class LayerRecall:
     window: float
     chance: float
     few_positive: float = NAN
+    maps: tuple[SelectionMap, ...] = ()
 
 
 def on_text(
@@ -166,14 +168,15 @@ def layer_recalls(
     """Recall of every layer's indexer on the dense model's hidden states. shelf: as for `layer_samples`."""
 
     def measured(site: MlaSite, samples: Sequence[SiteSample], maps: Callable[..., SiteMaps]) -> LayerRecall:
-        few, topk = list[Tensor](), config.index_topk
+        few, topk, weights = list[Tensor](), config.index_topk, indexers[site.name]
         return LayerRecall(
             site.name,
-            mean_recall(partial(_scores, indexers[site.name], config, few), samples, topk),
+            mean_recall(partial(_scores, weights, config, few), samples, topk),
             mean_recall(oracle_scores, samples, topk),
             mean_recall(window_scores, samples, topk),
             _chance(samples, topk),
             float(torch.cat(few).double().mean()),
+            selection_maps(weights, config, samples[0]),
         )
 
     shelf = shelf or Shelf()

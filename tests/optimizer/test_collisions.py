@@ -88,6 +88,7 @@ def test_even_a_name_that_nobody_checks_is_not_written_through(
     "name",
     [
         "report.json",
+        "report.html",
         "REPORT.JSON",
         "model-indexer.safetensors",
         "mla2dsa.json",

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from command_line import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mla2dsa.exporters.report.page import page
 from mla2dsa.optimizer.proof.evaluate import LayerRecall, TextResult
 from mla2dsa.optimizer.proof.figures import Quality
 from mla2dsa.optimizer.proof.limits import Measured, quality_checks
@@ -103,10 +105,13 @@ def test_tables(tmp_path_factory: pytest.TempPathFactory) -> None:
     assert "FAILED" not in done.out
 
 
-def test_limit_is_the_users(tmp_path_factory: pytest.TempPathFactory) -> None:
-    dsa = small_conversion(tmp_path_factory)
-    gates = ("--gate", "kl=0", "--gate", "few-positive=1")
+def test_limit_is_the_users(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The page of what failed says so."""
+    dsa, drawn = small_conversion(tmp_path_factory), tmp_path / "page.html"
+    gates = ("--gate", "kl=0", "--gate", "few-positive=1", "--report", drawn)
     done = mla2dsa("verify", TINY, dsa, *STREAMED, "--max-loss-delta", "1e-9", *gates, "--json")
+    assert drawn.read_text() == page(done.json(), "dsa: dense and sparse side by side")
+    assert f"<strong>Failed</strong>: {LOSS}" in drawn.read_text()
     assert list(failed(done)) == [LOSS, "KL to the dense model, nats (--gate kl)"]
     assert "expected at most 1e-09 (all layers sparse); calibrate on more text" in done.err
 
@@ -288,6 +293,20 @@ def test_config_that_says_something_else(fields: Mapping[str, object], dsa: Path
 )
 def test_bad_text(flags: list[object], code: int, parts: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
     assert_refused(mla2dsa("verify", TINY, small_conversion(tmp_path_factory), *FLAGS, *flags), code, *parts)
+
+
+def test_no_page_is_overwritten_and_none_is_missed_after_the_work(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dsa, mine = small_conversion(tmp_path_factory), tmp_path / "mine.html"
+    mine.write_text("mine")
+    monkeypatch.setattr("mla2dsa.optimizer.verify.verify_folders", None)
+    assert_refused(mla2dsa("verify", TINY, dsa, "--report", mine), 2, mine, "is there already")
+    assert mine.read_text() == "mine"
+    nowhere = tmp_path / "nowhere" / "page.html"
+    assert_refused(mla2dsa("verify", TINY, dsa, "--report", nowhere), 1, nowhere.parent, "no such folder")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert_refused(mla2dsa("verify", TINY, dsa, "--report", tmp_path / "page.html"), 2, "pip install 'mla2dsa[report]'")
 
 
 # The quality checks by themselves

@@ -209,16 +209,5 @@ def _held(name: str, points: bool, length: int, dense: float, dsa: float, limit:
     return Check(label, lost <= limit, lost, limit, f"dense {dense:.4g}, DSA {dsa:.4g}", CALIBRATE_BETTER)
 
 
-def read_numbers(flag: str, text: str) -> tuple[int, ...]:
-    """4k,8192 as numbers; k is 1024. Raises UsageError."""
-    try:
-        return tuple(
-            int(part[:-1]) * 1024 if part[-1:] in "kK" and part else int(part)
-            for part in map(str.strip, text.split(","))
-        )
-    except ValueError:
-        raise UsageError(f"{flag} {text}: expected numbers with commas between, as in 4k,8k or 0,50,100") from None
-
-
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan

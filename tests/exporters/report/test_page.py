@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import errno
+import io
 import json
 import sys
 from pathlib import Path
@@ -41,9 +43,12 @@ def verification(passed: bool = True) -> dict[str, Any]:
         "by_selection": {name: quality(0.01 * n) for n, name in enumerate(("dsa", "oracle", "window", "dsa-fp8"), 1)},
     }  # fmt: skip
     layers = [
-        {"name": f"model.layers.{n}.self_attn", "dsa": 0.9 - n / 10, "oracle": 0.95, "window": 0.5, "chance": 0.2}
+        {
+            "name": f"model.layers.{n}.self_attn", "dsa": 0.9 - n / 10, "oracle": 0.95, "window": 0.5, "chance": 0.2,
+            "maps": [{"position": p, "dsa": [n] * 12, "oracle": [p // 20] * 12} for p in (100, 200)],
+        }
         for n in range(3)
-    ]
+    ]  # fmt: skip
     scores = [
         {"variant": v, "task": "single", "length": 4096, "depth": d, "accuracy": 97.5, "logprob": -0.25}
         for v in ("dense", "dsa") for d in (0, 50)
@@ -86,7 +91,7 @@ def test_it_is_well_formed_and_fetches_nothing(made: str) -> None:
     seen = Seen(made)
     assert seen.open == []
     assert "script" not in seen.tags
-    assert all(link.startswith("#") for link in seen.links)
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in seen.links)
     assert "Content-Security-Policy" in made
     assert HOSTILE not in made
     assert "mathdefault" not in made  # numbers of axes as text, not as TeX
@@ -94,8 +99,14 @@ def test_it_is_well_formed_and_fetches_nothing(made: str) -> None:
 
 
 def test_every_plot_has_ink_in_the_colour_of_each_curve(made: str) -> None:
-    curves = [{"dsa", "oracle", "window", "dsa-fp8"}] * 6 + [{"dsa", "oracle", "window", "chance"}, {"dense", "dsa"}]
-    drawn = svgs(made)
+    text, layers, depths, cost = (
+        {"dsa", "oracle", "window", "dsa-fp8"},
+        {"dsa", "oracle", "window", "chance"},
+        {"dense", "dsa"},
+        {"dense", "dsa"},
+    )
+    curves = [*[text] * 6, layers, depths, cost]
+    drawn = [svg for svg in svgs(made) if not svg.findall(".//{*}image")]
     assert len(drawn) == len(curves)
     for svg, names in zip(drawn, curves, strict=True):
         used = "".join(element.get("style", "") for element in svg.iter() if element.tag.endswith(("path", "use")))
@@ -104,9 +115,40 @@ def test_every_plot_has_ink_in_the_colour_of_each_curve(made: str) -> None:
         assert svg.get("aria-label")
 
 
+def pixels(svg: ElementTree.Element) -> list[Any]:
+    """RGBA of the panels of a map, [layers, stretches, 4]."""
+    from matplotlib.image import imread
+
+    links = [
+        image.get("{http://www.w3.org/1999/xlink}href", "") for image in svg.iter("{http://www.w3.org/2000/svg}image")
+    ]
+    return [imread(io.BytesIO(base64.b64decode(link.partition(",")[2])), format="png") for link in links]
+
+
+def test_maps_are_as_opaque_as_what_is_chosen(made: str) -> None:
+    """Every layer of the first panel takes more of its keys than the one before, and all of the second the same."""
+    drawn = [svg for svg in svgs(made) if svg.findall(".//{*}image")]
+    assert [svg.get("aria-label") for svg in drawn] == ["Query at position 100", "Query at position 200"]
+    for svg, position in zip(drawn, (100, 200), strict=True):
+        dsa, oracle = (panel[:, :, 3] for panel in pixels(svg))
+        keys = (position + 1) / 12
+        thirds = [dsa[len(dsa) * n // 3 + len(dsa) // 6].mean() for n in range(3)]
+        assert thirds == pytest.approx([n / keys for n in range(3)], abs=0.01)
+        assert oracle.mean() == pytest.approx(position // 20 / keys, abs=0.01)
+        assert oracle.std() < 0.01
+
+
+def test_a_report_without_maps_has_no_such_part() -> None:
+    old = report()
+    for layer in [*old["verification"]["layers"], *old["verification"]["foreign"]["layers"]]:
+        layer.pop("maps", None)
+    assert "<h2>Selections" not in page(old, "")
+    assert "<h2>Selections" in page(report(), "")
+
+
 def test_ids_of_plots_do_not_meet(made: str) -> None:
     ids = [element.get("id") for svg in svgs(made) for element in svg.iter("{http://www.w3.org/2000/svg}clipPath")]
-    assert len(ids) == len(set(ids)) == 8
+    assert len(ids) == len(set(ids)) == 9 + 2 * 2
 
 
 @pytest.mark.parametrize(
@@ -192,3 +234,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     done = mla2dsa("report", tmp_path / "found.json", tmp_path / "page.html")
     assert_refused(done, 1, "No space left on device")
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
+
+
+def test_two_drawings_are_the_same_bytes(made: str) -> None:
+    assert page(report(), "a title") == made

@@ -196,7 +196,14 @@ def test_a_wrong_size_is_answered_at_once(command: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["model-indexer.safetensors", "model-dense.safetensors", "report.json", "mla2dsa-recipe.yaml", "mla2dsa.json"],
+    [
+        "model-indexer.safetensors",
+        "model-dense.safetensors",
+        "report.json",
+        "report.html",
+        "mla2dsa-recipe.yaml",
+        "mla2dsa.json",
+    ],
 )
 def test_weights_of_a_name_that_is_ours(name: str, copy: Callable[[str], Path], tmp_path: Path) -> None:
     model = rename_shard(copy("single"), name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from mla2dsa.exporters.dsa.checkpoint import write_dsa_checkpoint
 from mla2dsa.kernels.spec import IndexerConfig, IndexerWeights
 from mla2dsa.optimizer.indexer.indexer_math import SINKS, random_indexer
+from mla2dsa.optimizer.indexer.samples import SiteSample
 from mla2dsa.optimizer.model.text import load_tokenizer, read_tokens
 from mla2dsa.optimizer.model.weights import WeightSource
 from mla2dsa.optimizer.proof.evaluate import (
@@ -30,6 +31,7 @@ from mla2dsa.optimizer.proof.evaluate import (
 )
 from mla2dsa.optimizer.proof.figures import Quality
 from mla2dsa.optimizer.proof.fp8 import Fp8Scores
+from mla2dsa.optimizer.proof.maps import BINS, QUERIES, selection_maps
 from mla2dsa.passes.mla_to_dsa import Converted, mla_to_dsa
 from mla2dsa.runtime.execute import PieceRunner
 
@@ -223,3 +225,28 @@ def test_recalls_of_a_known_indexer(case: Case) -> None:
         mass = torch.cat([attentions[layer][0].mean(0)[TOPK:, :TOPK] for attentions in seen])
         assert recall.dsa == pytest.approx(float(mass.sum(-1).mean()), abs=1e-5)
         assert recall.few_positive == 1
+        assert [one.position for one in recall.maps] == sorted({one.position for one in recall.maps})
+        assert len(recall.maps) == QUERIES
+        assert recall.maps[-1].position == LENGTH - 1
+        for one in recall.maps:
+            keys, own = one.position + 1, seen[0][layer][0].mean(0)[one.position, : one.position + 1]
+            assert one.dsa == stretches(range(TOPK), keys)
+            wanted = stretches(own.topk(TOPK).indices.tolist(), keys)
+            assert (
+                sum(abs(a - b) for a, b in zip(one.oracle, wanted, strict=True)) <= 2
+            )  # one key that is as good as another
+            assert sum(one.oracle) == TOPK
+
+
+def stretches(chosen: Iterable[int], keys: int) -> tuple[int, ...]:
+    """How many of `chosen` are in every one of BINS equal parts of 0..keys."""
+    places = [key * BINS // keys for key in chosen]
+    return tuple(places.count(part) for part in range(BINS))
+
+
+def test_no_map_where_no_query_has_a_choice() -> None:
+    empty = torch.empty(0)
+    rows = torch.arange(TOPK)
+    sample = SiteSample(empty, empty, empty, empty, rows, empty, empty, torch.empty(TOPK, TOPK))
+    weights = random_indexer(CONFIG, 8, 8)
+    assert selection_maps(weights, CONFIG, sample) == ()

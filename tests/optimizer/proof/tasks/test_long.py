@@ -8,6 +8,7 @@ import pytest
 from answering import SURE, VOCABULARY, Teller, goes_on
 from places import TINY
 
+from mla2dsa.commands.parser import read_numbers
 from mla2dsa.errors import UsageError
 from mla2dsa.optimizer.model.text import load_tokenizer
 from mla2dsa.optimizer.proof.tasks.answers import ask, share_found
@@ -18,7 +19,6 @@ from mla2dsa.optimizer.proof.tasks.long import (
     check_lengths,
     gate_names,
     long_checks,
-    read_numbers,
     score_all,
 )
 from mla2dsa.optimizer.proof.tasks.prompts import STYLES
