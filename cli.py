@@ -19,6 +19,7 @@ from types import FrameType
 
 from . import __version__
 from .commands.answers import add_answers
+from .commands.bench import add_bench
 from .commands.common import agreed, joined, left_with, run_command, under_torchrun
 from .commands.comparing import add_compare
 from .commands.completion import add_completion
@@ -191,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     add_compare(commands)
     add_report(commands)
     add_engines(commands)
+    add_bench(commands)
     add_kernels(commands)
     add_completion(commands)
     return parser

@@ -1,4 +1,4 @@
-"""build, deploy, bench: TensorRT engines."""
+"""build, deploy: TensorRT engines."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, UserError
+from ..errors import UsageError
 from .common import MODEL_HELP, add_drop_stale, add_trust, architectures, command_parser
 from .conversion import add_recipe, read_recipe_of
 from .parser import a_name, a_path
 
 
 def add_engines(commands: Any) -> None:
-    """build, deploy, bench."""
+    """build, deploy."""
     _add_build(commands)
     _add_deploy(commands)
-    _add_bench(commands)
 
 
 def _add_build(commands: Any) -> None:
@@ -177,30 +176,4 @@ def _deploy(args: argparse.Namespace) -> int:
             listener=progress.listener(), on_progress=progress.advance,
         )  # fmt: skip
     print_json(dict(built.manifest)) if args.json else show_built(args.out, built)
-    return 0
-
-
-def _add_bench(commands: Any) -> None:
-    about = "time prefill and decode of an engine on this GPU"
-    command = command_parser(commands, "bench", _bench, about, "mla2dsa bench ./engine --context 32768")
-    command.add_argument("engine", metavar="ENGINE", type=a_name, help="engine folder, or the .engine file in one")
-    command.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (default 1)")
-    command.add_argument(
-        "--context", type=int, metavar="N", help="tokens of prefill (default: half of what the engine takes)"
-    )
-    command.add_argument("--tokens", type=int, default=64, metavar="N", help="decode steps to time (default 64)")
-
-
-def _bench(args: argparse.Namespace) -> int:
-    from ..files.manifests.engine_manifest import engine_folder
-
-    if engine_folder(args.engine) is None:  # before torch is imported, which takes seconds
-        raise UserError(f"{args.engine}: no engine folder; run `mla2dsa build` first")
-
-    from ..optimizer.bench import bench
-    from .show.engines import show_bench
-    from .show.tables import print_json
-
-    found = bench(args.engine, args.batch, args.context, args.tokens)
-    print_json(found) if args.json else show_bench(found)
     return 0

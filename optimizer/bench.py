@@ -1,70 +1,103 @@
-"""bench: how fast an engine is, prefill and decode, on the GPU at hand. Results are plain data, as --json prints them."""
+"""bench: how fast models are, side by side: checkpoints dense and sparse, exported folders, engines. Plain data, as --json prints it.
+
+Runs are interleaved, model after model in every round, since machines change their speed from minute to minute: two models are
+compared by the ratios within rounds.
+"""
 
 from __future__ import annotations
 
-import time
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
-import torch
+from ..errors import UsageError
+from .answers.timing import Run, timed_apart
 
-from ..errors import UsageError, UserError
-from ..files.manifests.engine_manifest import engine_folder, read_engine
-from ..runtime.generation import Session, prefill
-from ..runtime.tensorrt_session import open_engine_session
-
-_WARM_UP = 3
+# Student's t for 95 %, two-sided, by degrees of freedom from 1
+_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+MOST_ROUNDS = len(_T) + 1
+_FIGURES = ("prefill_tokens_per_second", "decode_tokens_per_second")
 
 
-def bench(target: str, batch: int = 1, context: int | None = None, tokens: int = 64) -> dict[str, Any]:
-    """Seconds of prefill of `context` random tokens, and the time of each of `tokens` decode steps after it.
+def bench(
+    models: Sequence[str],
+    contexts: Sequence[int | None] = (None,),
+    *,
+    batch: int = 1,
+    tokens: int = 64,
+    rounds: int = 3,
+    runtime: str | None = None,
+    device: str = "cpu",
+    on_progress: Callable[[str, int, int], None] | None = None,
+    time_it: Callable[[Run], dict[str, Any]] = timed_apart,
+) -> dict[str, Any]:
+    """`results`: medians for each model and context over `rounds`, with every run; `against`: how much faster every other model is
+    than the first. contexts: tokens of a prompt, None for a default. time_it: times one run.
 
-    Raises UserError where there is no GPU or the engine does not take these sizes, UsageError for sizes below 1.
+    Raises UserError where a model cannot be run or does not take these sizes, UsageError for sizes out of range.
     """
-    folder = engine_folder(target)
-    if folder is None:
-        raise UserError(f"{target}: no engine folder; run `mla2dsa build` first")
-    if min(batch, tokens, context or 1) < 1:
-        raise UsageError("--batch, --context and --tokens: expected 1 or more")
-    manifest = read_engine(folder)
-    session = open_engine_session(folder, batch)
-    context = max(1, session.capacity // 2) if context is None else context
-    if context + tokens + _WARM_UP > session.capacity:
-        raise UserError(f"{context} + {tokens + _WARM_UP} tokens exceed the engine's caches of {session.capacity}")
-    found = measure(session, int(manifest["model"]["vocab_size"]), context, tokens)
-    machine = {"gpu": torch.cuda.get_device_name(), "tensorrt": manifest["backend"], "torch": torch.__version__}
-    return {"engine": str(folder), **found, **machine}
-
-
-def measure(session: Session, vocab_size: int, context: int, tokens: int) -> dict[str, Any]:
-    """Prefill once to warm up and once timed, then decode; the second prefill writes the same slots again."""
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(0, vocab_size, (session.batch, context), generator=generator).tolist()
-    prefill(session, prompts, context)
-    started = time.perf_counter()
-    prefill(session, prompts, context)
-    filled = time.perf_counter() - started
-    steps = sorted(_decode(session, context, tokens))
-    rows = session.batch
+    _check_sizes(models, contexts, batch, tokens, rounds)
+    runs: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
+    longest_first = sorted(contexts, key=lambda context: -(context or 0))  # what does not fit is known at once
+    work = list(product(range(rounds), longest_first, models))
+    default = None
+    for number, (_, context, model) in enumerate(work):
+        found = time_it(Run(model, batch, context or default, tokens, runtime, device))
+        default = default or found["context"]  # what the first model takes is what all are given
+        runs.setdefault((model, context), []).append(found)
+        if on_progress:
+            on_progress("bench", number + 1, len(work))
+    asked = list(product(reversed(longest_first), models))
+    others = [(context, model) for context, model in asked if model != models[0]]
     return {
-        "batch": rows,
-        "context": context,
-        "prefill_seconds": filled,
-        "prefill_tokens_per_second": rows * context / filled,
-        "decode_tokens_per_second": rows * tokens / sum(steps),
-        "decode_ms": {
-            name: 1000 * steps[int(part * (tokens - 1))] for name, part in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
-        },
+        "results": [{"model": model, **_summary(runs[model, context])} for context, model in asked],
+        "against": [_against(model, models[0], runs[model, at], runs[models[0], at]) for at, model in others],
     }
 
 
-def _decode(session: Session, context: int, tokens: int) -> list[float]:
-    """Seconds of each step, the first few left out."""
-    rows = session.batch
-    ids, zeros = torch.zeros(rows, 1, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
-    seconds = []
-    for number in range(_WARM_UP + tokens):
-        at = torch.full((rows, 1), context + number)
-        started = time.perf_counter()
-        session.step(ids, at, at, zeros, zeros)
-        seconds.append(time.perf_counter() - started)
-    return seconds[_WARM_UP:]
+def _check_sizes(models: Sequence[str], contexts: Sequence[int | None], batch: int, tokens: int, rounds: int) -> None:
+    if min(batch, tokens, *(context for context in contexts if context is not None), 1) < 1:
+        raise UsageError("--batch, --context and --tokens: expected 1 or more")
+    if not 1 <= rounds <= MOST_ROUNDS:
+        raise UsageError(f"--rounds {rounds}: expected 1 to {MOST_ROUNDS}")
+    if len(set(models)) != len(models):
+        raise UsageError("a model is given twice; its runs would be compared with themselves")
+
+
+def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of one model at one context: the median of every figure."""
+    same = {
+        name: runs[0][name] for name in ("runtime", "batch", "context", "torch", "threads", "gpu", "cpus", "device")
+    }
+    figures = {
+        name: statistics.median(run[name] for run in runs) for name in (*_FIGURES, "prefill_seconds", "peak_memory")
+    }
+    decode = {part: statistics.median(run["decode_ms"][part] for run in runs) for part in runs[0]["decode_ms"]}
+    return {**same, **figures, "decode_ms": decode, "runs": list(runs)}
+
+
+def _against(
+    model: str, first: str, runs: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    ratios = {
+        name.partition("_")[0]: ratio([run[name] / other[name] for run, other in zip(runs, others, strict=True)])
+        for name in _FIGURES
+    }
+    memory = statistics.median(
+        run["peak_memory"] / other["peak_memory"] for run, other in zip(runs, others, strict=True)
+    )
+    return {"model": model, "first": first, "context": runs[0]["context"], **ratios, "peak_memory": memory}
+
+
+def ratio(rounds: Sequence[float]) -> dict[str, Any]:
+    """The geometric mean of ratios, its 95 % interval (Student's t on logarithms; None with one round), and whether 1 is outside of it."""
+    logs = [math.log(value) for value in rounds]
+    mean = statistics.fmean(logs)
+    if len(logs) < 2:
+        return {"ratio": math.exp(mean), "low": None, "high": None, "differs": None}
+    half = _T[len(logs) - 2] * statistics.stdev(logs) / math.sqrt(len(logs))
+    return {
+        "ratio": math.exp(mean), "low": math.exp(mean - half), "high": math.exp(mean + half), "differs": abs(mean) > half
+    }  # fmt: skip

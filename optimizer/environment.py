@@ -67,8 +67,8 @@ def _commands(versions: dict[str, str | None], devices: list[str]) -> dict[str, 
     return {
         **dict.fromkeys(("plan", "convert", "verify", "strip", "inspect", "compare"), model),
         "env": "usable", "completion": "usable", "recipe": "usable", "export": onnx, "report": _needs(versions, "matplotlib"),
-        "generate": asking, "serve": asking if serving == "usable" else serving,
-        "build": building, "deploy": building, "bench": engines,
+        "generate": asking, "bench": asking, "serve": asking if serving == "usable" else serving,
+        "build": building, "deploy": building,
         "kernels": _needs(versions, "triton"),
     }  # fmt: skip
 

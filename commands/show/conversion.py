@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 from ...optimizer.before.resources import Machine, Resources, this_machine
@@ -14,8 +13,8 @@ from ...optimizer.plan import Plan
 from ...optimizer.proof.limits import Measured
 from ...optimizer.verify import Verification
 from .long import show_long
+from .progress import Bars
 from .quality import show_text
-from .quiet import QUIET
 from .tables import print_table, table
 
 
@@ -179,43 +178,8 @@ def show_description(found: Mapping[str, Any], indent: str = "") -> None:
             print(f"{indent}{name}: {', '.join(map(str, content)) if isinstance(content, list) else content}")
 
 
-_STAGES = {
-    "calibrate": "calibrating",
-    "exactness": "checking exactness",
-    "transformers": "comparing with transformers",
-    "text": "measuring on text",
-    "long": "asking in long texts",
-    "foreign text": "measuring on foreign text",
-}
-
-
-class Progress:
+class Progress(Bars):
     """Bars on a terminal, one line a layer otherwise; always on stderr."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bars
-
-        console = Console(stderr=True, highlight=False, quiet=QUIET.get())
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bars = Bars(*columns, console=console, disable=console.quiet or not console.is_terminal, transient=True)
-        self._console = console
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> Progress:
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bars.stop()
-
-    def advance(self, stage: str, done: int, total: int) -> None:
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(_STAGES.get(stage, stage), total=total)
-        self._bars.update(self._tasks[stage], completed=done, total=total)
 
     def listener(self) -> Listener:
         return Listener(on_plan=self._plan, on_progress=self.advance, on_step=self._step, on_layer=self._layer)

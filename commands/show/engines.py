@@ -1,4 +1,4 @@
-"""What build, deploy and bench print."""
+"""What build and deploy print."""
 
 from __future__ import annotations
 
@@ -49,11 +49,3 @@ def show_profiles(profiles: Sequence[Mapping[str, Any]]) -> None:
     for profile in profiles:
         rows.add_row(profile["name"], *(" / ".join(map(str, profile[dim])) for dim in ("batch", "seq", "cache_length")))
     print_table(rows)
-
-
-def show_bench(found: Mapping[str, Any]) -> None:
-    print(f"{found['engine']}: {found['gpu']}, {found['tensorrt']['name']} {found['tensorrt']['version']}")
-    print(f"batch {found['batch']}, context {found['context']}")
-    print(f"prefill {found['prefill_seconds']:.3f} s, {found['prefill_tokens_per_second']:.0f} tokens/s")
-    times = ", ".join(f"{name} {value:.2f} ms" for name, value in found["decode_ms"].items())
-    print(f"decode {found['decode_tokens_per_second']:.1f} tokens/s, a step {times}")

@@ -14,7 +14,8 @@ from ...files.model.stop_tokens import stop_tokens
 from ...runtime.generation import Session
 from ...runtime.ort_session import OrtSession
 from ...runtime.torch_session import open_pt2_session
-from ..model.cached_model import open_torch_session
+from ..model.cached_model import dense_config, open_torch_session
+from ..model.capture import read_config
 from ..model.checkpoint import Checkpoint
 from ..model.text import load_tokenizer
 
@@ -45,41 +46,59 @@ def open_model(
 
     Raises UserError for what is no model, or not one of this runtime.
     """
-    engine = engine_folder(model)
-    if engine is None and runtime == "tensorrt":
-        raise UserError(f"{model}: no engine folder; run `mla2dsa build` first, or pass another --runtime")
-    if engine is not None:
-        folder, session = engine, _engine_session(engine, runtime)
-    else:
-        exported = is_export(model)
-        folder = Path(model) if exported else Checkpoint.open(model).path
-        session = _session(folder, runtime or _natural_runtime(folder, exported), exported, device, capacity)
+    folder, session, _ = _opened(model, runtime, device, 1, capacity)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     return Opened(folder, session, tokenizer, tuple(_stop(folder, tokenizer)))
 
 
-def _engine_session(folder: Path, runtime: str | None) -> Session:
+def open_session(model: str, runtime: str | None, device: str, batch: int) -> tuple[Session, int, str]:
+    """(a session of `batch` sequences, of as many tokens as the model takes; words in its vocabulary; runtime). Raises as `open_model`."""
+    folder, session, runtime = _opened(model, runtime, device, batch, None)
+    manifest = _manifest(folder)
+    return session, int(manifest["model"]["vocab_size"]) if manifest else _words(Checkpoint.open(folder)), runtime
+
+
+def _words(checkpoint: Checkpoint) -> int:
+    config = dense_config(checkpoint) if checkpoint.is_dsa() else checkpoint.config
+    return int(read_config(config).get_text_config().vocab_size)
+
+
+def _opened(
+    model: str, runtime: str | None, device: str, batch: int, capacity: int | None
+) -> tuple[Path, Session, str]:
+    engine = engine_folder(model)
+    if engine is None and runtime == "tensorrt":
+        raise UserError(f"{model}: no engine folder; run `mla2dsa build` first, or pass another --runtime")
+    if engine is not None:
+        return engine, _engine_session(engine, runtime, batch), "tensorrt"
+    exported = is_export(model)
+    folder = Path(model) if exported else Checkpoint.open(model).path
+    runtime = runtime or _natural_runtime(folder, exported)
+    return folder, _session(folder, runtime, exported, device, batch, capacity), runtime
+
+
+def _engine_session(folder: Path, runtime: str | None, batch: int) -> Session:
     from ...runtime.tensorrt_session import open_engine_session
 
     if runtime not in (None, "tensorrt"):
         raise UserError(f"{folder}: an engine folder, which {runtime} cannot run; pass --runtime tensorrt, or nothing")
-    return open_engine_session(folder, batch=1)
+    return open_engine_session(folder, batch)
 
 
 def _natural_runtime(folder: Path, exported: bool) -> str:
     return "onnxruntime" if exported and read_export(folder)["kind"] == "onnx" else "torch"
 
 
-def _session(folder: Path, runtime: str, exported: bool, device: str, capacity: int | None) -> Session:
+def _session(folder: Path, runtime: str, exported: bool, device: str, batch: int, capacity: int | None) -> Session:
     if runtime == "onnxruntime":
         if not exported:
             raise UserError(
                 f"{folder}: a checkpoint, which onnxruntime cannot run; run `mla2dsa export` first, or pass --runtime torch"
             )
-        return OrtSession(folder, 1, capacity)
+        return OrtSession(folder, batch, capacity)
     if exported:
-        return open_pt2_session(folder, 1, capacity, device)
-    return open_torch_session(folder, 1, capacity, device=device)
+        return open_pt2_session(folder, batch, capacity, device)
+    return open_torch_session(folder, batch, capacity, device=device)
 
 
 def _stop(folder: Path, tokenizer: Any) -> list[int]:

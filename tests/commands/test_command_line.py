@@ -101,7 +101,7 @@ def test_env_knows_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said["build"] == (
         "with --backend tensorrt-rtx: not installed: tensorrt-rtx; with TensorRT: not installed: tensorrt"
     )
-    assert (said["serve"], said["bench"]) == ("not installed: uvicorn", "not installed: tensorrt")
+    assert (said["serve"], said["bench"]) == ("not installed: uvicorn", "usable in torch and onnxruntime")
     assert said["generate"] == "usable in torch and onnxruntime"
     assert environment._commands({**lacking, "tensorrt": "1"}, ["a GPU"])["build"] == "usable with TensorRT"
     assert environment._commands({**lacking, "torch": None}, [])["verify"] == "not installed: torch"

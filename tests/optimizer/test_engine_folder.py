@@ -31,7 +31,8 @@ from mla2dsa.files.manifests.engine_manifest import (
     read_plugin,
 )
 from mla2dsa.files.manifests.export_manifest import EXPORT_MANIFEST
-from mla2dsa.optimizer import bench, deploy
+from mla2dsa.optimizer import deploy
+from mla2dsa.optimizer.answers.timing import measure
 from mla2dsa.optimizer.export import export
 from mla2dsa.runtime.tensorrt_session import TensorRtSession, deserialised, open_engine_session
 
@@ -274,7 +275,7 @@ def test_bench_on_the_stand_in(checkpoint: Path, tmp_path: Path) -> None:
     manifest = json.loads((folder / EXPORT_MANIFEST).read_text())
     manifest["profiles"] = engine_profiles({"max_batch": 2, "max_seq": 128}, {}, {}, {})
     session = TensorRtSession(FakeEngine(folder, manifest), manifest, 2, device="cpu")
-    found = bench.measure(session, 1024, context=40, tokens=4)
+    found = measure(session, 1024, context=40, tokens=4)
     assert (found["batch"], found["context"]) == (2, 40)
     assert found["prefill_tokens_per_second"] == pytest.approx(80 / found["prefill_seconds"])
     assert 0 < found["decode_ms"]["p50"] <= found["decode_ms"]["p90"] <= found["decode_ms"]["p99"]
@@ -285,7 +286,11 @@ def test_bench_on_the_stand_in(checkpoint: Path, tmp_path: Path) -> None:
     ("arguments", "code", "parts"),
     [
         (("bench", "{}", "--tokens", "0"), 2, ["--batch, --context and --tokens: expected 1 or more"]),
-        (("bench", "/no/such/engine"), 1, ["/no/such/engine: no engine folder", "mla2dsa build"]),
+        (
+            ("bench", "/no/such/engine", "--runtime", "tensorrt"),
+            1,
+            ["/no/such/engine", "no engine folder", "mla2dsa build"],
+        ),
         (("generate", "/no/such/engine", "x", "--runtime", "tensorrt"), 1, ["no engine folder"]),
     ],
     ids=["tokens", "bench", "generate"],

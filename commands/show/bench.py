@@ -1,0 +1,55 @@
+"""What bench prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .tables import print_table, table
+
+
+def show_bench(found: Mapping[str, Any]) -> None:
+    """A line for each model and context, then how much faster every model is than the first."""
+    results = found["results"]
+    first = results[0]
+    where = (
+        first["gpu"]
+        if first["runtime"] == "tensorrt" or first["device"] != "cpu"
+        else f"{first['threads']} of {first['cpus']} CPUs"
+    )
+    rounds = len(first["runs"])
+    print(
+        f"batch {first['batch']}, {where}, torch {first['torch']}, random tokens, medians of {rounds} round{'s' * (rounds != 1)}"
+    )
+    rows = table(
+        "model",
+        "runtime",
+        "context",
+        "first token, s",
+        "prefill, tokens/s",
+        "decode, tokens/s",
+        "step p50, ms",
+        "p99",
+        "memory",
+    )
+    for one in results:
+        rows.add_row(
+            Path(one["model"]).name or one["model"], one["runtime"], str(one["context"]), f"{one['prefill_seconds']:.2f}",
+            f"{one['prefill_tokens_per_second']:.0f}", f"{one['decode_tokens_per_second']:.1f}", f"{one['decode_ms']['p50']:.2f}",
+            f"{one['decode_ms']['p99']:.2f}", f"{one['peak_memory'] / 2**30:.2f} GiB",
+        )  # fmt: skip
+    print_table(rows)
+    for one in found["against"]:
+        prefill, decode = _told(one["prefill"]), _told(one["decode"])
+        print(
+            f"{one['model']} against {one['first']}, {one['context']} tokens: prefill {prefill}, decode {decode}, "
+            f"memory {one['peak_memory']:.2f}x"
+        )
+
+
+def _told(ratio: Mapping[str, Any]) -> str:
+    if ratio["differs"] is None:
+        return f"{ratio['ratio']:.2f}x as fast (one round: no telling how sure)"
+    between = f"{ratio['low']:.2f} to {ratio['high']:.2f}"
+    return f"{ratio['ratio']:.2f}x as fast ({between})" if ratio["differs"] else f"no difference shown ({between})"
