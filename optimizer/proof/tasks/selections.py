@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ....kernels import ops  # noqa: F401  (registers torch.ops.mla2dsa)
-from ....kernels.reference import accumulation_dtype, in_range, softmax_or_zero
-from ...indexer.indexer_math import BLOCK_ELEMENTS
+from ....kernels.reference import accumulation_dtype, in_range
 from ..baselines import Choose, attend, oracle_keys, window_keys
 
 INDEXER, ATTENTION = torch.ops.mla2dsa.lightning_indexer.default, torch.ops.mla2dsa.sparse_mla.default
@@ -41,19 +41,16 @@ class _Ranges:
         return torch.empty(*q.shape[:2], min(topk, k.shape[1]), dtype=torch.int32, device=q.device)
 
     def dense(self, q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_rank: int) -> Tensor:
-        """Attention to every key in range, in tiles of queries. See `sparse_mla` for the shapes."""
+        """Attention to every key in range, by torch's fused kernel, which takes values as wide as keys: the latent is both. See
+        `sparse_mla` for the shapes."""
         acc, last = accumulation_dtype(q.dtype), int(self.end.max())
-        keys = kv[:, :last].to(acc).unsqueeze(1)  # [B,1,S,R+dr]
-        step = max(1, BLOCK_ELEMENTS // (q.shape[0] * q.shape[2] * last))
-        parts = []
-        for start in range(0, q.shape[1], step):
-            rows = slice(start, start + step)
-            allowed = in_range(self.begin[:, rows], self.end[:, rows], last)  # [B,t,S]
-            logits = (q[:, rows].to(acc) @ keys.transpose(2, 3)) * scale  # [B,t,H,S]
-            logits = logits.masked_fill_(~allowed.unsqueeze(2), -torch.inf)
-            weights = softmax_or_zero(logits, allowed.any(-1)[:, :, None, None])
-            parts.append((weights @ keys[..., :kv_lora_rank]).to(q.dtype))
-        return torch.cat(parts, 1)
+        allowed = in_range(self.begin, self.end, last)  # [B,T,S]
+        keys = kv[:, :last].to(acc).unsqueeze(1).expand(-1, q.shape[2], -1, -1)
+        out = F.scaled_dot_product_attention(
+            q.to(acc).transpose(1, 2), keys, keys, attn_mask=allowed.unsqueeze(1), scale=scale
+        )
+        latent = out[..., :kv_lora_rank].transpose(1, 2)  # [B,T,H,R]
+        return latent.masked_fill(~allowed.any(-1)[:, :, None, None], 0.0).to(q.dtype)
 
     def sparse(self, choose: Choose, q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_rank: int) -> Tensor:
         """Attention to the keys that `choose` gives."""

@@ -55,7 +55,6 @@ def test_a_session_chooses_as_the_program_without_caches_does(
     pair = open_pair(TINY, folder)
     dense, runners = pair.runners()
     monkeypatch.setattr("mla2dsa.optimizer.proof.baselines.QUERY_ROWS", 50)
-    monkeypatch.setattr("mla2dsa.optimizer.proof.tasks.selections.BLOCK_ELEMENTS", 1 << 14)
     rows = [ids, ids[:150]]
     assert variants.index_topk == SMALL_TOPK
     seen = []
