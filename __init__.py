@@ -5,6 +5,7 @@
     print(mla2dsa.plan("./model", index_topk=512))
     done = mla2dsa.convert("./model", "./model-dsa", calibration="./texts")
     mla2dsa.verify("./model", "./model-dsa", text="held-out.txt")
+    mla2dsa.compare("./model", "./model-dsa", "def main():")
     mla2dsa.export("./model-dsa", "./model-onnx")
     mla2dsa.build("./model-dsa", "./engine", backend="tensorrt-rtx")
 
@@ -17,10 +18,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import build, convert, export, plan, verify
+    from .api import bench, build, compare, convert, export, plan, verify
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "build", "convert", "export", "plan", "verify"]
+__all__ = ["__version__", "bench", "build", "compare", "convert", "export", "plan", "verify"]
 
 
 def __getattr__(name: str) -> Any:

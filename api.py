@@ -1,4 +1,4 @@
-"""The Python front door: `mla2dsa.plan`, `convert`, `verify`, `export`, `build`. Loaded when one of them is asked for.
+"""The Python front door: `mla2dsa.plan`, `convert`, `verify`, `compare`, `bench`, `export`, `build`. Loaded when one of them is asked for.
 
 Each does what the command of its name does, with the same looks before any work, raises UserError and UsageError with its messages, and
 gives a `Result`, which prints as the command does. Settings are those of a recipe (docs/recipe.md), by keyword: `index_topk=512,
@@ -8,13 +8,14 @@ indexer="distil"`.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
+    from .optimizer.answers.compare import Compared
     from .optimizer.build import Built
     from .optimizer.convert import Listener, Outcome
     from .optimizer.export import Exported
@@ -117,6 +118,51 @@ def verify(
     if not found.passed:
         raise FailedVerification(found)
     return Result(found, found.to_json(), lambda: show_verification(found))
+
+
+def compare(
+    dense: str | Path, dsa: str | Path, prompts: str | Sequence[str], *, max_new_tokens: int = 64, chat: bool = False,
+    system: str | None = None, runtime: str | None = None, device: str = "cpu",
+) -> Result[tuple[Compared, ...]]:  # fmt: skip
+    """What a dense model and its DSA one (checkpoint, exported folder or engine) say to the same prompts, and how far apart they are by
+    position. runtime: of `dsa`, None for its own."""
+    from .commands.show.answers import comparisons_json, show_comparison
+    from .optimizer.answers.compare import compare, open_both
+    from .optimizer.before.findings import Findings
+    from .optimizer.before.preflight import check_generate
+
+    with Findings() as looked:
+        check_generate(looked, str(dense), "torch")
+        check_generate(looked, str(dsa), runtime)
+    both = open_both(str(dense), str(dsa), runtime, device, False)
+    asked = [prompts] if isinstance(prompts, str) else list(prompts)
+    found = tuple(compare(both, asked, max_new_tokens, chat=chat, system=system))
+
+    def show() -> None:
+        for one in found:
+            show_comparison(one, both.index_topk)
+
+    return Result(found, comparisons_json(found, both.index_topk), show)
+
+
+def bench(
+    models: str | Path | Sequence[str | Path], contexts: Sequence[int] = (), *, batch: int = 1, tokens: int = 64, rounds: int = 3,
+    runtime: str | None = None, device: str = "cpu",
+) -> Result[Mapping[str, Any]]:  # fmt: skip
+    """Time prefill and decode of models side by side, each run in a process of its own. contexts: tokens of prefill; none for a default.
+
+    A script that calls it needs the usual `if __name__ == "__main__":`, since processes are spawned."""
+    from .commands.show.bench import show_bench
+    from .optimizer.before.findings import Findings
+    from .optimizer.before.preflight import check_generate
+    from .optimizer.bench import bench
+
+    names = [str(model) for model in ([models] if isinstance(models, str | Path) else models)]
+    with Findings() as looked:
+        for name in names:
+            check_generate(looked, name, runtime)
+    found = bench(names, contexts or (None,), batch=batch, tokens=tokens, rounds=rounds, runtime=runtime, device=device)
+    return Result(found, found, lambda: show_bench(found))
 
 
 def export(

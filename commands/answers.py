@@ -79,6 +79,7 @@ def _generate(args: argparse.Namespace) -> int:
     from ..optimizer.answers.answer import Piece, answer
     from ..optimizer.answers.opened import open_model
     from ..optimizer.generate import ask_of, check_count
+    from .show.answers import heading
     from .show.tables import print_json
 
     check_count(args.max_new_tokens)
@@ -217,11 +218,6 @@ def _sampling(args: argparse.Namespace, folder: Path) -> Any:
         return default_sampling(folder, args.seed)
     top_p = 1.0 if args.top_p is None else args.top_p
     return Sampling(args.temperature, top_p, args.seed, args.top_k or 0)
-
-
-def heading(prompt: str) -> str:
-    """One line, whatever the prompt holds."""
-    return short(" ".join(prompt.split()), 60)
 
 
 def _told(prompt: str, tokens: int, pieces: list[Any]) -> dict[str, Any]:

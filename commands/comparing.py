@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .answers import RUNTIMES, add_prompts, check_prompts, heading, prompts_of
+from .answers import RUNTIMES, add_prompts, check_prompts, prompts_of
 from .common import add_trust, command_parser
 from .parser import a_name
 
@@ -40,25 +40,16 @@ def _compare(args: argparse.Namespace) -> int:
         check_generate(found, args.dsa, args.runtime)
 
     from ..optimizer.answers.compare import compare, open_both
-    from .show.answers import comparison_json, show_comparison
+    from .show.answers import comparisons_json, show_comparison
     from .show.tables import print_json
 
     prompts = prompts_of(args)
     both = open_both(args.dense, args.dsa, args.runtime, args.device, args.trust_remote_code)
     told = []
     for one in compare(both, prompts, args.max_new_tokens, chat=args.chat, system=args.system):
-        if args.json:
-            told.append(comparison_json(one))
-        else:
-            show_comparison(one, heading(one.prompt))
-            _say_if_dense(both.index_topk, one.prompt_tokens + len(one.positions) - 1)
+        told.append(one)
+        if not args.json:
+            show_comparison(one, both.index_topk)
     if args.json:
-        print_json({"index_topk": both.index_topk, "prompts": told})
+        print_json(comparisons_json(told, both.index_topk))
     return 0
-
-
-def _say_if_dense(index_topk: int | None, tokens: int) -> None:
-    if index_topk is not None and tokens <= index_topk:
-        print(
-            f"{tokens} tokens are no more than index_topk {index_topk}: here DSA is dense attention; take a longer prompt"
-        )

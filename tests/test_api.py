@@ -78,6 +78,25 @@ def test_convert_export_and_verify(tmp_path: Path, tmp_path_factory: pytest.Temp
         package.build(tmp_path / "nowhere", tmp_path / "engine", backend="tensorrt-rtx")
 
 
+def test_compare_is_what_the_command_prints(tmp_path_factory: pytest.TempPathFactory) -> None:
+    dsa = small_conversion(tmp_path_factory)
+    found = package.compare(TINY, dsa, "import os", max_new_tokens=3)
+    done = mla2dsa("compare", TINY, dsa, "import os", "--max-new-tokens", 3)
+    assert (done.code, repr(found)) == (0, done.out.rstrip())
+    assert found.data == mla2dsa("compare", TINY, dsa, "import os", "--max-new-tokens", 3, "--json").json()
+    assert [one.prompt for one in found.value] == ["import os"]
+    several = package.compare(TINY, dsa, ["import os", "class A:"], max_new_tokens=1)
+    assert [one["prompt"] for one in several.data["prompts"]] == ["import os", "class A:"]
+
+
+def test_bench_times_one_model(tmp_path: Path) -> None:
+    found = package.bench(TINY, [16], tokens=2, rounds=1)
+    assert (found.value["results"][0]["context"], found.data["against"]) == (16, [])
+    assert "medians of 1 round" in repr(found)
+    with pytest.raises(UserError, match="nowhere"):
+        package.bench([TINY, tmp_path / "nowhere"], [16])
+
+
 def test_one_of_overwrite_and_resume(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="overwrite and resume"):
         package.convert(TINY, tmp_path / "out", overwrite=True, resume=True)

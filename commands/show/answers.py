@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from ...errors import short
 from ...optimizer.answers.compare import Compared
 from .tables import print_table, table
 
@@ -25,13 +27,23 @@ def comparison_json(found: Compared) -> dict[str, Any]:
     }
 
 
-def show_comparison(found: Compared, heading: str) -> None:
-    """Both texts, where they part, and the positions that are furthest apart."""
+def heading(prompt: str) -> str:
+    """One line, whatever the prompt holds."""
+    return short(" ".join(prompt.split()), 60)
+
+
+def comparisons_json(found: Sequence[Compared], index_topk: int | None) -> dict[str, Any]:
+    """As --json prints it."""
+    return {"index_topk": index_topk, "prompts": list(map(comparison_json, found))}
+
+
+def show_comparison(found: Compared, index_topk: int | None) -> None:
+    """Both texts, where they part, the positions that are furthest apart, and whether any of it is sparse."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    print(f"==> {heading} <==")
+    print(f"==> {heading(found.prompt)} <==")
     texts = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
     for name in ("dense", "DSA"):
         texts.add_column(name, ratio=1, overflow="fold")
@@ -44,6 +56,11 @@ def show_comparison(found: Compared, heading: str) -> None:
         f"along the dense text: same most likely token at {same} of {count} positions, mean KL {found.mean_kl:.3g} nats"
     )
     _show_furthest(found)
+    tokens = found.prompt_tokens + len(found.positions) - 1
+    if index_topk is not None and tokens <= index_topk:
+        print(
+            f"{tokens} tokens are no more than index_topk {index_topk}: here DSA is dense attention; take a longer prompt"
+        )
 
 
 def _parting(found: Compared) -> str:
