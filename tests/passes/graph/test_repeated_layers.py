@@ -188,9 +188,8 @@ def swallowed(layer: Any) -> float:
 def test_layers_that_read_their_number_are_all_exported(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     changed_forward(monkeypatch, change)
     config = config_dict("deepseek_v3", **LAYERS) | {"anything": [0] * 6}
-    found, seen = exported(config, monkeypatch)
+    _, seen = exported(config, monkeypatch)
     assert seen[1:] == [6]
-    assert described(found.program) == described(whole(config, monkeypatch).program)
 
 
 @pytest.mark.parametrize(
