@@ -35,7 +35,7 @@ def _bench(args: argparse.Namespace) -> int:
     from ..optimizer.before.findings import Findings
     from ..optimizer.before.preflight import check_generate
 
-    contexts = read_numbers("--context", args.context) if args.context else (None,)
+    contexts = read_numbers("--context", args.context) if args.context is not None else (None,)
     if len(set(contexts)) != len(contexts):
         raise UsageError(f"--context {args.context}: a length is given twice")
     with Findings() as found:  # before a process is started that imports torch

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..compat.argparse_private import options
-from ..errors import UsageError
+from ..errors import UsageError, short
+
+_NUMBER = re.compile(r"([0-9]{1,18})([kK]?)")
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,13 +68,10 @@ def a_path(text: str) -> Path:
 
 def read_numbers(flag: str, text: str) -> tuple[int, ...]:
     """4k,8192 as numbers; k is 1024. Raises UsageError."""
-    try:
-        return tuple(
-            int(part[:-1]) * 1024 if part[-1:] in "kK" and part else int(part)
-            for part in map(str.strip, text.split(","))
-        )
-    except ValueError:
-        raise UsageError(f"{flag} {text}: expected numbers with commas between, as in 4k,8k or 0,50,100") from None
+    parts = [_NUMBER.fullmatch(part.strip()) for part in text.split(",")]
+    if not all(parts):
+        raise UsageError(f"{flag} {short(text)}: expected numbers with commas between, as in 4k,8k or 0,50,100")
+    return tuple(int(part[1]) * (1024 if part[2] else 1) for part in parts if part)
 
 
 def near_to(word: str, known: Iterable[Any]) -> str:

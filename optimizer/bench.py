@@ -10,14 +10,17 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, short
+from ..runtime.devices import usable_device
 from .answers.timing import Run, timed_apart
 
 # Student's t for 95 %, two-sided, by degrees of freedom from 1
 _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 MOST_ROUNDS = len(_T) + 1
+MOST = 2**31 - 1  # fixed by what a tensor's size may be in every runtime
 _FIGURES = ("prefill_tokens_per_second", "decode_tokens_per_second")
 
 
@@ -31,20 +34,22 @@ def bench(
     runtime: str | None = None,
     device: str = "cpu",
     on_progress: Callable[[str, int, int], None] | None = None,
-    time_it: Callable[[Run], dict[str, Any]] = timed_apart,
+    time_it: Callable[[Run], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """`results`: medians for each model and context over `rounds`, with every run; `against`: how much faster every other model is
-    than the first. contexts: tokens of a prompt, None for a default. time_it: times one run.
+    than the first. contexts: tokens of a prompt, None for a default. time_it: times one run, None in a process of its own.
 
     Raises UserError where a model cannot be run or does not take these sizes, UsageError for sizes out of range.
     """
     _check_sizes(models, contexts, batch, tokens, rounds)
+    if device != "cpu":
+        usable_device(device)
     runs: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
     longest_first = sorted(contexts, key=lambda context: -(context or 0))  # what does not fit is known at once
     work = list(product(range(rounds), longest_first, models))
     default = None
     for number, (_, context, model) in enumerate(work):
-        found = time_it(Run(model, batch, context or default, tokens, runtime, device))
+        found = (time_it or timed_apart)(Run(model, batch, context or default, tokens, runtime, device))
         default = default or found["context"]  # what the first model takes is what all are given
         runs.setdefault((model, context), []).append(found)
         if on_progress:
@@ -58,11 +63,13 @@ def bench(
 
 
 def _check_sizes(models: Sequence[str], contexts: Sequence[int | None], batch: int, tokens: int, rounds: int) -> None:
-    if min(batch, tokens, *(context for context in contexts if context is not None), 1) < 1:
-        raise UsageError("--batch, --context and --tokens: expected 1 or more")
+    sizes = [("--batch", batch), ("--tokens", tokens), *(("--context", size) for size in contexts if size is not None)]
+    for flag, size in sizes:
+        if not 1 <= size <= MOST:
+            raise UsageError(f"{flag} {short(size)}: expected 1 to {MOST}")
     if not 1 <= rounds <= MOST_ROUNDS:
-        raise UsageError(f"--rounds {rounds}: expected 1 to {MOST_ROUNDS}")
-    if len(set(models)) != len(models):
+        raise UsageError(f"--rounds {short(rounds)}: expected 1 to {MOST_ROUNDS}")
+    if len({Path(model).resolve() for model in models}) != len(models):
         raise UsageError("a model is given twice; its runs would be compared with themselves")
 
 

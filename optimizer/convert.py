@@ -21,6 +21,7 @@ from ..files.json_files import read_json
 from ..files.model.model_files import CONFIG, left_out, remote_tokenizer
 from ..files.staging import InTheWay, check_target, claim
 from ..kernels.spec import IndexerWeights
+from ..runtime.devices import usable_device
 from ..runtime.processes import processes
 from ..runtime.shelf import Shelf
 from .before.binding import target_verdicts
@@ -32,7 +33,6 @@ from .before.preflight import check_conversion
 from .before.resources import Resources
 from .before.resources import refuse_if_too_large as refuse_conversion
 from .before.space import existing_parent
-from .environment import usable_device
 from .indexer.calibrate import Calibration, LayerResult, calibrate
 from .indexer.layer_fit import NO_TRAINING
 from .indexer.progress_store import ProgressStore

@@ -19,10 +19,10 @@ from torch import Tensor
 from ..errors import UsageError, UserError
 from ..files.model.text_model import is_other_part, is_wrapper
 from ..kernels.spec import IndexerConfig
+from ..runtime.devices import usable_device
 from ..runtime.logits import Logits
 from ..runtime.processes import processes
 from ..runtime.shelf import Shelf
-from .environment import usable_device
 from .model.capture import model_class_of, read_config
 from .model.stored_formats import mtp_tensors
 from .model.text import load_tokenizer, model_tokens

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...errors import short
 from .tables import print_table, table
 
 
@@ -13,11 +14,8 @@ def show_bench(found: Mapping[str, Any]) -> None:
     """A line for each model and context, then how much faster every model is than the first."""
     results = found["results"]
     first = results[0]
-    where = (
-        first["gpu"]
-        if first["runtime"] == "tensorrt" or first["device"] != "cpu"
-        else f"{first['threads']} of {first['cpus']} CPUs"
-    )
+    on_gpu = first["runtime"] == "tensorrt" or first["device"].partition(":")[0] != "cpu"
+    where = (first["gpu"] if on_gpu else None) or f"{first['threads']} of {first['cpus']} CPUs"
     rounds = len(first["runs"])
     print(
         f"batch {first['batch']}, {where}, torch {first['torch']}, random tokens, medians of {rounds} round{'s' * (rounds != 1)}"
@@ -33,9 +31,10 @@ def show_bench(found: Mapping[str, Any]) -> None:
         "p99",
         "memory",
     )
+    names = _names([one["model"] for one in results])
     for one in results:
         rows.add_row(
-            Path(one["model"]).name or one["model"], one["runtime"], str(one["context"]), f"{one['prefill_seconds']:.2f}",
+            names[one["model"]], one["runtime"], str(one["context"]), f"{one['prefill_seconds']:.2f}",
             f"{one['prefill_tokens_per_second']:.0f}", f"{one['decode_tokens_per_second']:.1f}", f"{one['decode_ms']['p50']:.2f}",
             f"{one['decode_ms']['p99']:.2f}", f"{one['peak_memory'] / 2**30:.2f} GiB",
         )  # fmt: skip
@@ -43,9 +42,16 @@ def show_bench(found: Mapping[str, Any]) -> None:
     for one in found["against"]:
         prefill, decode = _told(one["prefill"]), _told(one["decode"])
         print(
-            f"{one['model']} against {one['first']}, {one['context']} tokens: prefill {prefill}, decode {decode}, "
+            f"{short(one['model'])} against {short(one['first'])}, {one['context']} tokens: prefill {prefill}, decode {decode}, "
             f"memory {one['peak_memory']:.2f}x"
         )
+
+
+def _names(models: Sequence[str]) -> dict[str, str]:
+    """What a row is called: the last part of a path, or all of it where another has the same."""
+    last = {model: Path(model).name or model for model in models}
+    taken = list(last.values())
+    return {model: short(name if taken.count(name) == 1 else model) for model, name in last.items()}
 
 
 def _told(ratio: Mapping[str, Any]) -> str:

@@ -29,4 +29,5 @@ def print_table(made: Any) -> None:
     """120 characters wide where stdout is no terminal."""
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(made)
+    # Without markup: a path may have brackets in it.
+    Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False, emoji=False).print(made)

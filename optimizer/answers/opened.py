@@ -11,6 +11,7 @@ from ...errors import UserError
 from ...files.manifests.engine_manifest import engine_folder, read_engine
 from ...files.manifests.export_manifest import is_export, read_export
 from ...files.model.stop_tokens import stop_tokens
+from ...runtime.devices import usable_device
 from ...runtime.generation import Session
 from ...runtime.ort_session import OrtSession
 from ...runtime.torch_session import open_pt2_session
@@ -66,7 +67,7 @@ def _words(checkpoint: Checkpoint) -> int:
 def _opened(
     model: str, runtime: str | None, device: str, batch: int, capacity: int | None
 ) -> tuple[Path, Session, str]:
-    engine = engine_folder(model)
+    device, engine = usable_device(device), engine_folder(model)
     if engine is None and runtime == "tensorrt":
         raise UserError(f"{model}: no engine folder; run `mla2dsa build` first, or pass another --runtime")
     if engine is not None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
+import signal
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError
+from ...errors import UsageError, UserError
 
 WARM_UP = 3  # decode steps, fixed by what allocators and caches of kernels need to settle
 FIRST_CONTEXT = 4096  # fixed by what a small CPU prefills within a minute
@@ -32,39 +35,59 @@ class Run:
 
 
 def timed_apart(run: Run) -> dict[str, Any]:
-    """`timed`, in a new process. Raises UserError, also where that process is killed."""
-    import multiprocessing
-
-    spawning = multiprocessing.get_context("spawn")
-    ours, theirs = spawning.Pipe(duplex=False)
-    child = spawning.Process(target=_child, args=(theirs, run), daemon=True)
-    child.start()
-    theirs.close()
+    """`timed`, in a new process, which ends with this one. Raises UserError, also where that process is killed."""
+    ours, theirs = os.pipe()
+    command = [sys.executable, "-P", "-m", __spec__.name, str(theirs), json.dumps(asdict(run))]
+    # Its stdin stays open as long as this process lives; a session of its own, or Ctrl-C would interrupt it, too.
+    child = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=(theirs,), start_new_session=True
+    )
     try:
-        found, error = ours.recv()
-    except EOFError:
-        child.join()
-        raise UserError(
-            f"{run.model}: the process that ran {run.context or 'its'} tokens ended with exit code {child.exitcode} "
-            "(-9: killed, most likely for memory); give a smaller --context or --batch"
-        ) from None
+        os.close(theirs)
+        with open(ours, "rb") as answer:
+            told = answer.read()
+        child.wait()
     finally:
-        child.terminate()
-        child.join()
-    if error is not None:
-        raise error
-    return dict(found)
+        child.kill()
+        child.wait()
+        if child.stdin is not None:
+            child.stdin.close()
+    if not told:
+        why = " (killed, most likely for memory)" if child.returncode == -signal.SIGKILL else ""
+        raise UserError(
+            f"{run.model}: the process that timed it ended with exit code {child.returncode}{why}; give a smaller --context or --batch"
+        )
+    found: dict[str, Any] = json.loads(told)
+    if (raised := found.get("raised")) is not None:
+        raise _KINDS[raised](found["said"])
+    return found
 
 
-def _child(answer: Connection, run: Run) -> None:
+_KINDS: Mapping[str, type[Exception]] = {"usage": UsageError, "user": UserError, "other": RuntimeError}
+
+
+def main(answer: int, run: Run) -> None:
+    """In the new process. answer: a file descriptor."""
+    threading.Thread(target=_end_with_the_other, daemon=True).start()
     try:
-        answer.send((timed(run), None))
+        told = timed(run)
     except UserError as error:
-        answer.send((None, UserError(str(error))))
+        told = {"raised": "usage" if isinstance(error, UsageError) else "user", "said": str(error)}
+    except OSError as error:
+        told = {"raised": "user", "said": f"{error.filename or run.model}: {error.strerror or error}"}
     except Exception as error:
-        answer.send((None, RuntimeError(f"{type(error).__name__}: {error}")))
         if os.environ.get("MLA2DSA_DEBUG") == "1":
             raise
+        told = {"raised": "other", "said": f"{type(error).__name__}: {error}"}
+        if type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "allocate memory" in str(error):
+            told = {"raised": "user", "said": f"{run.model}: out of memory; give a smaller --context or --batch"}
+    with open(answer, "w") as stream:
+        json.dump(told, stream)
+
+
+def _end_with_the_other() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
 
 
 def timed(run: Run) -> dict[str, Any]:
@@ -144,3 +167,7 @@ def _machine(run: Run) -> Mapping[str, Any]:
         "cpus": os.cpu_count(),
         "device": run.device,
     }
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Run(**json.loads(sys.argv[2])))
