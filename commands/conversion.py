@@ -221,13 +221,13 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _drawn(out: Path) -> str:
     from ..exporters.dsa.names import PAGE
-    from ..exporters.report.plots import INSTALL
+    from ..exporters.report.plots import INSTALL, can_draw
 
-    return (
-        f"{out / PAGE}: the same with plots"
-        if (out / PAGE).exists()
-        else f"no {PAGE}: its plots need matplotlib; {INSTALL}"
-    )
+    if (out / PAGE).exists():
+        return f"{out / PAGE}: the same with plots"
+    if can_draw():
+        return f"no {PAGE}: it could not be drawn; `mla2dsa report {out} page.html` says why"
+    return f"no {PAGE}: its plots need matplotlib; {INSTALL}"
 
 
 def _convert_with_others(args: argparse.Namespace) -> int:

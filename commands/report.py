@@ -46,9 +46,17 @@ def _report(args: argparse.Namespace) -> int:
 
 def check_page(out: Path) -> None:
     """Raises UsageError or UserError where no page can be written to `out`."""
+    from ..files.temporary import nameless_file
+
     _check_new(out)
     if not out.parent.is_dir():
         raise UserError(f"{out.parent}: no such folder")
+    try:
+        nameless_file(out.parent).close()
+    except OSError as error:
+        raise UserError(
+            f"{out.parent}: cannot be written to ({error.strerror}); give another place for {out.name}"
+        ) from None
 
 
 def write_page(verification: dict[str, Any], out: Path, dsa: Path) -> None:
@@ -77,7 +85,7 @@ def _page(report: dict[str, Any], file: Path, title: str) -> str:
         check_library()  # texts side by side have no plots
     try:
         return compared_page(report, title) if compared else page(report, title)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
         raise UserError(
             f"{file}: neither a report.json nor what `verify --json` or `compare --json` prints ({type(error).__name__}: {error})"
         ) from None

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..exporters.dsa.checkpoint import write_dsa_checkpoint
 from ..exporters.dsa.layout import Layout
 from ..exporters.dsa.names import UNPROVEN_CONFIG, file_names
-from ..exporters.report.page import page, page_title
+from ..exporters.report.page import page_if_any, page_title
 from ..exporters.report.plots import can_draw
 from ..files.finite import finite
 from ..files.json_files import read_json
@@ -176,7 +176,7 @@ def _written(
         q_width=prepared.plan.layers[0][1].q_width, mtp=checkpoint.mtp_tensors(),
         manifest={"model": prepared.plan.model, "recipe": recipe.fields(), "verified": proved is not None,
                   "remote_code": list(job.remote_code), "fingerprint": _fingerprint(job, WRITTEN)},
-        dropped=_dropped(checkpoint), prove=prove, draw=partial(page, title=page_title(out)) if proved and can_draw() else None,
+        dropped=_dropped(checkpoint), prove=prove, draw=partial(page_if_any, page_title(out)) if proved and can_draw() else None,
         recipe=kept_text(
             recipe, prepared.plan.model, timed=is_timed(job.recipe), allow_partial=job.allow_partial,
             trust_remote_code=bool(job.remote_code), drop_stale_quantization=bool(_dropped(checkpoint)),

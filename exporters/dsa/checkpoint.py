@@ -104,7 +104,7 @@ def write_dsa_checkpoint(
     *,
     manifest: Mapping[str, object], layout: Layout | None = None, q_width: int | None = None, mtp: Collection[str] = (),
     dtype: torch.dtype = torch.bfloat16, dropped: Sequence[str] = (), recipe: str = "", overwrite: bool = False,
-    prove: Callable[[Path], Mapping[str, object]] | None = None, draw: Callable[[Mapping[str, object]], str] | None = None,
+    prove: Callable[[Path], Mapping[str, object]] | None = None, draw: Callable[[Mapping[str, object]], str | None] | None = None,
 ) -> Path:  # fmt: skip
     """Write the checkpoint in `source` with an indexer in every MLA layer to `out`, whole or not at all; returns `out`.
 
@@ -116,7 +116,7 @@ def write_dsa_checkpoint(
     manifest: what to record besides our own entries; recipe: the text of RECIPE, which lies beside (none: no such file).
     prove: looks at the folder before it gets its name, its config.json still
     called UNPROVEN_CONFIG; what it returns becomes report.json and the manifest's report, what it raises leaves nothing behind.
-    draw: makes a page of that, report.html.
+    draw: makes a page of that, report.html; None for no such file.
     Raises UserError (source unfit, weights unfit, disk full) and UsageError (`out` in the way). `source` is only read.
     """
     _check_entries(manifest)
@@ -146,13 +146,14 @@ def _settings(given: _Source, config: IndexerConfig, weights: Mapping[str, Index
 def _proved(
     folder: Path,
     prove: Callable[[Path], Mapping[str, object]] | None,
-    draw: Callable[[Mapping[str, object]], str] | None,
+    draw: Callable[[Mapping[str, object]], str | None] | None,
 ) -> Mapping[str, object] | None:
     report = prove(folder) if prove is not None else None
     if report is not None:
         write_json(folder / REPORT, report)
-        if draw is not None:
-            write_new(folder / PAGE, draw(report))
+        made = draw(report) if draw is not None else None
+        if made is not None:
+            write_new(folder / PAGE, made)
     return report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from . import plots
 from .parts import document, number, table
 
 Report = Mapping[str, Any]
+_LOG = logging.getLogger(__name__)
 # Fixed by what a reader should look at first: a layer that loses more of the oracle's mass than this.
 _WEAK = 0.03
 
@@ -36,6 +38,15 @@ def page(report: Report, title: str) -> str:
         _checks(found),
     ]
     return document(title, filter(None, parts))
+
+
+def page_if_any(title: str, report: Report) -> str | None:
+    """None where it cannot be drawn, for which nobody should lose a checkpoint: `mla2dsa report` says why."""
+    try:
+        return page(report, title)
+    except Exception:
+        _LOG.exception("no page of the report could be drawn")
+        return None
 
 
 def _head(report: Report, found: Report) -> str:

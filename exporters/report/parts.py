@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 _STYLE = """
@@ -20,18 +21,21 @@ th:first-child, td:first-child { text-align: left }
 mark { background: none; color: inherit; text-decoration: underline 2px var(--bad); text-underline-offset: .2em }
 td { overflow-wrap: anywhere } blockquote { border-left: 3px solid var(--line); margin: .5rem 0; padding-left: 1rem }
 """
+# What HTML and UTF-8 cannot hold; paths and tokens may have them.
+_NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def document(title: str, parts: Iterable[str]) -> str:
     """The whole file. title: text; parts: HTML."""
     name = html.escape(title)
-    return (
+    whole = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><style>{_STYLE}</style></head>\n'
         f"<body><main><h1>{name}</h1>\n" + "\n".join(parts) + "\n</main></body></html>\n"
     )
+    return _NO_TEXT.sub("\ufffd", whole)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -33,6 +35,24 @@ def check_library() -> None:
     """Raises UsageError where matplotlib is not installed."""
     if not can_draw():
         raise UsageError(f"a report's plots need matplotlib; {INSTALL}")
+    try:
+        _matplotlib()
+    except Exception as error:
+        raise UsageError(
+            f"matplotlib is installed, but cannot be imported ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _matplotlib() -> Any:
+    """The module, whatever backend the environment wants: none is used, and a wrong one would keep it from being imported."""
+    wanted = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+        import matplotlib.figure
+    finally:
+        if wanted is not None:
+            os.environ["MPLBACKEND"] = wanted
+    return matplotlib
 
 
 def lines(name: str, series: Lines, x: str, y: str, *, log: bool = False) -> str:
@@ -87,11 +107,9 @@ def maps(name: str, shares: Mapping[str, Sequence[Sequence[float]]], position: i
 
 
 def _axes(x: str, y: str) -> tuple[Any, Any]:
-    import matplotlib
-    from matplotlib.figure import Figure
-
+    matplotlib = _matplotlib()
     with matplotlib.rc_context(_settings()):
-        figure = Figure(figsize=_SIZE, layout="constrained")
+        figure = matplotlib.figure.Figure(figsize=_SIZE, layout="constrained")
         axes = figure.add_subplot(xlabel=x, ylabel=y)
     axes.grid(color=_INK, alpha=0.15, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
@@ -99,18 +117,22 @@ def _axes(x: str, y: str) -> tuple[Any, Any]:
 
 
 def _settings() -> Any:
+    """matplotlib's own, not those of the user's matplotlibrc, which may keep images outside of the file."""
+    own = {name: value for name, value in _matplotlib().rcParamsDefault.items() if not name.startswith("backend")}
     inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor")
-    return {"svg.fonttype": "none", "text.parse_math": False, "font.size": 9, **dict.fromkeys(inked, _INK)}
+    return {
+        **own, "svg.fonttype": "none", "text.parse_math": False, "font.size": 9, **dict.fromkeys(inked, _INK)
+    }  # fmt: skip
 
 
 def _svg(name: str, figure: Any, axes: Any = None) -> str:
-    """axes: those to put a legend above."""
-    import matplotlib
-
-    with matplotlib.rc_context({**_settings(), "svg.hashsalt": name}):  # else a page has the same ids twice
+    """axes: those to put a legend above. Ids begin with the plot's name, else a page has the same ones twice."""
+    matplotlib, made = _matplotlib(), io.StringIO()
+    with matplotlib.rc_context({**_settings(), "svg.hashsalt": name}):
         if axes is not None:
             axes.legend(frameon=False, ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-        made = io.StringIO()
         figure.savefig(made, format="svg", transparent=True, metadata={"Date": None})
     svg = made.getvalue()
-    return svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    own = re.sub(r"[^a-z0-9]+", "-", name.lower())
+    svg = re.sub(r'( id="|="#|url\(#)', rf"\g<1>{own}-", svg[svg.index("<svg") :])
+    return svg.replace(_INK, "currentColor")

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,6 @@ from command_line import (
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mla2dsa.exporters.report.page import page
 from mla2dsa.kernels.spec import IndexerConfig, IndexerWeights
 from mla2dsa.optimizer.indexer.indexer_math import index_scores
 from mla2dsa.optimizer.indexer.samples import SiteSample
@@ -107,26 +105,6 @@ def test_report_holds_plan_layers_and_proof(tmp_path_factory: pytest.TempPathFac
     manifest = read(dsa / "mla2dsa.json")
     assert (manifest["model"], manifest["verified"], manifest["report"]) == (str(TINY), True, report)
     assert manifest["recipe"]["index_topk"] == SMALL_TOPK
-
-
-def test_report_is_drawn_beside(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The same page that `report` makes."""
-    dsa = small_conversion(tmp_path_factory)
-    made = page(read(dsa / "report.json"), "dsa: dense and sparse side by side")
-    assert (dsa / "report.html").read_text() == made
-    assert made.count("<h2>Selections") == 1
-    assert "report.html" in {file["name"] for file in read(dsa / "mla2dsa.json")["files"]}
-
-
-def test_without_matplotlib_a_conversion_has_no_page_and_says_so(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    done = mla2dsa("convert", TINY, tmp_path / "dsa", *small_flags(tmp_path_factory), "--skip-transformers")
-    assert done.code == 0, done.err
-    assert done.out.splitlines()[-1] == "no report.html: its plots need matplotlib; pip install 'mla2dsa[report]'"
-    assert (tmp_path / "dsa" / "report.json").exists()
-    assert not (tmp_path / "dsa" / "report.html").exists()
 
 
 def test_proof_is_never_calibrated_on(tmp_path_factory: pytest.TempPathFactory) -> None:

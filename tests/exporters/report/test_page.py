@@ -6,6 +6,9 @@ import base64
 import errno
 import io
 import json
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -147,8 +150,11 @@ def test_a_report_without_maps_has_no_such_part() -> None:
 
 
 def test_ids_of_plots_do_not_meet(made: str) -> None:
-    ids = [element.get("id") for svg in svgs(made) for element in svg.iter("{http://www.w3.org/2000/svg}clipPath")]
-    assert len(ids) == len(set(ids)) == 9 + 2 * 2
+    ids = [found for svg in svgs(made) for element in svg.iter() if (found := element.get("id"))]
+    assert len(ids) == len(set(ids)) > 100
+    used = re.findall(r'(?:href="#|url\(#)([^")]+)', made)
+    assert set(used) <= set(ids)
+    assert len(used) > 100
 
 
 @pytest.mark.parametrize(
@@ -238,3 +244,72 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_two_drawings_are_the_same_bytes(made: str) -> None:
     assert page(report(), "a title") == made
+
+
+@pytest.mark.parametrize(
+    "rc",
+    [
+        pytest.param({"svg.image_inline": False}, id="images-in-files"),
+        pytest.param({"text.usetex": True}, id="tex"),
+        pytest.param({"font.size": 30, "axes.grid": True}, id="looks"),
+    ],
+)
+def test_the_users_settings_of_matplotlib_are_not_heard(
+    rc: dict[str, Any], made: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import matplotlib
+
+    monkeypatch.chdir(tmp_path)
+    with matplotlib.rc_context(rc):
+        assert page(report(), "a title") == made
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_backend_that_is_none_is_not_heard(tmp_path: Path) -> None:
+    """matplotlib itself cannot be imported then."""
+    (tmp_path / "found.json").write_text(json.dumps(verification()))
+    call = [sys.executable, "-P", "-m", "mla2dsa", "report", "found.json", "page.html"]
+    environment = {**os.environ, "MPLBACKEND": "nonsense"}
+    done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "<h2>Checks</h2>" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize("odd", ["\udcff", "\x00", "\x1b[31m", "\x9f", "\uffff"], ids=ascii)
+def test_what_no_page_can_hold_is_replaced(odd: str) -> None:
+    given = report()
+    given["verification"]["origin"] = f"/path{odd}/text"
+    text = page(given, f"a{odd}b")
+    text.encode()
+    assert odd not in text
+    assert "/path\ufffd" in text
+    assert "<h1>a\ufffd" in text
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("dsa", []), ("position", -1), ("position", 10**400)], ids=["no-bins", "before", "far"]
+)
+def test_a_damaged_map_is_one_line(field: str, value: Any, tmp_path: Path) -> None:
+    found = verification()
+    for layer in found["layers"]:
+        layer["maps"][0][field] = value
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    done = mla2dsa("report", tmp_path / "found.json", tmp_path / "page.html")
+    assert_refused(done, 1, tmp_path / "found.json", "neither a report.json")
+
+
+def test_a_library_that_cannot_be_imported_is_said_before_work(tmp_path: Path) -> None:
+    (tmp_path / "matplotlib").mkdir()
+    (tmp_path / "matplotlib" / "__init__.py").write_text("raise ImportError('numpy.core failed')")
+    (tmp_path / "found.json").write_text(json.dumps(verification()))
+    call = [sys.executable, "-P", "-m", "mla2dsa", "report", "found.json", "page.html"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "matplotlib is installed, but cannot be imported (ImportError: numpy.core failed)" in done.stderr
+
+
+def test_a_place_that_cannot_be_written_to_is_said_before_work(tmp_path: Path) -> None:
+    (tmp_path / "found.json").write_text("{}")
+    done = mla2dsa("report", tmp_path / "found.json", "/proc/page.html")
+    assert_refused(done, 1, "/proc: cannot be written to", "give another place for page.html")
