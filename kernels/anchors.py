@@ -14,6 +14,7 @@ from .contracts import check_dense_attention, check_moe_experts
 
 # benchmarks/memory.py --rows: 256 to 2048 take the same time, fewer take longer; at 32K keys a tile's mask has 64 MiB in float32.
 QUERY_ROWS = 512  # of dense attention on the CPU at once
+HEADS = 16  # at once, as well; fixed by what 32K tokens of V3's width make of their copies: half a GiB
 
 _ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -40,16 +41,25 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale:
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """torch's flash kernel of the CPU, which takes values as wide as the keys alone: without zeros to fill them up, torch would
-    build all scores.
+    build all scores. A few heads at a time, so that their copies are never as large as all of them.
 
     Agrees with the unfused formula to the rounding of the dtype. The kernel turns a bool mask into numbers, so that many
     queries at once would need more memory for their mask than for all the rest.
     """
+    out = q.new_zeros((*q.shape[:-1], v.shape[-1]))  # [B,H,T,dv]
+    for start in range(0, q.shape[1], HEADS):
+        heads = slice(start, start + HEADS)
+        own = mask if mask is None or mask.shape[1] == 1 else mask[:, heads]
+        _some_heads(q[:, heads], k[:, heads], v[:, heads], own, scale, out[:, heads])
+    return out
+
+
+def _some_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, out: Tensor) -> None:
     width, tokens, slots = v.shape[-1], q.shape[2], k.shape[2]
     q, k, v = (_widened(x, max(q.shape[-1], width)) for x in (q, k, v))
     if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[..., :width].contiguous()
-    out = q.new_zeros((*q.shape[:-1], width))  # [B,H,T,dv]
+        out[:] = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[..., :width]
+        return
     for start in range(0, tokens, QUERY_ROWS):
         rows = slice(start, start + QUERY_ROWS)
         seen = mask[:, :, rows]
@@ -58,7 +68,6 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
             given = q[:, :, rows], k[:, :, :end], v[:, :, :end]
             tile = F.scaled_dot_product_attention(*given, attn_mask=seen[..., :end], scale=scale)
             out[:, :, rows] = tile[..., :width]
-    return out
 
 
 def _widened(x: Tensor, width: int) -> Tensor:

@@ -25,7 +25,7 @@ from ..compat.aliasing import Memory
 from ..compat.torch_private import expression, is_metadata_assert
 from ..errors import UserError
 from ..passes.graph.graph_eval import linear_parts, value
-from . import one_expert
+from . import one_expert, tiles
 from .logits import Logits
 from .one_expert import OneByOne, Waiting
 from .shelf import Kept, Shelf
@@ -92,6 +92,7 @@ class PieceRunner:
         head = (linear_parts(self.projection) or ())[1:] if self.projection is not None else ()
         self.head = {n for n in head if n is not None and n in self._names and len(n.users) == 1}
         self.one_by_one = one_expert.large(self._names)
+        self._tiled = cores is not None
         self._ends: dict[frozenset[str], int] = {}
         for node in self._written & set(self._names):
             if sum(node in piece.weights for piece in self.pieces) > 1:
@@ -211,17 +212,32 @@ class PieceRunner:
         env |= {node: kept.get() if isinstance(kept, Kept) else kept for node, kept in carried.items()}
         device = next((carried[node].device for node in self._inputs if node in carried), None)
         seen: dict[str, Any] = {}
+        chains = {chain.out: chain for chain in self.chains(piece, watched)}
+        inside, ended = tiles.inside_of(chains.values()), {out: list[Node]() for out in chains}
         for node in piece.nodes:
-            made = self._late(node, env) if late and node is self.projection else self._call(node, env, device)
+            if node in inside:
+                ended[inside[node]] += piece.last_use[node]
+                continue
+            if node in chains:
+                made = self._chained(chains[node], env)
+            else:
+                made = self._late(node, env) if late and node is self.projection else self._call(node, env, device)
             env[node] = (yield made) if isinstance(made, Waiting) else made
             del made
             if node.name in watched and node not in piece.again:
                 seen[node.name] = env[node]
-            for done in piece.last_use[node]:
+            for done in (*piece.last_use[node], *ended.get(node, ())):
                 env.pop(done, None)
         inputs = {node: carried[node] for node in self._inputs if node in carried}
         put = {node: carried[node] if node in carried else self._put_away(node, env[node]) for node in piece.alive}
         return seen, {**inputs, **put}
+
+    def chains(self, piece: Piece, watched: Collection[str]) -> list[tiles.Chain]:
+        """What is run in tiles of queries: in a program that is streamed, where every query sees the keys up to its own."""
+        return tiles.chains_in(piece.nodes, watched) if self._tiled else []
+
+    def _chained(self, chain: tiles.Chain, env: Mapping[Node, Any]) -> Tensor:
+        return tiles.run(chain, env, self._overrides.get(chain.attention.target, chain.attention.target))
 
     def _late(self, linear: Node, env: Mapping[Node, Any]) -> Logits:
         """What a linear layer would give, whose weights are loaded when rows are asked for, if they are nobody else's."""

@@ -7,7 +7,7 @@ die, and an op that only looks at memory in another way (a view) is the memory i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,9 +18,10 @@ from torch.fx import Node
 
 from ..compat.aliasing import shared
 from ..compat.torch_private import expression
-from ..kernels.anchors import QUERY_ROWS
+from ..kernels.anchors import HEADS, QUERY_ROWS
 from ..kernels.cpu import BUDGET_MB
 from ..passes.graph.graph_eval import linear_parts, symbols, value
+from . import tiles
 from .execute import Piece, PieceRunner
 from .one_expert import together
 
@@ -52,7 +53,7 @@ class Footprints:
 
     def __init__(self, runner: PieceRunner, watch: Iterable[str] = (), late: bool = False) -> None:
         head = runner.head if late else set()
-        how = _How(set(watch), runner.one_by_one, runner.projection if late else None, head)
+        how = _How(set(watch), runner.one_by_one, runner.projection if late else None, head, runner.chains)
         self._shapes = _Shapes(runner)
         self.head: int = sum(math.prod(value(node).shape) * value(node).element_size() for node in head)
         kinds: dict[_Lives, int] = {}
@@ -162,18 +163,21 @@ class _Lives:
 @dataclass(frozen=True)
 class _How:
     """How pieces are run. watch: names of nodes that somebody is shown; one_by_one: weights of which a part is in memory at a time, and
-    its bytes; late: the node whose value is not computed; head: weights that wait with it."""
+    its bytes; late: the node whose value is not computed; head: weights that wait with it; chains: of a piece, run in tiles."""
 
     watch: set[str]
     one_by_one: Mapping[Node, int]
     late: Node | None
     head: Set[Node]
+    chains: Callable[[Piece, Set[str]], Sequence[tiles.Chain]]
 
 
 def _lives(piece: Piece, how: _How, shapes: _Shapes) -> _Lives:
+    chains = {chain.out: chain for chain in how.chains(piece, how.watch)}
+    inside, ended = tiles.inside_of(chains.values()), {out: list[Node]() for out in chains}
     own = set(piece.nodes)
     given = {s: None for node in piece.nodes for s in node.all_input_nodes if s not in own and s.op != "placeholder"}
-    roots = _roots([*given, *piece.nodes])
+    roots = {**_roots([*given, *piece.nodes]), **dict.fromkeys(inside, None)}
     places = {node: place for place, node in enumerate([*given, *piece.nodes])}
     watched = {node: None for node in piece.nodes if node.name in how.watch and node not in piece.again}
 
@@ -181,14 +185,17 @@ def _lives(piece: Piece, how: _How, shapes: _Shapes) -> _Lives:
         return () if node is how.late else shapes.memory([node])
 
     def step(node: Node) -> _Step:
-        root = roots[node]
-        ended = (roots.get(done) for done in piece.last_use[node] if done not in watched)
+        root, flops = roots[node], _flops(node, shapes)
+        if node in inside:
+            ended[inside[node]] += piece.last_use[node]
+            return _Step(None, (), None, flops, ())
+        gone = [roots.get(done) for done in (*piece.last_use[node], *ended.get(node, ())) if done not in watched]
         return _Step(
             None if root is None else places[root],
             memory(node) if root is node else (),
-            _workspace(node, shapes),
-            _flops(node, shapes),
-            tuple(sorted((places[done], memory(done)) for done in ended if done is not None)),
+            _tiled(chains[node], shapes) if node in chains else _workspace(node, shapes),
+            flops,
+            tuple(sorted((places[done], memory(done)) for done in gone if done is not None)),
             _waits(node, how.one_by_one),
         )
 
@@ -248,6 +255,19 @@ def _viewed(node: Node) -> Node | None:
     return sources[0]
 
 
+def _tiled(chain: tiles.Chain, shapes: _Shapes) -> _Cost:
+    """Bytes of a tile, and of what the op needs."""
+    parts = (chain.q_nope, chain.q_rope, chain.key_up)
+    return _Cost(_tile, tuple(shapes.of(value(part)) for part in parts))
+
+
+def _tile(q_nope: list[int], q_rope: list[int], key_up: list[int]) -> int:
+    batch, heads, tokens, _ = q_nope
+    latent, rope = key_up[-1], q_rope[-1]
+    rows = min(tokens, tiles.tile_rows(batch, heads, latent, rope))
+    return _BUDGET + 4 * batch * heads * rows * (3 * latent + rope)
+
+
 def _workspace(node: Node, shapes: _Shapes) -> _Cost | None:
     """Bytes an op needs beside its arguments and its result."""
     find = _WORKSPACES.get(str(node.target))
@@ -262,10 +282,10 @@ def _given(node: Node, shapes: _Shapes) -> tuple[int | None, ...]:
 
 
 def _dense(q: list[int], k: list[int], v: list[int], *_: Any) -> int:
-    """Copies that are filled up with zeros, and a tile's mask: bool, as numbers, and its result."""
-    width = max(q[-1], v[-1])
-    padded = sum(math.prod(x[:-1]) * width for x in (q, k, v) if x[-1] != width)
-    return 4 * (padded + QUERY_ROWS * (2 * k[2] + q[1] * width))
+    """Copies of some heads that are filled up with zeros, and a tile's mask: bool, as numbers, and its result."""
+    width, heads = max(q[-1], v[-1]), min(q[1], HEADS)
+    padded = sum(x[0] * heads * x[2] * width for x in (q, k, v) if x[-1] != width)
+    return 4 * (padded + QUERY_ROWS * (2 * k[2] + heads * width))
 
 
 def _experts(hidden: list[int], index: list[int], weights: list[int], gate_up: list[int], *_: Any) -> int:

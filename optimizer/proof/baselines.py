@@ -50,9 +50,11 @@ def window_keys(q: Tensor, kv: Tensor, begin: Tensor, end: Tensor, scale: float,
 
 
 def _causal(choose: Choose, q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_rank: int) -> Tensor:
-    """In the place of `sparse_mla` in a program without caches or padding: every query sees the keys up to its own."""
-    end = torch.arange(1, q.shape[1] + 1, device=q.device).expand(q.shape[:2])
-    return attend(choose, q, kv, torch.zeros_like(end), end, scale, kv_lora_rank, indices.shape[-1])
+    """In the place of `sparse_mla` in a program without caches or padding: every query sees the keys up to its own. The queries may be
+    a tile of them, the last of the keys."""
+    end = torch.arange(kv.shape[1] - q.shape[1] + 1, kv.shape[1] + 1, device=q.device).expand(q.shape[:2])
+    places = min(indices.shape[-1], kv.shape[1])
+    return attend(choose, q, kv, torch.zeros_like(end), end, scale, kv_lora_rank, places)
 
 
 def oracle(q: Tensor, kv: Tensor, indices: Tensor, scale: float, kv_lora_rank: int) -> Tensor:
