@@ -219,7 +219,7 @@ class PieceRunner:
                 ended[inside[node]] += piece.last_use[node]
                 continue
             if node in chains:
-                made = self._chained(chains[node], env)
+                made: Any = self._chained(chains[node], env)
             else:
                 made = self._late(node, env) if late and node is self.projection else self._call(node, env, device)
             env[node] = (yield made) if isinstance(made, Waiting) else made

@@ -97,7 +97,7 @@ def run(chain: Chain, env: Mapping[Node, Any], attend: Callable[..., Tensor]) ->
     step = tile_rows(batch, heads, key_up.shape[-1], q_rope.shape[-1], q_nope.itemsize)
     if step >= tokens or tokens != kv.shape[1]:
         return _tile(chain, q_nope, q_rope, key_up, value_up, kv, indices, attend)
-    out = q_nope.new_empty(batch, heads, tokens, value_up.shape[-1])
+    out: Tensor = q_nope.new_empty(batch, heads, tokens, value_up.shape[-1])
     for start in range(0, tokens, step):
         rows = slice(start, min(start + step, tokens))
         given = q_nope[:, :, rows], q_rope[:, :, rows], key_up, value_up, kv[:, : rows.stop], indices[:, rows]
@@ -110,7 +110,9 @@ def _tile(
     attend: Callable[..., Tensor],
 ) -> Tensor:  # fmt: skip
     rows = torch.cat([q_nope @ key_up, q_rope], -1).transpose(1, 2)
-    return attend(rows, kv, indices, *chain.attention.args[3:]).transpose(1, 2) @ value_up
+    attended = attend(rows, kv, indices, *chain.attention.args[3:]).transpose(1, 2)  # [B,H,t,R]
+    out: Tensor = attended @ value_up
+    return out
 
 
 def inside_of(chains: Iterable[Chain]) -> dict[Node, Node]:
