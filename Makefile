@@ -6,6 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODEL := examples/tiny-mla
+RECALL := examples/tiny-recall
 OUT := demo-out
 TYPED := .mypy_cache/package
 
@@ -31,6 +32,9 @@ demo: install
 	$(BIN)/mla2dsa convert $(MODEL) $(OUT)/tiny-dsa --index-topk 64 --calibration $(OUT)/calibration.txt --overwrite
 	$(BIN)/mla2dsa verify $(MODEL) $(OUT)/tiny-dsa --text $(MODEL)/held_out
 	$(BIN)/python examples/generate.py $(OUT)/tiny-dsa --prompt-file $(MODEL)/held_out/py_compile.py.txt
+	$(BIN)/mla2dsa convert $(RECALL) $(OUT)/recall-dsa --index-topk 256 --indexer closed-form --calibration $(OUT)/calibration.txt --overwrite > $(OUT)/recall.txt
+	$(BIN)/mla2dsa verify $(RECALL) $(OUT)/recall-dsa --skip-transformers --text $(MODEL)/held_out --sequences 4 \
+	  --long --style code --haystack $(MODEL)/held_out --tasks single --lengths 4k --samples 1 --gate needle=25
 
 # TensorRT's lean runtimes have its real plugin registries, for the tests of our plugin library. Two versions cannot be
 # installed at once, so each gets a folder of its own; --no-deps, or pip would look for CUDA libraries that they do without.
