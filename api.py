@@ -149,9 +149,7 @@ def bench(
     models: str | Path | Sequence[str | Path], contexts: Sequence[int] = (), *, batch: int = 1, tokens: int = 64, rounds: int = 3,
     runtime: str | None = None, device: str = "cpu",
 ) -> Result[Mapping[str, Any]]:  # fmt: skip
-    """Time prefill and decode of models side by side, each run in a process of its own. contexts: tokens of prefill; none for a default.
-
-    A script that calls it needs the usual `if __name__ == "__main__":`, since processes are spawned."""
+    """Time prefill and decode of models side by side, each run in a process of its own. contexts: tokens of prefill; none for a default."""
     from .commands.show.bench import show_bench
     from .optimizer.before.findings import Findings
     from .optimizer.before.preflight import check_generate
