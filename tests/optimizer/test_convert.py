@@ -312,7 +312,7 @@ SLOW = pytest.mark.skipif(not os.environ.get("MLA2DSA_SLOW_TESTS"), reason="take
 @pytest.mark.parametrize(
     ("recipe", "tokens", "limit"),
     [
-        ("indexer: closed-form", 16_384, 0.03),
+        pytest.param("indexer: closed-form", 16_384, 0.03, marks=SLOW),
         pytest.param("distil: {steps: 100}\nbudget: 256 steps", 65_536, 0.02, marks=SLOW),
     ],
     ids=["closed-form", "auto"],
