@@ -44,8 +44,8 @@ def page_if_any(title: str, report: Report) -> str | None:
     """None where it cannot be drawn, for which nobody should lose a checkpoint: `mla2dsa report` says why."""
     try:
         return page(report, title)
-    except Exception:
-        _LOG.exception("no page of the report could be drawn")
+    except Exception as error:
+        _LOG.info("no page of the report could be drawn: %s: %s", type(error).__name__, error)
         return None
 
 
