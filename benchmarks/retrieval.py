@@ -1,6 +1,6 @@
 """Needles in long texts of code, with examples/tiny-recall: what is found when 1/16 and 1/32 of the keys are attended to.
 
-    python benchmarks/retrieval.py                       4096 and 8192 tokens: half an hour on two cores
+    python benchmarks/retrieval.py                       4096 and 8192 tokens, four prompts of each depth
     python benchmarks/retrieval.py --lengths 4096 --shares 16 --samples 1
 
 The model is converted for every index_topk, calibrated on text of the standard library that it was trained on, and asked about numbers

@@ -89,7 +89,7 @@ def fake_tensors() -> AbstractContextManager[Any]:
 def uncached_shapes() -> AbstractContextManager[Any]:
     """While it lasts, fake tensors do not look their shapes up by what was asked before.
 
-    With dynamic sizes the looking up costs more than the computing: an export of four layers takes 2.0 s in place of 2.8 s.
+    With dynamic sizes the looking up costs more than the computing (`benchmarks/v3.py plan` times an export among the rest).
     """
     TORCH.find("torch._dynamo.config:fake_tensor_cache_enabled")
     patched: AbstractContextManager[Any] = TORCH.find("torch._dynamo.config:patch")(fake_tensor_cache_enabled=False)
