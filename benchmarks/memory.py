@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 GIB = 2**30
@@ -88,20 +89,29 @@ def convert(model: Path, out: Path, options: argparse.Namespace) -> dict[str, An
 
 
 def rows() -> None:
-    """Seconds of dense attention and the oracle's selection, by the queries of a tile; of distributions, by positions."""
+    """Seconds of dense and sparse attention and the oracle's selection, by the queries of a tile; of distributions, by positions."""
     import torch
 
     from mla2dsa.kernels import anchors
     from mla2dsa.optimizer.proof import baselines, figures
+    from mla2dsa.runtime import tiles
 
     q, k, v = (torch.randn(1, 16, 4096, width) for width in (192, 192, 128))
     mask = torch.ones(4096, 4096, dtype=torch.bool).tril()[None, None]
     query, kv = torch.randn(1, 2048, 16, 576), torch.randn(1, 2048, 576)
     indices = torch.zeros(1, 2048, 512, dtype=torch.int32)
+    attention: Any = SimpleNamespace(args=("rows", "kv", "indices", 0.1, 512))
+    chain: Any = SimpleNamespace(q_nope="nope", q_rope="rope", key_up="up", value_up="out", attention=attention)
+    env: Any = {
+        "nope": torch.randn(1, 16, 2048, 128), "rope": torch.randn(1, 16, 2048, 64), "up": torch.randn(16, 128, 512),
+        "out": torch.randn(16, 512, 128), "kv": kv, "indices": indices,
+    }  # fmt: skip
     logits, targets = torch.randn(2048, 32768), torch.zeros(2048, dtype=torch.int64)
     for size in (64, 256, 512, 1024, 2048):
         anchors.QUERY_ROWS = baselines.QUERY_ROWS = figures.POSITIONS = size
+        tiles.tile_rows = lambda *_, size=size: size  # type: ignore[assignment]
         calls = {
+            "sparse attention": lambda: tiles.run(chain, env, tiles.SPARSE_MLA),
             "dense attention": lambda: anchors.dense_attention(q, k, v, mask, 0.1),
             "oracle": lambda: baselines.oracle(query, kv, indices, 0.1, 512),
             "distributions": lambda: [

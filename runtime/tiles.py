@@ -21,9 +21,9 @@ from ..passes.graph.graph_eval import value
 
 aten = torch.ops.aten
 SPARSE_MLA = torch.ops.mla2dsa.sparse_mla.default
-# benchmarks/memory.py --rows: 128 to 1024 queries at a time take the same time; at 128 heads of DeepSeek-V3's width 320 have this.
+# benchmarks/memory.py --rows: 256 to 2048 queries at a time take the same time; at 128 heads of DeepSeek-V3's width 320 have this.
 TILE_BYTES = 256 * 2**20
-LEAST_ROWS = 64  # fixed by what keeps the kernels' threads busy
+LEAST_ROWS = 64  # fixed by the batch: of 16 or more sequences at once fewer would fit, and each would be a call of its own
 
 
 @dataclass(frozen=True)
