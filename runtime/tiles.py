@@ -23,7 +23,7 @@ aten = torch.ops.aten
 SPARSE_MLA = torch.ops.mla2dsa.sparse_mla.default
 # benchmarks/memory.py --rows: 256 to 2048 queries at a time take the same time; at 128 heads of DeepSeek-V3's width 320 have this.
 TILE_BYTES = 256 * 2**20
-LEAST_ROWS = 64  # fixed by the batch: of 16 or more sequences at once fewer would fit, and each would be a call of its own
+LEAST_ROWS = 64  # fixed by what it costs: 52 MB a sequence at 128 heads
 
 
 @dataclass(frozen=True)
