@@ -94,14 +94,16 @@ def rows() -> None:
 
     from mla2dsa.kernels import anchors
     from mla2dsa.optimizer.proof import baselines, figures
-    from mla2dsa.runtime import tiles
+    from mla2dsa.runtime.tiled import queries
 
     q, k, v = (torch.randn(1, 16, 4096, width) for width in (192, 192, 128))
     mask = torch.ones(4096, 4096, dtype=torch.bool).tril()[None, None]
     query, kv = torch.randn(1, 2048, 16, 576), torch.randn(1, 2048, 576)
     indices = torch.zeros(1, 2048, 512, dtype=torch.int32)
     attention: Any = SimpleNamespace(args=("rows", "kv", "indices", 0.1, 512))
-    chain: Any = SimpleNamespace(q_nope="nope", q_rope="rope", key_up="up", value_up="out", attention=attention)
+    chain: Any = SimpleNamespace(
+        q_nope="nope", q_rope="rope", key_up="up", value_up="out", attention=attention, queries={}, width=3 * 512 + 64
+    )
     env: Any = {
         "nope": torch.randn(1, 16, 2048, 128), "rope": torch.randn(1, 16, 2048, 64), "up": torch.randn(16, 128, 512),
         "out": torch.randn(16, 512, 128), "kv": kv, "indices": indices,
@@ -109,9 +111,9 @@ def rows() -> None:
     logits, targets = torch.randn(2048, 32768), torch.zeros(2048, dtype=torch.int64)
     for size in (64, 256, 512, 1024, 2048):
         anchors.QUERY_ROWS = baselines.QUERY_ROWS = figures.POSITIONS = size
-        tiles.tile_rows = lambda *_, size=size: size  # type: ignore[assignment]
+        queries.tile_rows = lambda *_, size=size: size  # type: ignore[assignment]
         calls = {
-            "sparse attention": lambda: tiles.run(chain, env, tiles.SPARSE_MLA),
+            "sparse attention": lambda: queries.run(chain, env, lambda _, given, __: queries.SPARSE_MLA(*given)),
             "dense attention": lambda: anchors.dense_attention(q, k, v, mask, 0.1),
             "oracle": lambda: baselines.oracle(query, kv, indices, 0.1, 512),
             "distributions": lambda: [
@@ -123,6 +125,33 @@ def rows() -> None:
             started = time.perf_counter()
             call()
             print(f"{name:16} {size:5} rows  {time.perf_counter() - started:6.2f} s", flush=True)
+
+
+def heads_of_a_group() -> None:
+    """Seconds of a layer's dense attention and what leads to it, by the bytes of the heads that are run at once."""
+    import torch
+
+    from mla2dsa.optimizer.model.capture import capture
+    from mla2dsa.runtime.execute import PieceRunner
+    from mla2dsa.runtime.tiled import heads
+
+    with tempfile.TemporaryDirectory() as scratch:
+        make(Path(scratch), heads=64, layers=1, context=4096)
+        program = capture(json.loads((Path(scratch) / "config.json").read_text())).program
+    weights = {name: torch.randn(*tensor.shape) * 0.02 for name, tensor in program.state_dict.items()}
+    buffers = {name: torch.ones(tensor.shape) for name, tensor in program.named_buffers()}
+    given = {"input_ids": torch.arange(4096)[None] % 1024, "attention_mask": torch.ones(1, 4096, dtype=torch.int64)}
+    given |= {"position_ids": torch.arange(4096)[None]}
+    cores = [node.name for node in program.graph.nodes if node.target is heads.DENSE]
+    for size in (16, 64, 256, 512, 4096):
+        heads.GROUP_BYTES = size * 2**20
+        runner = PieceRunner(program, {**weights, **buffers}.__getitem__, cores)
+        seconds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            list(runner.run([given], cores))
+            seconds.append(time.perf_counter() - started)
+        print(f"dense layer      {size:5} MiB   {sorted(seconds)[1]:6.2f} s", flush=True)
 
 
 def main() -> None:
@@ -139,6 +168,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.rows:
+        heads_of_a_group()
         rows()
         return
     layers = options.layers or (32 if options.youtu else 3)

@@ -92,13 +92,13 @@ class Tap(Pass):
 def _taps_of(
     editor: ProgramEditor, site: MlaSite, rows: Node, shared: dict[object, Node], memory: Memory
 ) -> dict[str, Node]:
-    build = editor.builder(before=site.core.out)
+    # After the attention, before anything else: nothing that leads to it has a reader that needs all heads at once (`runtime/tiled`).
+    build = editor.builder(before=site.core.out.next)
     query = query_rows(build, site, build(aten.index_select.default, site.core.q, 2, rows))
     key = key_rows(build, site)
     begin, end = (build(aten.index_select.default, bound, 1, rows) for bound in _range(build, site, shared))
     mass = build(torch.ops.mla2dsa.attention_mass.default, query, key, begin, end, float(site.core.scale))
-    hidden, q_input = (_kept(node, memory, build) for node in (site.hidden, site.q_input))
-    attended = _kept(site.core.out, memory, editor.builder(before=site.core.out.next))
+    hidden, q_input, attended = (_kept(node, memory, build) for node in (site.hidden, site.q_input, site.core.out))
     values = (hidden, q_input, query, key, mass, attended)
     named = dict(zip(SITE_TAPS, values, strict=True))
     table = rotary_table(build, site, shared)

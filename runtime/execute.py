@@ -25,10 +25,11 @@ from ..compat.aliasing import Memory
 from ..compat.torch_private import expression, is_metadata_assert
 from ..errors import UserError
 from ..passes.graph.graph_eval import linear_parts, value
-from . import one_expert, tiles
+from . import one_expert
 from .logits import Logits
 from .one_expert import OneByOne, Waiting
 from .shelf import Kept, Shelf
+from .tiled import Part, last_uses, parts_of
 
 Loader = Callable[[str], Tensor]
 Override = Callable[..., Any]
@@ -94,6 +95,7 @@ class PieceRunner:
         self.one_by_one = one_expert.large(self._names)
         self._tiled = cores is not None
         self._ends: dict[frozenset[str], int] = {}
+        self._parts: dict[tuple[int, frozenset[str]], list[Part]] = {}
         for node in self._written & set(self._names):
             if sum(node in piece.weights for piece in self.pieces) > 1:
                 raise UserError(
@@ -212,32 +214,37 @@ class PieceRunner:
         env |= {node: kept.get() if isinstance(kept, Kept) else kept for node, kept in carried.items()}
         device = next((carried[node].device for node in self._inputs if node in carried), None)
         seen: dict[str, Any] = {}
-        chains = {chain.out: chain for chain in self.chains(piece, watched)}
-        inside, ended = tiles.inside_of(chains.values()), {out: list[Node]() for out in chains}
+        parts = {part.out: part for part in self.parts(piece, watched)}
+        out_of = {node: part.out for part in parts.values() for node in part.inside}
+        last_use = last_uses(piece.nodes, piece.last_use, parts.values())
         for node in piece.nodes:
-            if node in inside:
-                ended[inside[node]] += piece.last_use[node]
-                continue
-            if node in chains:
-                made: Any = self._chained(chains[node], env)
+            made: Sequence[Node] = [node]
+            if node in out_of:
+                if out_of[node] in parts:  # not yet
+                    continue
+            elif node in parts:
+                part = parts.pop(node)
+                env |= part.run(env, partial(self._apply, device))
+                made = part.exits
+            elif late and node is self.projection:
+                env[node] = self._late(node, env)
             else:
-                made = self._late(node, env) if late and node is self.projection else self._call(node, env, device)
-            env[node] = (yield made) if isinstance(made, Waiting) else made
-            del made
-            if node.name in watched and node not in piece.again:
-                seen[node.name] = env[node]
-            for done in (*piece.last_use[node], *ended.get(node, ())):
+                found = self._call(node, env, device)
+                env[node] = (yield found) if isinstance(found, Waiting) else found
+                del found
+            seen |= {n.name: env[n] for n in made if n in env and n.name in watched and n not in piece.again}
+            for done in last_use[node]:
                 env.pop(done, None)
         inputs = {node: carried[node] for node in self._inputs if node in carried}
         put = {node: carried[node] if node in carried else self._put_away(node, env[node]) for node in piece.alive}
         return seen, {**inputs, **put}
 
-    def chains(self, piece: Piece, watched: Collection[str]) -> list[tiles.Chain]:
-        """What is run in tiles of queries: in a program that is streamed, where every query sees the keys up to its own."""
-        return tiles.chains_in(piece.nodes, watched) if self._tiled else []
-
-    def _chained(self, chain: tiles.Chain, env: Mapping[Node, Any]) -> Tensor:
-        return tiles.run(chain, env, self._overrides.get(chain.attention.target, chain.attention.target))
+    def parts(self, piece: Piece, watched: Collection[str]) -> list[Part]:
+        """What is run a part at a time: in a program that is streamed, where every query sees the keys up to its own."""
+        key = id(piece), frozenset(watched)
+        if key not in self._parts:  # every sequence asks
+            self._parts[key] = parts_of(piece.nodes, watched) if self._tiled else []
+        return self._parts[key]
 
     def _late(self, linear: Node, env: Mapping[Node, Any]) -> Logits:
         """What a linear layer would give, whose weights are loaded when rows are asked for, if they are nobody else's."""
@@ -260,14 +267,19 @@ class PieceRunner:
             return getattr(self._module, str(node.target))
 
         def given(arg: Any) -> Any:
-            if isinstance(arg, torch.device):
-                return device or arg
             return env[arg] if isinstance(arg, Node) else arg
 
-        target = self._overrides.get(node.target, node.target)
         args, kwargs = torch.fx.node.map_aggregate((node.args, dict(node.kwargs)), given)
         if self.one_by_one and any(isinstance(arg, OneByOne) for arg in args):
             return one_expert.call(node.target, args)
+        return self._apply(device, node, args, kwargs)
+
+    def _apply(self, device: torch.device | None, node: Node, args: Any, kwargs: Any) -> Any:
+        def here(arg: Any) -> Any:
+            return device or arg if isinstance(arg, torch.device) else arg
+
+        target = self._overrides.get(node.target, node.target)
+        args, kwargs = torch.fx.node.map_aggregate((args, kwargs), here)
         return target(*args, **kwargs)
 
 

@@ -21,9 +21,10 @@ from ..compat.torch_private import expression
 from ..kernels.anchors import HEADS, QUERY_ROWS
 from ..kernels.cpu import BUDGET_MB
 from ..passes.graph.graph_eval import linear_parts, symbols, value
-from . import tiles
 from .execute import Piece, PieceRunner
 from .one_expert import together
+from .tiled import Part, last_uses, queries
+from .tiled.heads import HeadsApart, heads_at_once
 
 aten = torch.ops.aten
 _BUDGET = BUDGET_MB * 2**20  # of our own ops, beyond what they are given and return
@@ -53,7 +54,7 @@ class Footprints:
 
     def __init__(self, runner: PieceRunner, watch: Iterable[str] = (), late: bool = False) -> None:
         head = runner.head if late else set()
-        how = _How(set(watch), runner.one_by_one, runner.projection if late else None, head, runner.chains)
+        how = _How(set(watch), runner.one_by_one, runner.projection if late else None, head, runner.parts)
         self._shapes = _Shapes(runner)
         self.head: int = sum(math.prod(value(node).shape) * value(node).element_size() for node in head)
         kinds: dict[_Lives, int] = {}
@@ -84,11 +85,17 @@ class _Shapes:
         return self._known[id(tensor)]
 
     def _number(self, tensor: Tensor) -> int:
-        formula = tuple(expression(size) if isinstance(size, torch.SymInt) else size for size in tensor.shape)
+        return self._numbered(tuple(expression(n) if isinstance(n, torch.SymInt) else n for n in tensor.shape))
+
+    def _numbered(self, formula: tuple[_Size, ...]) -> int:
         number = self._numbers.setdefault(formula, len(self.formulae))
         if number == len(self.formulae):
             self.formulae.append(formula)
         return number
+
+    def of_numbers(self, *numbers: int) -> int:
+        """Of no tensor: what else a formula needs."""
+        return self._numbered(numbers)
 
     def memory(self, nodes: Iterable[Node]) -> _Memory:
         """Of all tensors that the values of `nodes` are."""
@@ -163,21 +170,23 @@ class _Lives:
 @dataclass(frozen=True)
 class _How:
     """How pieces are run. watch: names of nodes that somebody is shown; one_by_one: weights of which a part is in memory at a time, and
-    its bytes; late: the node whose value is not computed; head: weights that wait with it; chains: of a piece, run in tiles."""
+    its bytes; late: the node whose value is not computed; head: weights that wait with it; parts: of a piece, run a part at a time."""
 
     watch: set[str]
     one_by_one: Mapping[Node, int]
     late: Node | None
     head: Set[Node]
-    chains: Callable[[Piece, Set[str]], Sequence[tiles.Chain]]
+    parts: Callable[[Piece, Set[str]], Sequence[Part]]
 
 
 def _lives(piece: Piece, how: _How, shapes: _Shapes) -> _Lives:
-    chains = {chain.out: chain for chain in how.chains(piece, how.watch)}
-    inside, ended = tiles.inside_of(chains.values()), {out: list[Node]() for out in chains}
+    parts = {part.out: part for part in how.parts(piece, how.watch)}
+    out_of = {node: part.out for part in parts.values() for node in part.inside}
+    exits = {node for part in parts.values() for node in part.exits}
+    last_use = last_uses(piece.nodes, piece.last_use, parts.values())
     own = set(piece.nodes)
     given = {s: None for node in piece.nodes for s in node.all_input_nodes if s not in own and s.op != "placeholder"}
-    roots = {**_roots([*given, *piece.nodes]), **dict.fromkeys(inside, None)}
+    roots = {**_roots([*given, *piece.nodes], exits), **dict.fromkeys(out_of.keys() - exits, None)}
     places = {node: place for place, node in enumerate([*given, *piece.nodes])}
     watched = {node: None for node in piece.nodes if node.name in how.watch and node not in piece.again}
 
@@ -185,16 +194,13 @@ def _lives(piece: Piece, how: _How, shapes: _Shapes) -> _Lives:
         return () if node is how.late else shapes.memory([node])
 
     def step(node: Node) -> _Step:
-        root, flops = roots[node], _flops(node, shapes)
-        if node in inside:
-            ended[inside[node]] += piece.last_use[node]
-            return _Step(None, (), None, flops, ())
-        gone = [roots.get(done) for done in (*piece.last_use[node], *ended.get(node, ())) if done not in watched]
+        root, inside = roots[node], node in out_of and node not in exits
+        gone = [roots.get(done) for done in last_use[node] if done not in watched]
         return _Step(
             None if root is None else places[root],
             memory(node) if root is node else (),
-            _tiled(chains[node], shapes) if node in chains else _workspace(node, shapes),
-            flops,
+            _tiled(parts[node], shapes) if node in parts else None if inside else _workspace(node, shapes),
+            _flops(node, shapes),
             tuple(sorted((places[done], memory(done)) for done in gone if done is not None)),
             _waits(node, how.one_by_one),
         )
@@ -234,11 +240,11 @@ def _waits(node: Node, one_by_one: Mapping[Node, int]) -> bool:
     return node.target is torch.ops.mla2dsa.moe_experts.default and not given.isdisjoint(one_by_one)
 
 
-def _roots(nodes: Iterable[Node]) -> dict[Node, Node | None]:
-    """The node whose memory each value is: itself, or what it views; None for a view of a weight or an input."""
+def _roots(nodes: Iterable[Node], own: Set[Node]) -> dict[Node, Node | None]:
+    """The node whose memory each value is: itself (as are `own`), or what it views; None for a view of a weight or an input."""
     roots: dict[Node, Node | None] = {}
     for node in nodes:
-        source = None if node in roots else _viewed(node)
+        source = None if node in roots or node in own else _viewed(node)
         roots[node] = node if source is None else roots.get(source)
     return roots
 
@@ -255,17 +261,26 @@ def _viewed(node: Node) -> Node | None:
     return sources[0]
 
 
-def _tiled(chain: tiles.Chain, shapes: _Shapes) -> _Cost:
-    """Bytes of a tile, and of what the op needs."""
-    parts = (chain.q_nope, chain.q_rope, chain.key_up)
-    return _Cost(_tile, tuple(shapes.of(value(part)) for part in parts))
+def _tiled(part: Part, shapes: _Shapes) -> _Cost:
+    """Bytes of a part, and of what its op needs."""
+    if isinstance(part, HeadsApart):
+        q, k, v, *_ = _given(part.out, shapes)
+        return _Cost(_group, (q, k, v, shapes.of_numbers(part.width)))
+    assert isinstance(part, queries.Chain)
+    return _Cost(_tile, (shapes.of(value(part.out)), shapes.of_numbers(part.width)))
 
 
-def _tile(q_nope: list[int], q_rope: list[int], key_up: list[int]) -> int:
-    batch, heads, tokens, _ = q_nope
-    latent, rope = key_up[-1], q_rope[-1]
-    rows = min(tokens, tiles.tile_rows(batch, heads, latent, rope))
-    return _BUDGET + 4 * batch * heads * rows * (3 * latent + rope)
+def _group(q: list[int], k: list[int], v: list[int], width: list[int]) -> int:
+    batch, heads, tokens, _ = q
+    some = heads_at_once(heads, batch * tokens, *width)
+    made = 0 if some == heads else batch * some * tokens * v[-1]  # beside its place in the whole
+    own = ([batch, some, *x[2:]] for x in (q, k, v))
+    return 4 * (batch * some * tokens * width[0] + made) + _dense(*own)
+
+
+def _tile(out: list[int], width: list[int]) -> int:
+    batch, heads, tokens, _ = out
+    return _BUDGET + 4 * batch * heads * min(tokens, queries.tile_rows(batch, heads, *width)) * width[0]
 
 
 def _workspace(node: Node, shapes: _Shapes) -> _Cost | None:

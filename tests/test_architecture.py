@@ -48,7 +48,8 @@ MAY_IMPORT = {
     "passes/matching": {*KERNELS, "passes/graph"},
     "passes/building": {*KERNELS, "passes/graph", "passes/matching"},
     "passes": {*KERNELS, "passes/graph", "passes/matching", "passes/building"},
-    "runtime": {*KERNELS, "passes/graph"},  # a graph is run piece by piece: it has to be read
+    "runtime/tiled": {*KERNELS, "passes/graph"},  # a graph is run piece by piece: it has to be read
+    "runtime": {*KERNELS, "passes/graph", "runtime/tiled"},
     "exporters": set(),
     "exporters/dsa": KERNELS,
     "exporters/onnx_model": KERNELS,

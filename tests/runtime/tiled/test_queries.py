@@ -10,12 +10,13 @@ import pytest
 import torch
 from comparing import close
 from saved import captured, config_dict, tensors
+from torch import Tensor
 
 from mla2dsa.optimizer.proof import baselines
 from mla2dsa.passes.mla_to_dsa import Converted, mla_to_dsa, prepare
-from mla2dsa.runtime import tiles
 from mla2dsa.runtime.execute import PieceRunner
 from mla2dsa.runtime.footprint import Footprints
+from mla2dsa.runtime.tiled import queries
 
 SPARSE_MLA = torch.ops.mla2dsa.sparse_mla.default
 TOPK, TILE, LENGTH = 16, 8, 45  # a last tile that is shorter, and tiles with fewer keys than index_topk
@@ -40,7 +41,7 @@ def sparse(name: str) -> Converted:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "tile_rows", lambda *_: TILE)
+    monkeypatch.setattr(queries, "tile_rows", lambda *_: TILE)
 
 
 def runner(converted: Converted, overrides: dict[Any, Any] | None = None, tiled: bool = True) -> PieceRunner:
@@ -51,7 +52,7 @@ def runner(converted: Converted, overrides: dict[Any, Any] | None = None, tiled:
 
 def test_every_layer_is_found(converted: Converted) -> None:
     made = runner(converted)
-    found = [chain for piece in made.pieces for chain in made.chains(piece, ())]
+    found = [chain for piece in made.pieces for chain in made.parts(piece, ())]
     assert [chain.out.name for chain in found] == [change.after for change in converted.changes]
 
 
@@ -88,11 +89,14 @@ def test_padding_on_the_left(converted: Converted) -> None:
 def test_what_somebody_looks_at_is_whole() -> None:
     converted = sparse("deepseek_v3")
     made, given = runner(converted), [tensors(families.inputs(1, LENGTH, 0))]
-    (first, *_) = [chain for piece in made.pieces for chain in made.chains(piece, ())]
+    (first, *_) = [chain for piece in made.pieces for chain in made.parts(piece, ())]
     for node in first.inside:
-        pieces = [made.chains(piece, {node.name}) for piece in made.pieces]
-        assert sum(map(len, pieces)) == len(converted.changes) - 1
-    names = [node.name for node in first.inside]
+        shown = [part for piece in made.pieces for part in made.parts(piece, {node.name})]
+        if node in first.around:
+            assert len(shown) == len(converted.changes) - 1
+        else:  # queries are whole, what is made of them is not
+            assert [len(part.inside) for part in shown] == [len(first.around), len(first.inside)]
+    names = [node.name for node in first.inside if isinstance(node.meta["val"], Tensor)]
     [seen] = [found.values for found in made.run(given, names) if found.values]
     assert set(seen) == set(names)
 
@@ -100,7 +104,7 @@ def test_what_somebody_looks_at_is_whole() -> None:
 def test_a_session_is_not_tiled() -> None:
     """What a cache holds after a query's own key may be anybody's."""
     made = PieceRunner(sparse("deepseek_v3").program)
-    assert [made.chains(piece, ()) for piece in made.pieces] == [[]]
+    assert [made.parts(piece, ()) for piece in made.pieces] == [[]]
 
 
 def test_no_more_memory_than_a_tile() -> None:
@@ -117,8 +121,9 @@ def test_no_more_memory_than_a_tile() -> None:
 
 @pytest.mark.parametrize("heads", [1, 16, 64, 128])
 def test_rows_of_a_tile(heads: int) -> None:
-    rows = tiles.tile_rows(1, heads, 512, 64)
-    assert rows % tiles.LEAST_ROWS == 0
+    width = 3 * 512 + 64
+    rows = queries.tile_rows(1, heads, width)
+    assert rows % queries.LEAST_ROWS == 0
     assert rows >= 320
-    assert rows * heads * (3 * 512 + 64) * 4 <= tiles.TILE_BYTES
-    assert tiles.tile_rows(64, 128, 512, 64) == tiles.LEAST_ROWS
+    assert rows * heads * width * 4 <= queries.TILE_BYTES
+    assert queries.tile_rows(64, 128, width) == queries.LEAST_ROWS

@@ -1,0 +1,47 @@
+"""What a streamed program does a part at a time, where its values would be larger than all else: queries, heads."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch.fx import Node
+
+from .axis import Apply
+from .heads import heads_apart
+from .queries import chains_in
+
+
+class Part(Protocol):
+    """inside: nodes that are not run by themselves, most of whose values are never whole; out: the node at whose place they are run;
+    exits: those of them, and `out`, that have a value afterwards."""
+
+    @property
+    def inside(self) -> Sequence[Node]: ...
+    @property
+    def out(self) -> Node: ...
+    @property
+    def exits(self) -> Sequence[Node]: ...
+    def run(self, env: Mapping[Node, Any], apply: Apply, /) -> dict[Node, Any]: ...
+
+
+def parts_of(nodes: Sequence[Node], watched: Collection[str] = ()) -> list[Part]:
+    """What of these nodes, in their order, is run a part at a time. watched: names of nodes whose values are shown."""
+    return [*chains_in(nodes, watched), *heads_apart(nodes, watched)]
+
+
+def last_uses(
+    nodes: Sequence[Node], last_use: Mapping[Node, Sequence[Node]], parts: Iterable[Part]
+) -> Mapping[Node, Sequence[Node]]:
+    """What ends with each node, where some are run a part at a time: what these read, or make, is not gone before that. last_use: the
+    same where none are."""
+    order = {node: place for place, node in enumerate(nodes)}
+    needed = dict[Node, Node]()  # the last one that it has to be there for
+    for out, node in ((part.out, node) for part in parts for node in part.inside):
+        for source in (node, *node.all_input_nodes):
+            needed[source] = max(out, needed.get(source, out), key=order.__getitem__)
+    ends: dict[Node, list[Node]] = {node: [] for node in nodes}
+    for node, gone in last_use.items():
+        for done in gone:
+            ends[max(node, needed.get(done, node), key=order.__getitem__)].append(done)
+    return ends

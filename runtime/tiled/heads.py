@@ -1,0 +1,129 @@
+"""Dense attention of a long sequence, some heads at a time.
+
+What a layer makes of its latents is many times as large as they are:
+
+    q_resid [B,T,r]  -> linear [B,T,H*d]       -> q [B,H,T,d]
+    latent  [B,T,R]  -> linear [B,T,H*(dn+dv)] -> k, v [B,H,T,...]   -> dense_attention [B,H,T,dv]
+
+and each head follows from its own rows of the weights. From those linear layers to the attention (`axis.py` says what may be
+in between) everything is run for some heads at a time; what others read of it, the attention's result above all, is put together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ...kernels import ops  # noqa: F401  registers what is named below
+from ...passes.graph.graph_eval import linear_parts, nearest_linears, value
+from .axis import Apply, Follows, fixed_width, followed, packed_heads, readers, run_part
+
+DENSE = torch.ops.mla2dsa.dense_attention.default
+# benchmarks/memory.py --rows: groups of 16 to 512 MiB take the same time, all 64 heads of 4096 tokens at once a little longer.
+GROUP_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class HeadsApart:
+    """how: the nodes that are run for some heads, in their order; out: the attention, at whose place they are; exits: those whose
+    values others see; width: channels of one head and one token, in all values together."""
+
+    how: Mapping[Node, Follows]
+    out: Node
+    exits: tuple[Node, ...]
+    heads: int
+    width: int
+
+    @property
+    def inside(self) -> list[Node]:
+        """What is not run by itself."""
+        return [node for node in self.how if node is not self.out]
+
+    def run(self, env: Mapping[Node, Any], apply: Apply) -> dict[Node, Any]:
+        """Values of `exits`."""
+        source = env[_input(next(iter(self.how)))]
+        some = heads_at_once(self.heads, source.numel() // source.shape[-1], self.width, source.itemsize)
+        whole: dict[Node, Tensor] = {}
+        for start in range(0, self.heads, some):
+            group = range(start, min(start + some, self.heads))
+            own: dict[Node, Any] = {}
+            for node in self.how:
+                own[node] = self._step(node, group, env, own, apply)
+            if len(group) == self.heads:
+                return {node: own[node] for node in self.exits}
+            for node in self.exits:
+                self._put(whole, node, own[node], group)
+        return whole
+
+    def _step(self, node: Node, group: range, env: Mapping[Node, Any], own: Mapping[Node, Any], apply: Apply) -> Any:
+        how = self.how[node]
+        if how.packed:
+            x, *weights = (None if part is None else env[part] for part in linear_parts(node) or ())
+            return apply(
+                node, [x, *(None if weight is None else _rows(weight, group, self.heads) for weight in weights)], {}
+            )
+
+        return run_part(node, how, group, env, own, apply)
+
+    def _put(self, whole: dict[Node, Tensor], node: Node, part: Tensor, group: range) -> None:
+        axis = self.how[node].axis
+        if node not in whole:
+            whole[node] = part.new_empty(
+                [*part.shape[:axis], self.heads * part.shape[axis] // len(group), *part.shape[axis + 1 :]]
+            )
+        each = whole[node].shape[axis] // self.heads
+        whole[node].narrow(axis, group.start * each, len(group) * each).copy_(part)
+
+
+def _rows(weight: Tensor, group: range, heads: int) -> Tensor:
+    each = weight.shape[0] // heads
+    return weight[group.start * each : group.stop * each]
+
+
+def _input(linear: Node) -> Node:
+    return (linear_parts(linear) or (linear,))[0]
+
+
+def heads_at_once(heads: int, tokens: int, width: int, itemsize: int = 4) -> int:
+    """tokens: of all sequences."""
+    return max(1, min(heads, GROUP_BYTES // max(1, tokens * width * itemsize)))
+
+
+def heads_apart(nodes: Sequence[Node], watched: Collection[str] = ()) -> list[HeadsApart]:
+    """Of every dense attention among `nodes` (in their order) that can be run so. watched: names of nodes whose values are shown."""
+    found = (_apart(node, nodes, watched) for node in nodes if node.target is DENSE)
+    return [one for one in found if one is not None]
+
+
+def _apart(out: Node, nodes: Sequence[Node], watched: Collection[str]) -> HeadsApart | None:
+    heads = value(out).shape[1]
+    if not isinstance(heads, int) or out.kwargs or not all(isinstance(arg, Node) for arg in out.args[:3]):
+        return None
+    how = _followed(out, heads, nodes)
+    if how is None:
+        return None
+    exits = tuple(node for node in how if node is out or node.name in watched or readers(node, how))
+    if not all(isinstance(value(node), Tensor) for node in exits):
+        return None
+    return HeadsApart(how, out, exits, heads, fixed_width(how) // heads)
+
+
+def _followed(out: Node, heads: int, nodes: Sequence[Node]) -> dict[Node, Follows] | None:
+    """What is run for some heads, in order; None where that cannot be, or the attention's arguments do not have theirs in dim 1."""
+    query, key, val, *rest = out.args
+    own = set(nodes)
+    linears = chain.from_iterable(nearest_linears(arg) for arg in (query, key, val))  # type: ignore[arg-type]
+    entries = {node: found for node in linears if node in own and (found := packed_heads(node, heads)) is not None}
+    how = followed(entries, nodes, out, heads) if entries else None
+    if how is None or not all(arg in how and how[arg].axis == 1 and not how[arg].packed for arg in (query, key, val)):  # type: ignore[index]
+        return None
+    mask = rest[0] if rest else None
+    sliced = {mask: 1} if isinstance(mask, Node) and value(mask).shape[1] == heads != 1 else {}
+    before = {node: one for node, one in how.items() if nodes.index(node) < nodes.index(out)}
+    return {**before, out: Follows(1, sliced=sliced), **how}
