@@ -60,6 +60,11 @@ def add_layout(command: argparse.ArgumentParser) -> None:
         "--untie", action="store_true", default=None, help="write lm_head out where it is tied to the embedding"
     )
     group.add_argument(
+        "--share", metavar="LAYERS",
+        help="layers without an indexer of their own, which attend to what the last layer before them selected (glm_moe_dsa and own): "
+        "auto, as many as cost no more than share_loss (0.005 nats a token) on held-out text; or their numbers, as in 2,3,5",
+    )  # fmt: skip
+    group.add_argument(
         "--target", metavar="NAMES",
         help="runtimes that must load the result, as in vllm,sglang (docs/targets.md): refused at once where one would not; lm_head "
         "is written out for those that need it",
@@ -91,6 +96,7 @@ def read_recipe_of(args: argparse.Namespace) -> Any:
         "mtp",
         "untie",
         "target",
+        "share",
     )
     return read_recipe(args.recipe, {name: getattr(args, name, None) for name in fields})
 
@@ -193,7 +199,7 @@ def _convert(args: argparse.Namespace) -> int:
     assert recipe is not None  # or its error was raised
 
     from ..optimizer.convert import convert, dry_run
-    from .show.conversion import Progress, plan_json, show_layers, show_plan, show_verification
+    from .show.conversion import Progress, plan_json, show_layers, show_plan, show_sharing, show_verification
     from .show.tables import print_json
 
     if args.dry_run:
@@ -211,6 +217,7 @@ def _convert(args: argparse.Namespace) -> int:
         return 0
     show_plan(outcome.plan)
     show_layers(outcome.layers, outcome.report)
+    show_sharing(outcome.report["sharing"])
     if outcome.verification is not None:
         show_verification(outcome.verification, layers=False)
     print(f"{args.out}: written in {outcome.report['seconds']:.0f} s{'' if outcome.verification else ', NOT verified'}")

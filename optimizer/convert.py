@@ -16,14 +16,13 @@ from ..exporters.dsa.layout import Layout
 from ..exporters.dsa.names import UNPROVEN_CONFIG, file_names
 from ..exporters.report.page import page_if_any, page_title
 from ..exporters.report.plots import can_draw
-from ..files.finite import finite
-from ..files.json_files import read_json
-from ..files.model.model_files import CONFIG, left_out, remote_tokenizer
+from ..files.model.model_files import remote_tokenizer
 from ..files.staging import InTheWay, check_target, claim
 from ..kernels.spec import IndexerWeights
 from ..runtime.devices import usable_device
 from ..runtime.processes import processes
 from ..runtime.shelf import Shelf
+from .after.report import conversion_report, dropped_fields
 from .before.binding import target_verdicts
 from .before.cuts import Sequences, cut_text
 from .before.findings import Findings
@@ -47,6 +46,8 @@ from .proof.transformers_check import refuse_if_too_large
 from .recipe import WRITTEN, Recipe
 from .recipes.layers import trainings
 from .recipes.resolved import Chosen, is_timed, kept_text, resolved
+from .share.choose import Sharing
+from .sharing import share_by_loss
 from .verify import FailedVerification, Verification, verify
 
 
@@ -102,9 +103,8 @@ def convert(
     allow_partial: bool = False,
     listener: Listener | None = None,
 ) -> Outcome:
-    """Write `out`, whole and verified or not at all. Raises UserError / UsageError with nothing left under `out`; at once
-    when another run is at it.
-
+    """Write `out`, whole and verified or not at all. Raises UserError / UsageError with nothing left under `out`; at once when
+    another run is at it.
     Finished layers outlive a failure, Ctrl-C or kill in a hidden folder beside `out`, for `resume`; KeyboardInterrupt
     then carries a line that says so. Of several processes, the first alone looks at `out`, and begins."""
     started = time.monotonic()
@@ -125,8 +125,9 @@ def convert(
         shelf = _shelf(out, prepared.plan.resources)
         job.tell.on_plan(prepared.plan)
         with _indexers(job, out, resume, overwrite, shelf) as (weights, layers):
-            prove = partial(_proved, job, skip_transformers=skip_transformers, shelf=shelf)
-            return _written(job, out, weights, layers, None if skip_verification else prove, started)
+            job, sharing = _shared(job, weights, shelf)
+            prove = partial(_proved, job, skip_transformers, shelf)
+            return _written(job, out, weights, layers, sharing, None if skip_verification else prove, started)
 
 
 def _prepared(
@@ -153,6 +154,7 @@ def _written(
     out: Path,
     weights: Mapping[str, IndexerWeights],
     layers: tuple[LayerResult, ...],
+    sharing: Sharing | None,
     proved: Callable[[Path], Verification] | None,
     started: float,
 ) -> Outcome:
@@ -167,22 +169,43 @@ def _written(
     def prove(folder: Path) -> Mapping[str, Any]:
         if proved is not None:
             proof.append(proved(processes().from_first(lambda: folder)))
-        reports.append(_report(job, layout, layers, proof, time.monotonic() - started))
-        return reports[0]
+        report = conversion_report(
+            prepared, job.recipe, job.sequences, layout, job.remote_code, layers=layers, sharing=sharing,
+            proof=proof[0] if proof else None, seconds=time.monotonic() - started,
+        )  # fmt: skip
+        reports.append(report)
+        return report
 
     recipe = _resolved(job, layout, layers)
     write_dsa_checkpoint(
-        checkpoint.path, out, weights, prepared.plan.indexer, layout=layout,
+        checkpoint.path, out, _without_shared(prepared, weights), prepared.plan.indexer, layout=layout,
         q_width=prepared.plan.layers[0][1].q_width, mtp=checkpoint.mtp_tensors(),
         manifest={"model": prepared.plan.model, "recipe": recipe.fields(), "verified": proved is not None,
                   "remote_code": list(job.remote_code), "fingerprint": _fingerprint(job, WRITTEN)},
-        dropped=_dropped(checkpoint), prove=prove, draw=partial(page_if_any, page_title(out)) if proved and can_draw() else None,
+        dropped=dropped_fields(checkpoint), prove=prove, draw=partial(page_if_any, page_title(out)) if proved and can_draw() else None,
         recipe=kept_text(
             recipe, prepared.plan.model, timed=is_timed(job.recipe), allow_partial=job.allow_partial,
-            trust_remote_code=bool(job.remote_code), drop_stale_quantization=bool(_dropped(checkpoint)),
+            trust_remote_code=bool(job.remote_code), drop_stale_quantization=bool(dropped_fields(checkpoint)),
         ),
     )  # fmt: skip
     return Outcome(prepared.plan, layers, proof[0] if proof else None, reports[0])
+
+
+def _shared(job: _Job, weights: Mapping[str, IndexerWeights], shelf: Shelf) -> tuple[_Job, Sharing | None]:
+    """With the layers that share in the plan, where they are to be chosen; and how they were. weights: of all layers, in every
+    process. Raises UserError where a target does not load that."""
+    if job.recipe.share != "auto":
+        return job, None
+    prepared, tell = job.prepared, partial(job.tell.on_progress, "share")
+    text = job.sequences.of_text
+    sharing = share_by_loss(prepared, job.recipe, weights, text, job.device, shelf, tell, job.allow_partial)
+    plan = replace(prepared.plan, indexer=replace(prepared.plan.indexer, shared=sharing.shared))
+    return _for_targets(replace(job, prepared=replace(prepared, plan=plan))), sharing
+
+
+def _without_shared(prepared: Prepared, weights: Mapping[str, IndexerWeights]) -> dict[str, IndexerWeights]:
+    shared = {prepared.converted.found.sites[number].name for number in prepared.plan.indexer.shared}
+    return {name: own for name, own in weights.items() if name not in shared}
 
 
 def _resolved(job: _Job, layout: Layout, layers: Sequence[LayerResult]) -> Recipe:
@@ -217,6 +240,14 @@ def _settled(job: _Job) -> _Job:
         layout = settle(prepared.layout, source, sequence, prepared.plan.indexer, job.recipe.layout)
     except UserError as error:
         raise UserError(f"{prepared.checkpoint.path}: {error}") from None
+    return _for_targets(replace(job, layout=layout))
+
+
+def _for_targets(job: _Job) -> _Job:
+    """With what the targets make of it in the plan. Raises UserError where one that was asked for does not load it."""
+    prepared, layout = job.prepared, job.layout
+    if layout is None:
+        return job  # what is written is no affair of other processes than the first
     checkpoint, sizes = prepared.checkpoint, prepared.plan.indexer
     targets = target_verdicts(
         checkpoint.path, checkpoint.config, checkpoint.tensors, layout, sizes, mtp_indexers=bool(prepared.mtp_modules)
@@ -224,7 +255,7 @@ def _settled(job: _Job) -> _Job:
     if unmet := [one for one in targets if one.target in job.recipe.target and not one.loads]:
         raise UserError(f"--target {unmet[0].target} ({unmet[0].version}): {unmet[0]} ({layout.why})")
     plan = replace(prepared.plan, targets=targets)
-    return replace(job, layout=layout, prepared=replace(prepared, plan=plan))
+    return replace(job, prepared=replace(prepared, plan=plan))
 
 
 def _check_same(job: _Job) -> None:
@@ -291,13 +322,11 @@ def _shelf(out: Path, needed: Resources) -> Shelf:
 def _indexers(
     job: _Job, out: Path, resume: bool, overwrite: bool, shelf: Shelf
 ) -> Iterator[tuple[dict[str, IndexerWeights], tuple[LayerResult, ...]]]:
-    """(weights by layer name, results of the calibration); what was calibrated is kept until the block ends well. Nothing of it
-    is there for other processes than the first."""
-    if not processes().first:
-        if job.prepared.donor is None:
-            for _ in _calibrated(job, None, shelf):
-                pass
-        yield {}, ()
+    """(weights by layer name, results of the calibration); what was calibrated is kept until the block ends well. Other processes than
+    the first have weights where they choose with it, and no results."""
+    if not processes().first and job.prepared.donor is None:
+        done = tuple(_calibrated(job, None, shelf))
+        yield {layer.name: layer.weights for layer in done} if job.recipe.share == "auto" else {}, ()
         return
     if job.prepared.donor is not None:
         yield _donated(job.prepared, job.prepared.donor), ()
@@ -345,10 +374,10 @@ def _calibrated(job: _Job, store: ProgressStore | None, shelf: Shelf) -> Iterato
         yield result
 
 
-def _proved(job: _Job, folder: Path, skip_transformers: bool, shelf: Shelf) -> Verification:
+def _proved(job: _Job, skip_transformers: bool, shelf: Shelf, folder: Path) -> Verification:
     """Raises UserError naming the first check that does not hold."""
     checkpoint = job.prepared.checkpoint
-    stale = bool(_dropped(checkpoint))
+    stale = bool(dropped_fields(checkpoint))
     pair = open_pair(
         checkpoint.path, folder, job.device, job.prepared.capture, UNPROVEN_CONFIG, drop_stale=stale,
         allow_partial=job.allow_partial,
@@ -363,36 +392,5 @@ def _proved(job: _Job, folder: Path, skip_transformers: bool, shelf: Shelf) -> V
     return result
 
 
-def _dropped(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Fields of config.json that `prepare` dropped."""
-    return tuple(name for name in read_json(checkpoint.path / CONFIG) if name not in checkpoint.whole_config)
-
-
 def _fingerprint(job: _Job, also: Sequence[str] = ()) -> str:
     return of_everything(job.prepared.checkpoint, job.recipe, job.sequences, also)
-
-
-def _report(
-    job: _Job, layout: Layout, layers: tuple[LayerResult, ...], proof: list[Verification], seconds: float
-) -> dict[str, Any]:
-    checkpoint = job.prepared.checkpoint
-    text, fitted = job.sequences, job.sequences.calibration if job.prepared.donor is None else []
-    report: dict[str, Any] = {
-        "plan": job.prepared.plan.to_json(),
-        "recipe": job.recipe.fields(),
-        "layout": {"name": layout.name, "why": layout.why, "query_form": layout.forms[0] if layout.forms else None},
-        "remote_code": list(job.remote_code),
-        "dropped_fields": list(_dropped(checkpoint)),
-        "calibration": {
-            "text": text.origin,
-            "sequences": len(fitted),
-            "sequence_length": len(text.proof[0]),
-            "tokens": sum(len(sequence) for sequence in fitted),
-            "random_sequences": len(text.beside),
-        },
-        "layers": [layer.summary() for layer in layers],
-        "verification": proof[0].to_json() if proof else None,
-        "left_out": left_out(checkpoint.path, file_names(checkpoint.path, checkpoint.whole_tensors)),
-        "seconds": round(seconds, 1),
-    }
-    return {name: finite(entry) for name, entry in report.items()}

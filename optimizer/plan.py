@@ -65,11 +65,12 @@ class Plan:
     def attention_flops(self, length: int) -> tuple[float, float]:
         """Attention FLOPs of one decoded token at `length`, all layers, counted: (dense absorbed, DSA)."""
         dense = sparse = 0.0
-        for _, d in self.layers:
+        for number, (_, d) in enumerate(self.layers):
             per_key = 2.0 * d.num_heads * (2 * d.kv_lora_rank + d.qk_rope_head_dim)
             dense += per_key * length
             sparse += per_key * min(length, self.indexer.index_topk)
-            sparse += 2.0 * self.indexer.index_n_heads * self.indexer.index_head_dim * length
+            if number not in self.indexer.shared:
+                sparse += 2.0 * self.indexer.index_n_heads * self.indexer.index_head_dim * length
         return dense, sparse
 
     def to_json(self) -> dict[str, Any]:
@@ -180,7 +181,7 @@ def layout_of(checkpoint: Checkpoint, recipe: Recipe) -> Layout:
     try:
         layout = choose(
             checkpoint.whole_config, checkpoint.whole_tensors, recipe.layout, untie=recipe.untie, mtp=recipe.mtp,
-            targets=recipe.target,
+            targets=recipe.target, shares=recipe.shares,
         )  # fmt: skip
         return for_targets(layout, checkpoint.whole_config, recipe.target)
     except UserError as error:
@@ -207,12 +208,12 @@ def indexer_config(
     )
     if faults := size_faults(recipe, config, context, sizes):
         raise UsageError(faults[0])
-    return IndexerConfig(*indexer_sizes(recipe, config, sizes))
+    return IndexerConfig(*indexer_sizes(recipe, config, sizes), shared=tuple(recipe.shared))
 
 
 def _new_parameters(config: IndexerConfig, layers: tuple[tuple[str, MlaDims], ...]) -> int:
     total = 0
-    for _, dims in layers:
+    for _, dims in (layer for number, layer in enumerate(layers) if number not in config.shared):
         for shape in IndexerWeights.shapes(config, dims.hidden_size, dims.q_width).values():
             total += shape[0] * (shape[1] if len(shape) > 1 else 1)
     return total

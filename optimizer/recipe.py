@@ -51,9 +51,17 @@ def _budget(value: Any) -> str:
     return text
 
 
+def _share(value: Any) -> Any:
+    numbers = isinstance(value, list) and all(type(number) is int and number > 0 for number in value)
+    if value not in ("none", "auto") and not (numbers and value == sorted(set(value))):
+        raise ValueError("expected none, auto, or layers' numbers in ascending order; the first layer, 0, cannot share")
+    return value
+
+
 FilePath = Annotated[str, AfterValidator(_path)]  # or a hub id
 BudgetText = Annotated[str, BeforeValidator(_budget)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
+Share = Annotated[Literal["none", "auto"] | list[int], BeforeValidator(_share)]
 
 
 class _Strict(BaseModel):
@@ -84,7 +92,14 @@ class Verify(_Strict):
 
 TRAINED = ("auto", "distil")
 _SIZES = ("index_topk", "index_n_heads", "index_head_dim")
-WRITTEN = ("layout", "mtp", "untie", "target")  # how the result is written, which no indexer depends on
+WRITTEN = (
+    "layout",
+    "mtp",
+    "untie",
+    "target",
+    "share",
+    "share_loss",
+)  # how the result is written, which no indexer depends on
 
 
 class LayerDistil(_Strict):
@@ -162,6 +177,16 @@ class Recipe(_Strict):
         description="some layers otherwise, by a pattern of their names: indexer, budget and distil, as in "
         '{"model.layers.[0-2].*": {indexer: closed-form}}; the last that matches holds',
     )
+    share: Share = Field(
+        default="none",
+        description="none | auto | [2, 3, ...]: layers that attend to what the last layer before them selected, and have no indexer "
+        "(GLM-5.2); auto takes as many as share_loss allows, a list their numbers (the first, 0, cannot)",
+    )
+    # Fixed by what the mission calls unaffected: a tenth of max_loss_delta.
+    share_loss: Number = Field(
+        default=0.005, gt=0, allow_inf_nan=False,
+        description="nats/token that sharing may cost on sequences kept aside, with share: auto",
+    )  # fmt: skip
     verify: Verify = Field(default=Verify(), description="limits of the verification")
     layout: Literal["auto", "deepseek_v32", "glm_moe_dsa", "own"] = Field(
         default="auto", description="auto | deepseek_v32 | glm_moe_dsa | own (docs/families.md)"
@@ -192,6 +217,28 @@ class Recipe(_Strict):
         if self.budget is not None and not any(source in TRAINED for source in self.sources):
             raise ValueError(f"{self.indexer} does not train, a budget is for auto and distil")
         return self
+
+    @model_validator(mode="after")
+    def _sharing_can_be(self) -> Recipe:
+        if self.share == "none":
+            return self
+        if self.layout == "deepseek_v32":
+            raise ValueError("deepseek_v32 has an indexer in every layer, share needs layout auto, glm_moe_dsa or own")
+        if self.share == "auto" and self.calibration is None:
+            raise ValueError(
+                "share: auto is decided by the loss on text; give calibration text, or the layers' numbers"
+            )
+        return self
+
+    @property
+    def shares(self) -> bool:
+        """Whether layers may have no indexer of their own."""
+        return self.share != "none"
+
+    @property
+    def shared(self) -> list[int]:
+        """Layers that shall have none, as far as the recipe says which."""
+        return self.share if isinstance(self.share, list) else []
 
     @property
     def sources(self) -> list[str]:
@@ -230,6 +277,8 @@ def read_recipe(file: str | None, flags: Mapping[str, Any]) -> Recipe:
     fields |= {name: value for name, value in flags.items() if value is not None}
     if isinstance(fields.get("target"), str):
         fields["target"] = fields["target"].split(",")
+    if isinstance(fields.get("share"), str) and fields["share"] not in ("none", "auto"):
+        fields["share"] = [int(part) if part.strip().isdecimal() else part for part in fields["share"].split(",")]
     source = str(fields.get("indexer", ""))
     if source.startswith("donor:"):
         fields |= {"indexer": "donor", "donor": source.removeprefix("donor:") or None}

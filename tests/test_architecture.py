@@ -22,6 +22,7 @@ MODEL = {*SHARED, "exporters/onnx_model"}  # which tensors an ONNX model takes i
 EXPORTERS = {"exporters/dsa", "exporters/engine", "exporters/onnx_model", "exporters/report"}
 OPTIMIZER = {
     "optimizer",
+    "optimizer/after",
     "optimizer/answers",
     "optimizer/before",
     "optimizer/cost",
@@ -30,6 +31,7 @@ OPTIMIZER = {
     "optimizer/proof",
     "optimizer/proof/tasks",
     "optimizer/recipes",
+    "optimizer/share",
 }
 MAY_IMPORT = {
     "": {"api"},  # when one of its names is asked for: PEP 562
@@ -67,13 +69,23 @@ MAY_IMPORT = {
         "optimizer/model",
         "optimizer/proof",
         "optimizer/recipes",
+        "optimizer/share",
+    },
+    "optimizer/after": {
+        *SHARED,
+        "optimizer",
+        "optimizer/before",
+        "optimizer/indexer",
+        "optimizer/model",
+        "optimizer/share",
     },
     "optimizer/recipes": {*FILES, "kernels", "optimizer", "optimizer/indexer"},
     "optimizer/model": MODEL,
     "optimizer/answers": {*FILES, "runtime", "optimizer/model"},
     "optimizer/cost": {*LOWEST, "kernels", "passes/matching", "optimizer"},
     "optimizer/indexer": {*SHARED, "optimizer/model"},
-    "optimizer/proof": {*SHARED, "optimizer/model", "optimizer/indexer"},
+    "optimizer/share": {*SHARED, "optimizer/model", "optimizer/indexer"},
+    "optimizer/proof": {*SHARED, "optimizer/model", "optimizer/indexer", "optimizer/share"},
     "optimizer/proof/tasks": {*SHARED, "optimizer/model", "optimizer/indexer", "optimizer/proof"},
     "optimizer": {*SHARED, *EXPORTERS, *OPTIMIZER, "kernels/gpu/binaries", "kernels/gpu/programs"},
     "commands/show": {*FILES, *EXPORTERS, *OPTIMIZER},

@@ -23,14 +23,14 @@ def show_plan(plan: Plan) -> None:
     config = plan.indexer
     print(f"{plan.model}: {plan.model_type}, {len(plan.layers)} MLA layers, context {plan.context}")
     sizes = f"top-k {config.index_topk}, {config.index_n_heads} heads of {config.index_head_dim}"
-    print(f"indexer: {plan.source}, {sizes}, {plan.new_parameters / 1e6:.2f} M new parameters")
+    without = f"; layers {', '.join(map(str, config.shared))} share another's" if config.shared else ""
+    print(f"indexer: {plan.source}, {sizes}, {plan.new_parameters / 1e6:.2f} M new parameters{without}")
     if len(set(plan.told.values())) > 1:
         for names, told in _grouped(plan.told.items()):
             print(f"  {names}: {told}")
     rows = table("layers", "heads", "q latent", "kv latent", "nope/rope/v")
     for names, dims in _grouped(plan.layers):
-        widths = f"{dims.qk_nope_head_dim}/{dims.qk_rope_head_dim}/{dims.v_head_dim}"
-        rows.add_row(names, str(dims.num_heads), str(dims.q_lora_rank or "-"), str(dims.kv_lora_rank), widths)
+        rows.add_row(names, str(dims.num_heads), str(dims.q_lora_rank or "-"), str(dims.kv_lora_rank), _widths(dims))
     print_table(rows)
     counted = [(length, *plan.attention_flops(length)) for length in plan.lengths]
     ratios = ", ".join(f"{dense / sparse:.1f}x at {_length(length)}" for length, dense, sparse in counted)
@@ -107,6 +107,10 @@ def _grouped(layers: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
     return [(names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}", said) for names, said in groups]
 
 
+def _widths(dims: Any) -> str:
+    return f"{dims.qk_nope_head_dim}/{dims.qk_rope_head_dim}/{dims.v_head_dim}"
+
+
 def show_layers(layers: Sequence[LayerResult], report: Mapping[str, Any]) -> None:
     """Recall per layer on the sequences kept for choosing the snapshot."""
     if not layers:
@@ -131,6 +135,21 @@ def show_layers(layers: Sequence[LayerResult], report: Mapping[str, Any]) -> Non
             print(
                 f"  head weights sum below zero on {layer.negative:.2%} of the vocabulary: there the selection is turned round"
             )
+
+
+def show_sharing(sharing: Mapping[str, Any] | None) -> None:
+    """Which layers were chosen to share, and what that costs and saves."""
+    if sharing is None:
+        return
+    count, layers, allowed = len(sharing["shared"]), sharing["layers"], sharing["allowed"]
+    tried = ", ".join(f"{one['layers']} layers {one['loss']:+.4f}" for one in sharing["tried"]) or "no set of layers"
+    if not count:
+        print(f"no layer shares an indexer: more than {allowed:g} nats/token ({tried})")
+        return
+    print(
+        f"layers {', '.join(map(str, sharing['shared']))} attend to what the last layer before them selected: {count} of {layers} "
+        f"indexers and caches of index keys less, {sharing['loss']:+.4f} nats/token on held-out text (allowed {allowed:g}; tried {tried})"
+    )
 
 
 def show_verification(result: Verification, layers: bool = True) -> None:

@@ -9,6 +9,7 @@ from .quiet import QUIET
 
 _STAGES = {
     "calibrate": "calibrating",
+    "share": "choosing layers that share",
     "exactness": "checking exactness",
     "transformers": "comparing with transformers",
     "text": "measuring on text",

@@ -87,6 +87,8 @@ def _recipe(recipe: Any, indexer: Any, whole: str) -> Iterator[str]:
 
     if isinstance(indexer, Mapping):
         sizes = f"top-k {indexer['index_topk']}, {indexer['index_n_heads']} heads of {indexer['index_head_dim']}"
+        if shared := indexer.get("shared"):
+            sizes += f"; layers {', '.join(map(str, shared))} have none and attend to what the last layer before them selected"
         yield f"\n## Recipe\n\nIndexers: {sizes}. The whole recipe is in `{whole}`; in short:\n"
     if isinstance(recipe, Mapping):
         told = {name: value for name, value in recipe.items() if value not in (None, [], {}) and name not in _PLACES}

@@ -109,7 +109,7 @@ def write_dsa_checkpoint(
     """Write the checkpoint in `source` with an indexer in every MLA layer to `out`, whole or not at all; returns `out`.
 
     weights: by attention module name (`model.layers.0.self_attn`), half-split; each is fetched once, in order. In a DSA class's
-    layout MTP layers may have one, the `num_hidden_layers` others must.
+    layout MTP layers may have one, the `num_hidden_layers` others must, but for those that share (`config.shared`).
     layout: None takes the first that fits; q_width: of what the indexers read (None: as config.json says); mtp: the source's tensors
     of multi-token-prediction layers. dropped: fields of its config.json that are not true; `strip` gives them back all the same.
     dtype: of wq_b, wk and weights_proj; k_norm is written in float32, as DeepSeek does.
@@ -229,7 +229,8 @@ def _check_layers(given: _Source, settings: Mapping[str, Any], weights: Mapping[
     layers = settings.get("num_hidden_layers")
     if not isinstance(layers, int):
         raise UserError(f"{source / CONFIG}: num_hidden_layers is {layers!r}, expected a number")
-    needed = [f"model.layers.{layer}.self_attn" for layer in range(layers)]
+    shared = [layer for layer, kind in enumerate(settings.get("indexer_types") or ()) if kind == "shared"]
+    needed = [f"model.layers.{layer}.self_attn" for layer in range(layers) if layer not in shared]
     if missing := [module for module in needed if module not in weights]:
         target = given.layout.target.model_type
         raise UserError(f"{some(missing)}: no indexer weights, but {target} has an indexer in every layer")

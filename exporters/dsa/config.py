@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # it would bring torch, and this is asked before torch is loa
 
 _INDEXER_LINEARS = ("wq_b", "wk", "weights_proj")
 _OBEYED_ONLY_BY_DSA = ("index_topk",)
+# In the own layout, which no other class reads: numbers of the attentions, in the order they are run, without an indexer.
+SHARED_FIELD = "index_shared_layers"
 
 
 class DsaSizes(Protocol):
@@ -30,6 +32,8 @@ class DsaSizes(Protocol):
     def index_n_heads(self) -> int: ...
     @property
     def index_head_dim(self) -> int: ...
+    @property
+    def shared(self) -> tuple[int, ...]: ...
 
 
 def words_of(config: Config, layout: Layout, sizes: DsaSizes | None, mtp_layers: int = 0) -> dict[str, Any]:
@@ -39,7 +43,7 @@ def words_of(config: Config, layout: Layout, sizes: DsaSizes | None, mtp_layers:
     if "num_nextn_predict_layers" in config or mtp_layers:
         result["num_nextn_predict_layers"] = mtp_layers
     if sizes is not None:
-        _add_indexer(result, sizes, interleaved=layout.target is not None and layout.target.interleaved)
+        _add_indexer(result, sizes, layout)
     return result
 
 
@@ -75,7 +79,7 @@ def _tell(
     """What is new, in the part of config.json that is about the text model."""
     if not layout.family and layout.mtp == "drop" and "num_nextn_predict_layers" in text:
         text["num_nextn_predict_layers"] = 0
-    _add_indexer(text, indexer, interleaved=layout.target is not None and layout.target.interleaved)
+    _add_indexer(text, indexer, layout)
     if text.get("quantization_config") is not None:
         text["quantization_config"] = _skip_indexers(text["quantization_config"], attention_modules, plain)
 
@@ -103,13 +107,19 @@ def _query_form(form: str, full: Config) -> dict[str, Any]:
     return {"q_lora_rank": width} if form == "identity" else {"q_lora_rank": bias_rank(width), "attention_bias": True}
 
 
-def _add_indexer(result: dict[str, Any], indexer: DsaSizes, interleaved: bool) -> None:
+def _add_indexer(result: dict[str, Any], indexer: DsaSizes, layout: Layout) -> None:
+    interleaved = layout.target is not None and layout.target.interleaved
     result |= {
         "index_n_heads": indexer.index_n_heads,
         "index_head_dim": indexer.index_head_dim,
         "index_topk": indexer.index_topk,
         "indexer_rope_interleave": interleaved,  # runtimes disagree on the default, and the wrong one is silent
     }
+    if indexer.shared and layout.target is None:
+        result[SHARED_FIELD] = list(indexer.shared)
+    elif indexer.shared:  # transformers reads the one, vLLM and SGLang the other
+        kinds = ["shared" if layer in indexer.shared else "full" for layer in range(result["num_hidden_layers"])]
+        result |= {"indexer_types": kinds, "index_topk_pattern": "".join(kind[0].upper() for kind in kinds)}
 
 
 def _check_indexer(config: Config, indexer: IndexerConfig) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from ...errors import UserError
 from ...files.model.text_model import is_wrapper, text_config
 from ...files.safetensors_index import TensorLocation
-from .families import FAMILIES, LAYOUTS, NO_CLASS, OWN, QUERY_FORMS, V32, DsaClass, Family, family_of
+from .families import FAMILIES, GLM, LAYOUTS, NO_CLASS, OWN, QUERY_FORMS, V32, DsaClass, Family, family_of
 from .folds import CannotFold, Config, Folding, Untie
 
 _FP8_BLOCK = (128, 128)  # DeepSeek-V3's weight_block_size, when config.json does not say
@@ -70,14 +70,16 @@ def choose(
     untie: bool = False,
     mtp: str = "keep",
     targets: Collection[str] = (),
+    shares: bool = False,
 ) -> Layout:
-    """The layout for a model: as asked, or the first that fits. targets: the runtimes that it is for, none: whichever read it.
-    Raises UserError when what was asked for does not fit."""
+    """The layout for a model: as asked, or the first that fits. targets: the runtimes that it is for, none: whichever read it;
+    shares: layers may share indexers. Raises UserError when what was asked for does not fit."""
     if reason := can_write(config):
         raise UserError(f"no DSA checkpoint can be written: {reason}")
     if asked == OWN:
         return _own("asked for", config, untie, mtp)
-    fits = _not_for(config, targets) or _fitting(config, tensors, asked, untie, mtp)
+    wanted = GLM.model_type if shares and asked == "auto" else asked
+    fits = _not_for(config, targets) or _fitting(config, tensors, wanted, untie, mtp)
     if isinstance(fits, Layout):
         return fits
     if asked != "auto":

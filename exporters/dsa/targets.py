@@ -156,6 +156,11 @@ _SIGMOID = Requirement(
     lambda facts: not _routed(facts) or facts.config.get("scoring_func") != "softmax",
     "scoring_func is softmax, and its class takes a sigmoid whatever that says",
 )
+_ALL_INDEXERS = Requirement(
+    "an indexer in every layer",
+    lambda facts: "shared" not in (facts.config.get("indexer_types") or ()),
+    "layers share indexers, and whether it knows of that was not read (convert with --share none)",
+)
 _FUSED = Requirement(
     "no query latent that is made beside FP8 weights",
     lambda facts: not facts.query_form or _quantised(facts) != "fp8",
@@ -205,15 +210,16 @@ TARGETS = (
     ),
     Target(
         "tensorrt-llm", "0165a13a", "tensorrt_llm/_torch/attention_backend/sparse/dsa/indexer.py",
-        "trtllm-serve {model} --backend pytorch", (_CLASS, _Q_LATENT, _SIGMOID, _MTP),
+        "trtllm-serve {model} --backend pytorch", (_CLASS, _Q_LATENT, _SIGMOID, _ALL_INDEXERS, _MTP),
     ),
     Target(
         "mlx-lm", "0.32.2", "mlx_lm/models/deepseek_v32.py", "mlx_lm.generate --model {model} --prompt TEXT",
-        (_CLASS, _Q_LATENT, _UNTIED, _SIGMOID), ran="yes, on a CPU: logits and greedy text equal ours up to index_topk", ties=False,
+        (_CLASS, _Q_LATENT, _UNTIED, _SIGMOID, _ALL_INDEXERS),
+        ran="yes, on a CPU: logits and greedy text equal ours up to index_topk", ties=False,
     ),
     Target(
         "llama.cpp", "in llama-cpp-python 0.3.36", "conversion/deepseek.py, src/models/deepseek32.cpp, src/llama-kv-cache.cpp",
-        "llama-server -m FILE.gguf", (_GGUF, _HADAMARD),
+        "llama-server -m FILE.gguf", (_GGUF, _HADAMARD, _ALL_INDEXERS),
         ran="by hand, on a CPU: GGUF files that its own converter made (float32, no vocabulary) of random deepseek_v3, Moonlight and Youtu "
         "models gave transformers' logits to 2e-6, below index_topk and above",
     ),

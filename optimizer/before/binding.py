@@ -25,6 +25,7 @@ class Written:
     index_topk: int
     index_n_heads: int
     index_head_dim: int
+    shared: tuple[int, ...] = ()
 
 
 def target_verdicts(

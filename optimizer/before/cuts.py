@@ -18,13 +18,14 @@ HELD_OUT = 8  # one sequence in so many is kept for deciding what is taken, as m
 
 @dataclass(frozen=True)
 class Sequences:
-    """calibration: fitted on, and beside: random tokens that are, too. selection: decides what is taken, random tokens in the
-    same share. vocabulary: goes through every token, to look at the signs of head weights. proof: the verification's, never
-    seen before it."""
+    """calibration: fitted on, and beside: random tokens that are, too. selection: decides what is taken, random tokens in the same
+    share; of_text: those of them that are text, on which losses are measured. vocabulary: goes through every token, to look at the
+    signs of head weights. proof: the verification's, never seen before it."""
 
     calibration: list[Tensor]
     beside: list[Tensor]
     selection: list[Tensor]
+    of_text: list[Tensor]
     vocabulary: list[Tensor]
     proof: list[Tensor]
     origin: str
@@ -60,8 +61,8 @@ def cut_text(prepared: Prepared, recipe: Recipe, trust_remote_code: bool) -> Seq
     proving = [sequence for sequence in held_out if not any(sequence is other for other in chosen)]
     fitted = _spread(rest, max(1, min(len(rest), wanted // length)))
     beside, vocabulary = _random(prepared, recipe, len(fitted), length)
-    chosen += vocabulary[: recipe.random_beside(len(chosen))]
-    return Sequences(fitted, beside, chosen, vocabulary, proving, text.origin)
+    deciding = chosen + vocabulary[: recipe.random_beside(len(chosen))]
+    return Sequences(fitted, beside, deciding, chosen, vocabulary, proving, text.origin)
 
 
 def _random(prepared: Prepared, recipe: Recipe, fitted: int, length: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -237,7 +237,15 @@ def _check_layout(
     wanted, config = recipe or Recipe(), _dropped(model, model.whole_config, drop_stale)
     tensors = model.whole_tensors
     try:
-        layout = choose(config, tensors, wanted.layout, untie=wanted.untie, mtp=wanted.mtp, targets=wanted.target)
+        layout = choose(
+            config,
+            tensors,
+            wanted.layout,
+            untie=wanted.untie,
+            mtp=wanted.mtp,
+            targets=wanted.target,
+            shares=wanted.shares,
+        )
         layout = for_targets(layout, config, wanted.target)
     except UserError as error:
         found.add(UserError(f"{model.folder}: {error}"))
@@ -265,12 +273,13 @@ def _check_targets(found: Findings, model: _Model, recipe: Recipe, sizes: Sizes,
     config = _dropped(model, model.whole_config, drop_stale)
     try:
         layout = choose(
-            config, model.whole_tensors, recipe.layout, untie=recipe.untie, mtp=recipe.mtp, targets=recipe.target
-        )
+            config, model.whole_tensors, recipe.layout, untie=recipe.untie, mtp=recipe.mtp, targets=recipe.target,
+            shares=recipe.shares,
+        )  # fmt: skip
     except UserError:
         return  # said by `_check_layout`, or by the plan
     layout = for_targets(layout, config, recipe.target)
-    written = Written(*sizes)
+    written = Written(*sizes, (1,) if recipe.share == "auto" else tuple(recipe.shared))  # which ones does not matter
     for verdict in target_verdicts(model.folder, model.config, model.tensors, layout, written, recipe.target):
         if not verdict.loads:
             found.add(UserError(f"--target {verdict.target} ({verdict.version}): {verdict}"))

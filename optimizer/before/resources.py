@@ -36,6 +36,7 @@ from ..proof.figures import POSITIONS
 from ..proof.streamed_model import loading_bytes, tensor_sizes
 from ..recipe import Recipe, read_budget
 from ..recipes.layers import each_layer
+from ..share.choose import passes
 from ..verify import PARITY_SEQUENCES, parity_length
 from .space import Needs
 
@@ -204,6 +205,9 @@ def resources(found: Streams, recipe: Recipe, context: int, vocabulary: int) -> 
     flops = (fitted + choosing) * sum(p.flops for p in dense[:-1])  # all but the logits
     flops += 2 * proving * sum(p.flops for p in dense)
     flops += 3 * proving * sum(p.flops for p in sparse) + proving * _oracles(found, length)
+    if recipe.share == "auto":  # one pass over the dense model, and one for every set of layers that is tried
+        text, programs = min(choosing, MOST_HELD_OUT), passes(len(found.layers)) - 1
+        flops += text * (sum(p.flops for p in dense[:-1]) + programs * sum(p.flops for p in sparse))
     flops += _constant_ones(found, fitted * length) if fitted else 0.0
     training, seconds = _training(found, recipe, length)
     return Resources(

@@ -127,16 +127,17 @@ def captured_mass(scores: Tensor, mass: Tensor, index_topk: int, rows: Tensor) -
 
 def recall(scores: Tensor, mass: Tensor, index_topk: int, rows: Tensor) -> float:
     """Mean of `captured_mass`: only rows with more than index_topk keys count. UserError if there is none."""
-    return _mean(captured_mass(scores, mass, index_topk, rows), index_topk)
+    return mean_captured(captured_mass(scores, mass, index_topk, rows), index_topk)
 
 
 def mean_recall(scorer: Callable[[SiteSample], Tensor], samples: Sequence[SiteSample], index_topk: int) -> float:
     """`recall` pooled over the rows of all samples. UserError if no row has more than index_topk keys."""
     captured = [captured_mass(scorer(sample), sample.mass, index_topk, sample.rows) for sample in samples]
-    return _mean(torch.cat(captured) if captured else torch.empty(0), index_topk)
+    return mean_captured(torch.cat(captured) if captured else torch.empty(0), index_topk)
 
 
-def _mean(captured: Tensor, index_topk: int) -> float:
+def mean_captured(captured: Tensor, index_topk: int) -> float:
+    """UserError if there is none."""
     if not len(captured):
         raise UserError(
             f"recall at index_topk {index_topk} has no query row to look at: every sampled row has at most "

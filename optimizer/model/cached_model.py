@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ...errors import UserError, short
+from ...exporters.dsa.config import SHARED_FIELD
 from ...exporters.dsa.families import GLM, LAYOUTS, OWN, V32, base_of
 from ...files.manifests.checkpoint_manifest import CHECKPOINT_MANIFEST, is_converted, read_checkpoint_manifest
 from ...files.model.text_model import text_config
@@ -39,7 +40,7 @@ _SHARING = (
     "index_skip_topk_offset",
 )  # the first that is set counts
 _KINDS = {"F": "full", "S": "shared"}
-_DSA_ONLY = (*INDEXER_FIELDS, *_SHARING, "layer_types", "mlp_bias")
+_DSA_ONLY = (*INDEXER_FIELDS, *_SHARING, SHARED_FIELD, "layer_types", "mlp_bias")
 _MAX_POSITION_EMBEDDINGS = {V32.model_type: 163840, GLM.model_type: 202752}  # their defaults; deepseek_v3's is another
 
 
@@ -98,7 +99,8 @@ def _check_every_layer(checkpoint: Checkpoint) -> None:
     if layout_name(checkpoint.config) != OWN or not isinstance(layers, int):
         return
     sparse = {int(found[1]) for name in checkpoint.tensors if ".indexer." in name and (found := _LAYER.search(name))}
-    if others := [str(layer) for layer in range(layers) if layer not in sparse]:
+    others = [str(layer) for layer in range(layers) if layer not in sparse]
+    if len(others) > len(shared_layers(checkpoint)):
         raise UserError(
             f"{checkpoint.path}: layers {', '.join(others)} are linear attention, which keeps a state between tokens that a graph "
             "with caches has no place for yet: such a model is converted, verified and stripped, but not exported or run"
@@ -195,6 +197,10 @@ def shared_layers(checkpoint: Checkpoint) -> tuple[int, ...]:
     Read as transformers' glm_moe_dsa reads it. Raises UserError naming the field when it means no such model.
     """
     config, file = checkpoint.config, checkpoint.path / checkpoint.config_file
+    if layout_name(config) == OWN and (own := config.get(SHARED_FIELD)) is not None:
+        if not isinstance(own, list) or not all(type(number) is int for number in own) or sorted(set(own)) != own:
+            raise UserError(f"{file}: {SHARED_FIELD} is {short(own)}, expected numbers of layers in ascending order")
+        return tuple(own)
     field, kinds = _indexer_kinds(config, file)
     layers = config.get("num_hidden_layers")
     kinds = kinds[:layers]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -21,10 +20,11 @@ from ...runtime.logits import Logits
 from ...runtime.processes import processes
 from ...runtime.shelf import Shelf
 from ..indexer.calibrate import Calibration, layer_samples
-from ..indexer.indexer_math import index_scores, mean_recall, oracle_scores, window_scores
+from ..indexer.indexer_math import mean_captured, mean_recall, oracle_scores, window_scores
 from ..indexer.samples import SiteMaps, SiteSample
 from ..indexer.sharing import by_layer
 from ..model.weights import WeightSource
+from ..share.selections import Chosen, captured_by, selected
 from . import baselines
 from .figures import NAN, Decode, Quality, Tally, blocks, log_probabilities, quality
 from .fp8 import Fp8Scores
@@ -165,32 +165,38 @@ def layer_recalls(
     rows: int = Calibration.rows,
     shelf: Shelf | None = None,
 ) -> list[LayerRecall]:
-    """Recall of every layer's indexer on the dense model's hidden states. shelf: as for `layer_samples`."""
+    """Recall of every layer's indexer on the dense model's hidden states; of a layer without one, of what the last layer before it
+    that has one selects. shelf: as for `layer_samples`."""
+    before = list[Chosen]()  # of the last layer that selects
 
-    def measured(site: MlaSite, samples: Sequence[SiteSample], maps: Callable[..., SiteMaps]) -> LayerRecall:
-        few, topk, weights = list[Tensor](), config.index_topk, indexers[site.name]
-        return LayerRecall(
+    def measured(
+        site: MlaSite, samples: Sequence[SiteSample], maps: Callable[..., SiteMaps]
+    ) -> tuple[LayerRecall, Chosen]:
+        topk, own = config.index_topk, site.name in indexers
+        chosen = selected(indexers[site.name], config, samples) if own else before[-1]
+        captured = torch.cat(
+            [captured_by(keys, sample, topk) for keys, sample in zip(chosen.keys, samples, strict=True)]
+        )
+        recall = LayerRecall(
             site.name,
-            mean_recall(partial(_scores, weights, config, few), samples, topk),
+            mean_captured(captured, topk),
             mean_recall(oracle_scores, samples, topk),
             mean_recall(window_scores, samples, topk),
             _chance(samples, topk),
-            float(torch.cat(few).double().mean()),
-            selection_maps(weights, config, samples[0]),
+            chosen.few,
+            selection_maps(chosen.keys[0], topk, samples[0]),
         )
+        return recall, chosen if config.shared else Chosen((), NAN)
 
     shelf = shelf or Shelf()
     numbers = processes().own(len(sequences))
     layers = layer_samples(source, sequences, Calibration(config, rows), shelf=shelf, numbers=numbers)
-    return list(by_layer(layers, measured, shelf))
-
-
-def _scores(weights: IndexerWeights, config: IndexerConfig, few: list[Tensor], sample: SiteSample) -> Tensor:
-    """The indexer's scores; `few` gets which of the rows with a choice have too few above zero."""
-    scores = index_scores(weights, config, sample, sample.rows)
-    topk = config.index_topk
-    few.append(((scores[sample.rows >= topk] > 0).sum(-1) < topk).cpu())
-    return scores
+    recalls = list[LayerRecall]()
+    for recall, chosen in by_layer(layers, measured, shelf, in_turn=bool(config.shared)):
+        recalls.append(recall)
+        if recall.name in indexers:
+            before[:] = [chosen]
+    return recalls
 
 
 def _chance(samples: Sequence[SiteSample], index_topk: int) -> float:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...kernels.spec import IndexerConfig, IndexerWeights
-from ..indexer.indexer_math import index_scores, select
+from ..indexer.indexer_math import select
 from ..indexer.samples import SiteSample
 
 QUERIES = 3  # fixed by what fits on a page: every one is a plot with a row for each layer
@@ -24,23 +23,21 @@ class SelectionMap:
     oracle: tuple[int, ...]
 
 
-def selection_maps(weights: IndexerWeights, config: IndexerConfig, sample: SiteSample) -> tuple[SelectionMap, ...]:
-    """Of QUERIES of the sampled rows that have a choice, the last one among them."""
-    choosing = (sample.rows >= config.index_topk).nonzero().flatten()
+def selection_maps(keys: Tensor, index_topk: int, sample: SiteSample) -> tuple[SelectionMap, ...]:
+    """Of QUERIES of the sampled rows that have a choice, the last one among them. keys: that DSA takes, [rows, index_topk]."""
+    choosing = (sample.rows >= index_topk).nonzero().flatten()
     if not len(choosing):
         return ()
     chosen = sorted({int(choosing[len(choosing) * part // QUERIES - 1]) for part in range(1, QUERIES + 1)})
-    positions = sample.rows[chosen]
-    by_dsa, by_oracle = index_scores(weights, config, sample, positions), sample.mass[chosen]
     return tuple(
         SelectionMap(
-            position, *(_counts(scores[row, : position + 1], config.index_topk) for scores in (by_dsa, by_oracle))
+            position := int(sample.rows[row]),
+            _counts(keys[row], position),
+            _counts(select(sample.mass[row, : position + 1][None], index_topk)[0], position),
         )
-        for row, position in enumerate(positions.tolist())
+        for row in chosen
     )
 
 
-def _counts(scores: Tensor, index_topk: int) -> tuple[int, ...]:
-    """scores: of all keys that the query sees."""
-    keys = select(scores[None], index_topk)[0].cpu()
-    return tuple(torch.bincount(keys * BINS // scores.numel(), minlength=BINS).tolist())
+def _counts(keys: Tensor, position: int) -> tuple[int, ...]:
+    return tuple(torch.bincount(keys.long().cpu() * BINS // (position + 1), minlength=BINS).tolist())

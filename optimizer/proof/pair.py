@@ -63,8 +63,9 @@ class Pair:
         return dense, selection_runners(sparse_program, load, [new for _, _, new in self.layers], shelf, fp8)
 
     def indexers(self) -> dict[str, IndexerWeights]:
+        """Of every layer that has one."""
         found = {}
-        for name, _, _ in self.layers:
+        for name in (name for number, (name, _, _) in enumerate(self.layers) if number not in self.config.shared):
             tensors = IndexerWeights.shapes(self.config, 1, 1)
             load = self.sparse.checkpoint.load
             found[name] = IndexerWeights.from_tensors({t: load(f"{name}.indexer.{t}", torch.float32) for t in tensors})
@@ -100,7 +101,8 @@ def open_pair(
     check_every_tensor(dense_source)
     indexers = {
         f"{site.name}.indexer.{name}": shape
-        for site in converted.found.sites
+        for number, site in enumerate(converted.found.sites)
+        if number not in config.shared
         for name, shape in IndexerWeights.shapes(config, site.dims.hidden_size, site.dims.q_width).items()
     }
     made.check_shapes(sparse_source.expected() | indexers)
@@ -183,8 +185,6 @@ def _indexer_config(made: Checkpoint) -> IndexerConfig:
         config = indexer_of(made)
     except UserError as error:
         raise UserError(f"{error}; {CONVERT_AGAIN}") from None
-    if config.shared:
-        raise UserError(f"{file}: layers share indexers (GLM-5.2), which no conversion writes; {NOT_A_PAIR}")
     target = LAYOUTS.get(layout_name(made.config))
     interleaved = target is not None and target.interleaved
     if config.rope_interleave != interleaved:

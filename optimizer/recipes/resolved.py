@@ -31,6 +31,7 @@ def resolved(recipe: Recipe, chosen: Chosen) -> Recipe:
         "index_topk": chosen.indexer.index_topk, "index_n_heads": chosen.indexer.index_n_heads,
         "index_head_dim": chosen.indexer.index_head_dim, "tokens": recipe.tokens or chosen.planned * recipe.sequences,
         "sequence_length": chosen.length, "layout": chosen.layout,
+        "share": list(chosen.indexer.shared) or "none",
     }  # fmt: skip
     if is_timed(recipe):
         fields |= {"budget": None, "layers": _as_taken(recipe, chosen.steps)}

@@ -193,11 +193,11 @@ def test_it_is_no_donor(made: Path) -> None:
     assert_one_line(caught, made, "no indexer in 2 of its layers (1, 2)", "an earlier one", "--indexer closed-form")
 
 
-def test_no_conversion_made_it(made: Path, copy: Path) -> None:
-    """verify DENSE DSA, where the second is not what a conversion writes."""
+def test_it_is_a_pair_with_its_dense_base(made: Path, copy: Path) -> None:
+    """As what `convert --share` writes is."""
     tensors = load_file(copy / "model.safetensors")
     save_file({n: t for n, t in tensors.items() if ".indexer." not in n}, copy / "model.safetensors", {"format": "pt"})
     (copy / "config.json").write_text(json.dumps(dense_config(Checkpoint.open(made))))
-    with pytest.raises(UserError) as caught:
-        open_pair(copy, made)
-    assert_one_line(caught, made, "layers share indexers (GLM-5.2), which no conversion writes")
+    pair = open_pair(copy, made)
+    assert pair.config.shared == (1, 2)
+    assert list(pair.indexers()) == [LAYER.format(layer) for layer in (0, 3)]

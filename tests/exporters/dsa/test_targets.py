@@ -94,7 +94,7 @@ def test_lm_head_is_written_out_for_who_does_not_tie(target: str, tied: bool, un
 def test_every_requirement_is_asked_by_a_condition_that_can_fail_and_hold() -> None:
     good = facts_of(V3, choose(V3, {}), SIZES)
     bad = Facts({"attention_bias": True, "scoring_func": "softmax", "tie_word_embeddings": True, "n_routed_experts": 1,
-                 "num_hidden_layers": 1, "index_topk": 1, "num_nextn_predict_layers": 1,
+                 "num_hidden_layers": 1, "index_topk": 1, "num_nextn_predict_layers": 1, "indexer_types": ["full", "shared"],
                  "rope_scaling": {"type": "longrope"}, "quantization_config": {"quant_method": "fp8"}}, "own", "identity",
                 chat_template=True)  # fmt: skip
     for target in TARGETS[:-1]:

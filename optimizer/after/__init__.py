@@ -1,0 +1,1 @@
+"""What a conversion says once it is done."""

@@ -1,0 +1,172 @@
+"""`convert --share`: layers without an indexer are chosen, written, proved, run, stripped and made again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import contents, edit_config
+from command_line import TINY, assert_refused, mla2dsa, quick_capture, small_flags  # noqa: F401  (a fixture)
+from families import build
+from safetensors import safe_open
+
+from mla2dsa.files.json_files import read_json
+from mla2dsa.optimizer.inspect import inspect
+from mla2dsa.optimizer.model.cached_model import open_torch_session, shared_layers
+from mla2dsa.optimizer.model.checkpoint import Checkpoint
+from mla2dsa.runtime.generation import prefill
+
+pytestmark = pytest.mark.usefixtures("quick_capture")
+FAST = ("--indexer", "closed-form")
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example's layers are few and unlike each other: what sharing may cost is set so high that some share."""
+    out = tmp_path_factory.mktemp("auto") / "dsa"
+    flags, recipe = list(small_flags(tmp_path_factory)), out.parent / "recipe.yaml"
+    recipe.write_text(Path(str(flags[1])).read_text() + "\nshare_loss: 0.1\nlayout: auto\n")
+    flags[1] = recipe
+    done = mla2dsa("convert", TINY, out, *flags, *FAST, "--share", "auto")
+    assert done.code == 0, done.err
+    (out.parent / "said.txt").write_text(done.out)
+    return out
+
+
+def layers_with_indexers(folder: Path) -> set[str]:
+    with safe_open(folder / "model-indexer.safetensors", "pt") as file:
+        return {name.split(".indexer.")[0] for name in file.keys()}  # noqa: SIM118  (not a dict)
+
+
+def test_layers_share_as_the_report_says(chosen: Path) -> None:
+    found = read_json(chosen / "report.json")["sharing"]
+    assert found["shared"]
+    assert 0 not in found["shared"]
+    assert found["loss"] <= found["allowed"] == 0.1
+    assert [one["loss"] for one in found["tried"] if one["layers"] == len(found["shared"])] == [found["loss"]]
+    kinds = ["shared" if layer in found["shared"] else "full" for layer in range(4)]
+    config = read_json(chosen / "config.json")
+    assert (config["model_type"], config["indexer_types"]) == ("glm_moe_dsa", kinds)
+    assert config["index_topk_pattern"] == "".join(kind[0].upper() for kind in kinds)
+    assert layers_with_indexers(chosen) == {
+        f"model.layers.{layer}.self_attn" for layer, kind in enumerate(kinds) if kind == "full"
+    }
+    said = (chosen.parent / "said.txt").read_text()
+    assert (
+        f"{len(found['shared'])} of 4 indexers and caches of index keys less, {found['loss']:+.4f} nats/token" in said
+    )
+
+
+def test_transformers_was_asked_and_agrees(chosen: Path) -> None:
+    """Its class reads `indexer_types`: logits above index_topk are its, through layers that share."""
+    checks = {check["name"]: check for check in read_json(chosen / "report.json")["verification"]["checks"]}
+    assert checks["graph = GlmMoeDsaForCausalLM above index_topk"]["passed"]
+    assert checks["keys selected = GlmMoeDsaForCausalLM's, up to rounding"]["passed"]
+
+
+def test_it_is_verified_again(chosen: Path) -> None:
+    done = mla2dsa(
+        "verify", TINY, chosen, "--skip-transformers", "--sequences", "2", "--json", "--text", TINY / "held_out"
+    )
+    failed = [check["name"] for check in json.loads(done.out)["checks"] if not check["passed"]]
+    assert failed in ([], ["loss increase on text, nats/token"]), done.err  # 0.1 was allowed here for sharing alone
+    layers = json.loads(done.out)["layers"]
+    assert len(layers) == 4
+    assert all(0 < layer["dsa"] <= layer["oracle"] + 1e-6 and layer["maps"] for layer in layers)
+
+
+def test_a_shared_layers_recall_is_that_of_the_layer_it_shares_with(chosen: Path, tmp_path: Path) -> None:
+    """With another indexer in the layer before, the mass of both is another."""
+    from command_line import randomised, with_indexers
+
+    first = read_json(chosen / "report.json")["sharing"]["shared"][0]
+    other = with_indexers(Path(shutil.copytree(chosen, tmp_path / "other")), randomised)
+    told = []
+    for folder in (chosen, other):
+        done = mla2dsa(
+            "verify", TINY, folder, "--skip-transformers", "--sequences", "1", "--json", "--text", TINY / "held_out"
+        )
+        told.append([layer["dsa"] for layer in json.loads(done.out)["layers"]])
+    assert told[1][first] < told[0][first] - 0.01
+
+
+def test_the_same_again_from_its_own_recipe(chosen: Path, tmp_path: Path) -> None:
+    done = mla2dsa(
+        "convert", TINY, tmp_path / "again", "--recipe", chosen / "mla2dsa-recipe.yaml", "--skip-verification"
+    )
+    assert done.code == 0, done.err
+    for name in ("model-indexer.safetensors", "config.json"):
+        assert contents(tmp_path / "again")[name] == contents(chosen)[name]
+
+
+def test_stripped_it_is_the_dense_model(chosen: Path, tmp_path: Path) -> None:
+    assert mla2dsa("strip", chosen, tmp_path / "dense").code == 0
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "dense" / name).read_bytes() == (TINY / name).read_bytes()
+
+
+def test_exported_it_answers_alike(chosen: Path, tmp_path: Path) -> None:
+    assert mla2dsa("export", chosen, tmp_path / "onnx", "--max-seq", "128").code == 0
+    texts = []
+    for folder in (chosen, tmp_path / "onnx"):
+        done = mla2dsa("generate", folder, "def read_lines(path):", "--max-new-tokens", "12", "--json")
+        assert done.code == 0, done.err
+        texts.append(json.loads(done.out))
+    assert texts[0]["text"] == texts[1]["text"]
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(dense, DSA) of a family that no DSA class fits, with a list of layers."""
+    folder = tmp_path_factory.mktemp("own")
+    build("deepseek_v2", num_hidden_layers=3).save_pretrained(folder / "dense")
+    done = mla2dsa(
+        "convert", folder / "dense", folder / "dsa", "--index-topk", "32", "--index-head-dim", "16", "--share", "1", "--tokens", "512",
+        "--skip-verification",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    return folder / "dense", folder / "dsa"
+
+
+def test_own_layout(own: tuple[Path, Path]) -> None:
+    dense, dsa = own
+    config = read_json(dsa / "config.json")
+    assert (config["index_shared_layers"], config.get("indexer_types")) == ([1], None)
+    assert shared_layers(Checkpoint.open(dsa)) == (1,)
+    ids = [list(range(3, 27))]
+    both = [prefill(open_torch_session(folder, 1, 32), ids, 24) for folder in (dense, dsa)]
+    torch.testing.assert_close(both[1], both[0], rtol=1e-4, atol=1e-5)
+    assert inspect(str(dsa))
+    done = mla2dsa("verify", dense, dsa, "--skip-transformers", "--sequences", "1")
+    assert "dense = DSA up to index_topk (graph)" in done.out, done.err
+
+
+@pytest.mark.parametrize("value", [[2, 1], [1.0], "1", [True]], ids=str)
+def test_own_layout_with_a_strange_list(own: tuple[Path, Path], value: Any, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(own[1], tmp_path / "copy"))
+    edit_config(copy, {"index_shared_layers": value})
+    done = mla2dsa("export", copy, tmp_path / "onnx")
+    assert_refused(done, 1, "index_shared_layers", "expected numbers of layers in ascending order")
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "parts"),
+    [
+        (("--share", "auto"), 2, ("share", "decided by the loss on text", "give calibration text")),
+        (("--share", "1", "--layout", "deepseek_v32"), 2, ("deepseek_v32 has an indexer in every layer",)),
+        (("--share", "4"), 1, ("layer 4 cannot share a selection", "from 1 to 3")),
+        (("--share", "0"), 2, ("--share [0]", "the first layer, 0, cannot share")),
+        (("--share", "2,1"), 2, ("--share [2, 1]", "layers' numbers in ascending order")),
+        (("--share", "some"), 2, ("--share ['some']", "expected none, auto, or layers' numbers")),
+        (("--share", "1", "--target", "mlx-lm"), 1, ("mlx-lm", "layers share indexers")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) and value[0].startswith("--") else "",
+)  # fmt: skip
+def test_what_cannot_be(flags: tuple[str, ...], code: int, parts: tuple[str, ...], tmp_path: Path) -> None:
+    done = mla2dsa("convert", TINY, tmp_path / "out", "--index-topk", "64", *flags)
+    assert_refused(done, code, *parts)
+    assert not (tmp_path / "out").exists()
