@@ -3,6 +3,7 @@
     python benchmarks/memory.py                        # 64 and 128 heads with defaults: hours on two cores
     python benchmarks/memory.py --heads 64 --tokens 16384 --verify 1    # the same memory, fewer sequences
     python benchmarks/memory.py --youtu --tokens 2048 --sequence-length 1024 --index-topk 256 --verify 1
+    python benchmarks/memory.py --stream --sequence-length 32768    # one sequence through one layer, dense and sparse
     python benchmarks/memory.py --rows                 # the sizes of tiles: time and memory of attention at other values
 
 The models have few and narrow layers: what is large in them is attention, which grows with heads and tokens. Every conversion runs
@@ -88,6 +89,67 @@ def convert(model: Path, out: Path, options: argparse.Namespace) -> dict[str, An
     }  # fmt: skip
 
 
+def stream(folder: Path, kind: str, length: int) -> dict[str, float]:
+    """Bytes of this process at the worst moment, predicted and measured, of one sequence in a model's program: `dense`, with what
+    calibration looks at, or `sparse`. Seconds."""
+    import resource
+
+    import torch
+
+    from mla2dsa.kernels.spec import IndexerConfig, IndexerWeights
+    from mla2dsa.optimizer.before.resources import resident
+    from mla2dsa.optimizer.indexer.indexer_math import random_indexer
+    from mla2dsa.optimizer.model.capture import capture
+    from mla2dsa.optimizer.model.checkpoint import Checkpoint
+    from mla2dsa.optimizer.model.weights import WeightSource
+    from mla2dsa.optimizer.proof.evaluate import program_inputs
+    from mla2dsa.optimizer.share.programs import sharing_runner
+    from mla2dsa.passes.tap import ROWS_INPUT, tap
+    from mla2dsa.runtime.execute import PieceRunner
+    from mla2dsa.runtime.footprint import Footprints
+    from mla2dsa.runtime.shelf import Shelf
+
+    source = WeightSource(Checkpoint.open(folder), capture(json.loads((folder / "config.json").read_text())))
+    given, watched, rows = program_inputs(torch.arange(length) % 1024), list[str](), 128
+    tapped = tap(source.capture.program, rows)
+    if kind == "dense":
+        cores = [site.core.out.name for site in tapped.found.sites]
+        runner = PieceRunner(tapped.program, source.loader(tapped.program), cores, shelf=Shelf())
+        watched = [node for name, node in tapped.taps.items() if not name.endswith(".attention")]
+        given[ROWS_INPUT] = torch.arange(length - rows, length)
+    else:
+        config = IndexerConfig(2048, 64, 128)
+        weights: dict[str, IndexerWeights] = {
+            site.name: random_indexer(config, site.dims.hidden_size, site.dims.q_width) for site in tapped.found.sites
+        }
+        runner = sharing_runner(source, weights, config, False, Shelf())
+    pieces = Footprints(runner, watched, late=True).at(length)
+    predicted = resident() + max(
+        piece.weights + piece.peak for piece in pieces[: runner.until(watched or runner.outputs)]
+    )
+    started = time.perf_counter()
+    for seen in runner.run([given], watched or None, late=True):
+        del seen
+    measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"predicted": predicted, "measured": measured, "seconds": time.perf_counter() - started}
+
+
+def streams(heads: list[int], length: int) -> None:
+    for count in heads:
+        with tempfile.TemporaryDirectory() as folder:
+            make(Path(folder), count, 1, length)
+            for kind in ("dense", "sparse"):
+                command = [sys.executable, __file__, "--streamed", kind, folder, "--sequence-length", str(length)]
+                found = json.loads(
+                    subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+                )
+                print(
+                    f"{count} heads, {length} tokens, one layer {kind}: predicted {found['predicted'] / GIB:.2f} GiB, "
+                    f"measured {found['measured'] / GIB:.2f} GiB, {found['seconds']:.0f} s",
+                    flush=True,
+                )
+
+
 def rows() -> None:
     """Seconds of dense and sparse attention and the oracle's selection, by the queries of a tile; of distributions, by positions."""
     import torch
@@ -166,7 +228,18 @@ def main() -> None:
     parser.add_argument("--youtu", action="store_true", help="one model of Youtu-LLM-2B's shape instead")
     parser.add_argument("--rows", action="store_true", help="the sizes of tiles instead")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--stream", action="store_true", help="one sequence through one layer instead, of --sequence-length tokens"
+    )
+    parser.add_argument("--streamed", nargs=2, metavar=("KIND", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.streamed:
+        kind, folder = options.streamed
+        print(json.dumps(stream(Path(folder), kind, options.sequence_length)))
+        return
+    if options.stream:
+        streams(options.heads, options.sequence_length or 8192)
+        return
     if options.rows:
         heads_of_a_group()
         rows()

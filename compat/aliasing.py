@@ -103,6 +103,7 @@ class Memory:
         links = {node: sources for node in graph.nodes if (sources := shared(node))} if writes else {}
         self._any = _Groups(self._order, links, writes)
         self._told = _Groups(self._order, _told(links), _told(writes))
+        self._members: dict[Node, list[Node]] | None = None
         self._untold = {self._any.root(node): node for node, sources in links.items() if not all(sources.values())}
 
     def __bool__(self) -> bool:
@@ -111,6 +112,15 @@ class Memory:
 
     def is_written(self, value: Node) -> bool:
         return self._any.root(value) in self._any.writes
+
+    def written_with(self, value: Node) -> list[Node]:
+        """What may share memory with it, itself included, where any of that is ever written; else nothing."""
+        if self._members is None:
+            self._members = {root: [] for root in self._any.writes}
+            for node in self._graph.nodes if self._members else ():
+                if (root := self._any.root(node)) in self._members:
+                    self._members[root].append(node)
+        return self._members.get(self._any.root(value), [])
 
     def write_between(self, value: Node, reader: Node) -> Write | None:
         """The first write to the memory of `value` after it was made and before `reader` runs; first of all an untold one."""

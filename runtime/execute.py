@@ -86,7 +86,7 @@ class PieceRunner:
         self._names = {n: s.target for n, s in zip(placeholders, specs, strict=True) if s.kind != InputKind.USER_INPUT}
         self._inputs = [n for n, s in zip(placeholders, specs, strict=True) if s.kind == InputKind.USER_INPUT]
         self.outputs = [n.name for n in _flat_outputs(program)]
-        memory = Memory(program.graph)
+        self._memory = memory = Memory(program.graph)
         self.pieces = _cut(program, set(cores or ()), set(self._names), memory)
         self._written = {n for n in program.graph.nodes if memory.is_written(n)}
         self.projection = _projection(program, memory)
@@ -243,7 +243,7 @@ class PieceRunner:
         """What is run a part at a time: in a program that is streamed, where every query sees the keys up to its own."""
         key = id(piece), frozenset(watched)
         if key not in self._parts:  # every sequence asks
-            self._parts[key] = parts_of(piece.nodes, watched) if self._tiled else []
+            self._parts[key] = parts_of(piece.nodes, self._memory, watched) if self._tiled else []
         return self._parts[key]
 
     def _late(self, linear: Node, env: Mapping[Node, Any]) -> Logits:

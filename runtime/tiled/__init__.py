@@ -7,9 +7,10 @@ from typing import Any, Protocol
 
 from torch.fx import Node
 
+from ...compat.aliasing import Memory
 from .axis import Apply
-from .heads import heads_apart
-from .queries import chains_in
+from .heads import DENSE, heads_apart
+from .queries import SPARSE_MLA, chains_in
 
 
 class Part(Protocol):
@@ -25,9 +26,12 @@ class Part(Protocol):
     def run(self, env: Mapping[Node, Any], apply: Apply, /) -> dict[Node, Any]: ...
 
 
-def parts_of(nodes: Sequence[Node], watched: Collection[str] = ()) -> list[Part]:
-    """What of these nodes, in their order, is run a part at a time. watched: names of nodes whose values are shown."""
-    return [*chains_in(nodes, watched), *heads_apart(nodes, watched)]
+def parts_of(nodes: Sequence[Node], memory: Memory, watched: Collection[str] = ()) -> list[Part]:
+    """What of these nodes, in their order, is run a part at a time: one attention, for of two one may read what is inside the other.
+    watched: names of nodes whose values are shown."""
+    if sum(node.target in (DENSE, SPARSE_MLA) for node in nodes) != 1:
+        return []
+    return [*chains_in(nodes, memory, watched), *heads_apart(nodes, memory, watched)]
 
 
 def last_uses(

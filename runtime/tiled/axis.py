@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 
-from ...compat.aliasing import shared, written
+from ...compat.aliasing import Memory, shared
 from ...compat.torch_private import expression, is_metadata_assert
 from ...passes.graph.graph_eval import linear_parts, value
 
@@ -39,6 +39,7 @@ class Follows:
     sized: int | None = None
 
 
+_OPEN = 1009  # what dims of open length are taken for, to compare strides: any prime above the fixed ones' ratios
 Known: TypeAlias = Mapping[Node, Follows]
 Length: TypeAlias = int | sympy.Expr
 Apply: TypeAlias = Callable[
@@ -67,13 +68,11 @@ def follows(node: Node, known: Known, length: Length) -> Follows | None:
     """Of a node that reads one of `known` at least; None where this does not know it."""
     rule = _RULES.get(node.target)
     sources = [source for source in node.all_input_nodes if source in known]
-    packed = any(known[source].packed for source in sources)
-    if (
-        rule is None
-        or not sources
-        or (packed and rule is not _reshaped)
-        or (node.kwargs and rule not in (_each, _made))
-    ):
+    if rule is None or not sources or (node.kwargs and rule not in (_each, _made)):
+        return None
+    if rule not in _OF_SEVERAL and sources != [node.args[0]]:
+        return None  # what it reads besides is not looked at
+    if any(known[source].packed for source in sources) and rule is not _reshaped:
         return None
     return rule(node, known, length)
 
@@ -86,34 +85,56 @@ def followed(
     places = {node: place for place, node in enumerate(nodes)}
     how: dict[Node, Follows] = {}
     for place, node in enumerate(nodes):
+        if node is out or node in users:
+            continue
         others = [source for source in node.all_input_nodes if source not in how]
+        begins = node in entries and len(others) == len(node.all_input_nodes)
         late = any(places.get(source, -1) >= places[out] for source in others)
-        found = None if node is out or node in users else entries.get(node)
-        if found is None and node is not out and node not in users and not late:
-            found = follows(node, how, length)
+        found = entries[node] if begins else None if late else follows(node, how, length)
         if found is not None:
             how[node] = found
-        elif len(others) < len(node.all_input_nodes) and place < places[out] and node not in users:
+        elif len(others) < len(node.all_input_nodes) and place < places[out]:
             return None
-    return how if _undisturbed(how, nodes, places[out]) else None
+    return how
 
 
-def _undisturbed(how: Known, nodes: Sequence[Node], last: int) -> bool:
-    """Nothing is written by others to what these nodes make, nor to anything while they wait for their turn."""
-    between = (node for node in nodes[nodes.index(next(iter(how))) : last] if node not in how) if how else ()
-    others = (user for node in how for user in readers(node, how))
-    return not any(written(node) for node in between) and not any(written(user).keys() & how.keys() for user in others)
+def undisturbed(
+    run: Collection[Node], exits: Collection[Node], out: Node, nodes: Sequence[Node], memory: Memory
+) -> bool:
+    """Whether it is all the same when these nodes run, and whether one after the other or a part at a time. run: nodes that are run at
+    the place of `out`, exits: those of them whose values others see. What they read, make or give is never written, but for new
+    memory that they fill themselves before `out`, and nobody else sees."""
+    before = set(nodes[: nodes.index(out)])
+    values = dict.fromkeys(source for node in run for source in (node, *node.all_input_nodes))
+    for value_ in values:
+        for node in memory.written_with(value_):
+            if node not in run or node not in before or node in exits or node.target not in _FILLED:
+                return False
+    return True
 
 
-def readers(node: Node, how: Known) -> list[Node]:
+def lies(node: Node) -> list[int]:
+    """The dims of a value, as they lie in memory, the outermost first."""
+    strides = [_number(stride) for stride in value(node).stride()]
+    steps = [int(s if isinstance(s, int) else s.xreplace(dict.fromkeys(s.free_symbols, _OPEN))) for s in strides]
+    return sorted(range(len(steps)), key=steps.__getitem__, reverse=True)
+
+
+def readers(node: Node, how: Collection[Node]) -> list[Node]:
     """Who reads its value, of those that are not run with it."""
-    return [user for user in node.users if user not in how and not is_metadata_assert(user)]
+    return [user for user in node.users if user not in how and not is_metadata_assert(user.target)]
 
 
-def fixed_width(nodes: Iterable[Node]) -> int:
-    """Channels of a token, in the memory that all of these make."""
-    made = [value(node) for node in nodes if isinstance(value(node), Tensor) and not shared(node)]
-    return sum(math.prod(size for size in tensor.shape if isinstance(size, int)) for tensor in made)
+def fixed_width(nodes: Iterable[Node]) -> int | None:
+    """Channels of a token, in the memory that all of these make; None where one has more of open length than tokens. The first dim is
+    the batch."""
+    made = [
+        value(node) for node in nodes
+        if isinstance(value(node), Tensor) and (not shared(node) or node.target in _MAY_COPY)
+    ]  # fmt: skip
+    if any(sum(not isinstance(size, int) for size in tensor.shape[1:]) > 1 for tensor in made):
+        return None
+    return sum(math.prod(size for size in tensor.shape[1:] if isinstance(size, int)) for tensor in made)
 
 
 def packed_heads(linear: Node, heads: int) -> Follows | None:
@@ -162,6 +183,11 @@ def _each(node: Node, known: Known, length: Length) -> Follows | None:
     return _lined_up(node, list(node.all_input_nodes), known, length)
 
 
+def _alike(node: Node, known: Known, length: Length) -> Follows | None:
+    """As large as its first argument, of which alone the value counts."""
+    return _lined_up(node, [node.args[0]], known, length) if node.args[0] in known else None  # type: ignore[list-item]
+
+
 def _filled(node: Node, known: Known, length: Length) -> Follows | None:
     """What is written to has to be one of them: nothing else may be changed by some heads."""
     return _each(node, known, length) if node.args[0] in known else None
@@ -171,7 +197,7 @@ def _projected(node: Node, known: Known, length: Length) -> Follows | None:
     """A linear layer, or matrices of each head, that take apart neither rows nor heads."""
     source, weight = node.args[:2]
     axis = _axis(node, known)
-    if axis is None or weight in known or axis >= value(source).ndim - 1:  # type: ignore[arg-type]
+    if axis is None or axis >= value(source).ndim - 1:  # type: ignore[arg-type]
         return None
     alike = node.target is aten.linear.default or value(weight).ndim <= value(source).ndim  # type: ignore[arg-type]
     rows = axis == value(source).ndim - 2 or node.target is aten.linear.default  # type: ignore[arg-type]
@@ -228,7 +254,7 @@ def _along(first: int, many: bool = False) -> _Rule:
 
 def _averaged(node: Node, known: Known, length: Length) -> Follows | None:
     found = _along(1, many=True)(node, known, length)
-    keeps = len(node.args) > 2 and node.args[2] is True
+    keeps = len(node.args) > 2 and node.args[2] is True and bool(node.args[1])  # none are all of them
     return found if keeps else None
 
 
@@ -306,10 +332,11 @@ _RULES: dict[Any, _Rule] = {
     **dict.fromkeys(
         (
             aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor, aten.neg.default, aten.to.dtype,
-            aten.to.dtype_layout, aten.to.device, aten.type_as.default, aten.clone.default, aten.contiguous.default,
+            aten.to.dtype_layout, aten.to.device, aten.clone.default, aten.contiguous.default,
             aten.alias.default, aten.pow.Tensor_Scalar, aten.rsqrt.default,
         ), _each,
     ),
+    aten.type_as.default: _alike,
     aten.linear.default: _projected,
     aten.matmul.default: _projected,
     aten.cat.default: _joined,
@@ -330,3 +357,6 @@ _RULES: dict[Any, _Rule] = {
     aten.flatten.using_ints: _flattened,
     operator.getitem: _item,
 }  # fmt: skip
+_OF_SEVERAL = (_each, _alike, _filled, _joined, _scattered)
+_FILLED = (aten.new_empty.default, aten.slice.Tensor, aten.copy_.default)
+_MAY_COPY = (aten.contiguous.default, aten.reshape.default, aten.flatten.using_ints)

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ...compat.aliasing import Memory
 from ...kernels import ops  # noqa: F401  registers what is named below
 from ...passes.graph.graph_eval import linear_parts, nearest_linears, value
-from .axis import Apply, Follows, fixed_width, followed, packed_heads, readers, run_part
+from .axis import Apply, Follows, fixed_width, followed, length_of, lies, packed_heads, readers, run_part, undisturbed
 
+_AS_STRIDED = torch.ops.aten.as_strided.default  # what it gives depends on how its argument lies in memory
 DENSE = torch.ops.mla2dsa.dense_attention.default
 # benchmarks/memory.py --rows: groups of 16 to 512 MiB take the same time, all 64 heads of 4096 tokens at once a little longer.
 GROUP_BYTES = 256 * 2**20
@@ -74,8 +76,10 @@ class HeadsApart:
     def _put(self, whole: dict[Node, Tensor], node: Node, part: Tensor, group: range) -> None:
         axis = self.how[node].axis
         if node not in whole:
-            whole[node] = part.new_empty(
-                [*part.shape[:axis], self.heads * part.shape[axis] // len(group), *part.shape[axis + 1 :]]
+            shape = [*part.shape[:axis], self.heads * part.shape[axis] // len(group), *part.shape[axis + 1 :]]
+            order = lies(node)  # as they would be, where a view looks at them
+            whole[node] = part.new_empty([shape[dim] for dim in order]).permute(
+                [order.index(dim) for dim in range(len(order))]
             )
         each = whole[node].shape[axis] // self.heads
         whole[node].narrow(axis, group.start * each, len(group) * each).copy_(part)
@@ -95,23 +99,27 @@ def heads_at_once(heads: int, tokens: int, width: int, itemsize: int = 4) -> int
     return max(1, min(heads, GROUP_BYTES // max(1, tokens * width * itemsize)))
 
 
-def heads_apart(nodes: Sequence[Node], watched: Collection[str] = ()) -> list[HeadsApart]:
+def heads_apart(nodes: Sequence[Node], memory: Memory, watched: Collection[str] = ()) -> list[HeadsApart]:
     """Of every dense attention among `nodes` (in their order) that can be run so. watched: names of nodes whose values are shown."""
-    found = (_apart(node, nodes, watched) for node in nodes if node.target is DENSE)
+    found = (_apart(node, nodes, memory, watched) for node in nodes if node.target is DENSE)
     return [one for one in found if one is not None]
 
 
-def _apart(out: Node, nodes: Sequence[Node], watched: Collection[str]) -> HeadsApart | None:
-    heads = value(out).shape[1]
-    if not isinstance(heads, int) or out.kwargs or not all(isinstance(arg, Node) for arg in out.args[:3]):
+def _apart(out: Node, nodes: Sequence[Node], memory: Memory, watched: Collection[str]) -> HeadsApart | None:
+    if out.kwargs or not all(isinstance(arg, Node) for arg in out.args[:3]):
+        return None
+    heads, tokens = value(out).shape[1], [length_of(arg, 2) for arg in out.args[:3]]  # type: ignore[arg-type]
+    if not isinstance(heads, int) or isinstance(tokens[0], int) or tokens.count(tokens[0]) < 3:
         return None
     how = _followed(out, heads, nodes)
     if how is None:
         return None
     exits = tuple(node for node in how if node is out or node.name in watched or readers(node, how))
-    if not all(isinstance(value(node), Tensor) for node in exits):
+    seen = all(isinstance(value(node), Tensor) and _AS_STRIDED not in {u.target for u in node.users} for node in exits)
+    width = fixed_width(how)
+    if not seen or width is None or not undisturbed(how, exits, out, nodes, memory):
         return None
-    return HeadsApart(how, out, exits, heads, fixed_width(how) // heads)
+    return HeadsApart(how, out, exits, heads, width // heads)
 
 
 def _followed(out: Node, heads: int, nodes: Sequence[Node]) -> dict[Node, Follows] | None:
@@ -121,9 +129,10 @@ def _followed(out: Node, heads: int, nodes: Sequence[Node]) -> dict[Node, Follow
     linears = chain.from_iterable(nearest_linears(arg) for arg in (query, key, val))  # type: ignore[arg-type]
     entries = {node: found for node in linears if node in own and (found := packed_heads(node, heads)) is not None}
     how = followed(entries, nodes, out, heads) if entries else None
-    if how is None or not all(arg in how and how[arg].axis == 1 and not how[arg].packed for arg in (query, key, val)):  # type: ignore[index]
+    mask = rest[0] if rest and isinstance(rest[0], Node) else None
+    by_heads = (query, key, val, *([mask] if mask in (how or ()) else ()))
+    if how is None or not all(arg in how and how[arg].axis == 1 and not how[arg].packed for arg in by_heads):
         return None
-    mask = rest[0] if rest else None
-    sliced = {mask: 1} if isinstance(mask, Node) and value(mask).shape[1] == heads != 1 else {}
+    sliced = {mask: 1} if mask is not None and mask not in how and length_of(mask, 1) == heads != 1 else {}
     before = {node: one for node, one in how.items() if nodes.index(node) < nodes.index(out)}
     return {**before, out: Follows(1, sliced=sliced), **how}

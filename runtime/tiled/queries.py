@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ...compat.aliasing import Memory
 from ...kernels import ops  # noqa: F401  registers what is named below
 from ...passes.graph.graph_eval import nearest_linears, value
-from .axis import Apply, Follows, Known, fixed_width, followed, length_of, readers, run_part
+from .axis import Apply, Follows, Known, fixed_width, followed, length_of, readers, run_part, undisturbed
 
 aten = torch.ops.aten
 SPARSE_MLA = torch.ops.mla2dsa.sparse_mla.default
@@ -52,7 +53,7 @@ class Chain:
     def width(self) -> int:
         """Channels of one head and query, in all that is made."""
         heads, _, latent = value(self.key_up).shape
-        return int(3 * latent + value(self.q_rope).shape[-1] + fixed_width(self.queries) // heads)
+        return int(3 * latent + value(self.q_rope).shape[-1] + (fixed_width(self.queries) or 0) // heads)
 
     @property
     def exits(self) -> tuple[Node]:
@@ -64,18 +65,19 @@ class Chain:
         return {self.out: run(self, env, apply)}
 
 
-def chains_in(nodes: Sequence[Node], watched: Collection[str] = ()) -> list[Chain]:
+def chains_in(nodes: Sequence[Node], memory: Memory, watched: Collection[str] = ()) -> list[Chain]:
     """Those that are all among `nodes`, and of which nobody is shown anything inside. watched: names of nodes."""
-    own = set(nodes)
-    found = (_chain(node) for node in nodes if node.target is SPARSE_MLA)
+    own, found = set(nodes), (_chain(node) for node in nodes if node.target is SPARSE_MLA)
     return [
-        replace(chain, queries=_queries(chain, nodes, watched)) for chain in found
-        if chain is not None and own.issuperset((*chain.around, chain.out)) and not any(n.name in watched for n in chain.around)
+        _with_queries(chain, nodes, memory, watched) for chain in found
+        if chain is not None and own.issuperset((*chain.around, chain.out))
+        and not any(node.name in watched for node in chain.around)
+        and undisturbed((*chain.around, chain.out), (chain.out,), chain.out, nodes, memory)
     ]  # fmt: skip
 
 
-def _queries(chain: Chain, nodes: Sequence[Node], watched: Collection[str]) -> Known:
-    """What makes its queries, from the linear layers on, where a query follows from its own token and nobody else reads it."""
+def _with_queries(chain: Chain, nodes: Sequence[Node], memory: Memory, watched: Collection[str]) -> Chain:
+    """And what makes its queries, from the linear layers on, where a query follows from its own token and nobody else reads it."""
     own, length = set(nodes), length_of(chain.q_nope, 2)
     entries = {
         linear: Follows(axis, sliced={x: axis})
@@ -84,15 +86,30 @@ def _queries(chain: Chain, nodes: Sequence[Node], watched: Collection[str]) -> K
         if isinstance(x, Node) and (axis := value(x).ndim - 2) >= 0 and length_of(x, axis) == length
     }  # fmt: skip
     if not entries or not own.issuperset(entries):
-        return {}
+        return chain
     how = followed(entries, nodes, chain.out, length, chain.around)
     if how is None or not all(part in how and how[part].axis == 2 for part in (chain.q_nope, chain.q_rope)):
-        return {}
-    before = set(nodes[: nodes.index(chain.out)])
-    alone = before.issuperset(how) and all(
-        set(readers(node, how)) <= set(chain.around) and node.name not in watched for node in how
+        return chain
+    whole = replace(chain, queries=how)
+    return (
+        whole
+        if _alone(whole, nodes, watched)
+        and undisturbed((*whole.inside, chain.out), (chain.out,), chain.out, nodes, memory)
+        else chain
     )
-    return how if alone else {}
+
+
+def _alone(chain: Chain, nodes: Sequence[Node], watched: Collection[str]) -> bool:
+    """Nothing but its two queries goes from what makes them to the attention, or anywhere else."""
+    before, queries = set(nodes[: nodes.index(chain.out)]), chain.queries
+    absorbed, joined = chain.around[:2]
+    readers_of = {chain.q_nope: {absorbed}, chain.q_rope: {joined}}
+    return (
+        before.issuperset(queries)
+        and fixed_width(queries) is not None
+        and all(set(readers(node, queries)) <= readers_of.get(node, set()) for node in queries)
+        and not any(node.name in watched for node in queries)
+    )
 
 
 def _chain(attention: Node) -> Chain | None:
@@ -114,11 +131,22 @@ def _chain(attention: Node) -> Chain | None:
     if any(len(node.users) != 1 for node in inside) or out.args[0] is not after:
         return None
     (q_nope, key_up), q_rope, value_up = absorbed.args, parts[1], out.args[1]
-    if not all(
-        isinstance(node, Node) and isinstance(value(node), Tensor) for node in (q_nope, key_up, q_rope, value_up)
-    ):
+    ranks = [(q_nope, 4), (q_rope, 4), (key_up, 3), (value_up, 3), *zip(attention.args[1:3], (3, 3), strict=True)]
+    if not all(isinstance(node, Node) and getattr(value(node), "ndim", 0) == rank for node, rank in ranks):
+        return None
+    kv, indices = attention.args[1:3]
+    if length_of(kv, 1) != length_of(indices, 1) or isinstance(length_of(kv, 1), int):  # type: ignore[arg-type]
+        return None
+    if not _usual_dims(rows, after, joined):
         return None
     return Chain(inside, out, q_nope, q_rope, key_up, attention, value_up)  # type: ignore[arg-type]
+
+
+def _usual_dims(rows: Node, after: Node, joined: Node) -> bool:
+    """Tokens and heads change places, before and after; channels are put one after the other."""
+    turned = all({dim % 4 for dim in node.args[1:]} == {1, 2} for node in (rows, after))  # type: ignore[operator]
+    dim = joined.args[1] if len(joined.args) > 1 else 0
+    return turned and not joined.kwargs and dim in (-1, 3)
 
 
 def _only_user(node: Node | None, target: Any) -> Node | None:
@@ -139,7 +167,7 @@ def run(chain: Chain, env: Mapping[Node, Any], apply: Apply) -> Tensor:
     kv, indices = (env[node] for node in chain.attention.args[1:3])  # type: ignore[index]
     batch, tokens = indices.shape[:2]
     step = tile_rows(batch, key_up.shape[0], chain.width, key_up.itemsize)
-    step = tokens if tokens != kv.shape[1] else min(step, tokens)
+    step = min(step, tokens) if tokens == kv.shape[1] and _is_causal(indices) else tokens
     out: Tensor = key_up.new_empty(0)
     for start in range(0, tokens, step):
         part = range(start, min(start + step, tokens))
@@ -152,6 +180,11 @@ def run(chain: Chain, env: Mapping[Node, Any], apply: Apply) -> Tensor:
         out = out if len(out) else done.new_empty(batch, done.shape[1], tokens, done.shape[-1])
         out[:, :, start : part.stop] = done
     return out
+
+
+def _is_causal(indices: Tensor) -> bool:
+    """No query selects a key after its own."""
+    return bool((indices.amax(-1) <= torch.arange(indices.shape[1], device=indices.device)).all())
 
 
 def _queries_of(chain: Chain, part: range, env: Mapping[Node, Any], apply: Apply) -> list[Tensor]:

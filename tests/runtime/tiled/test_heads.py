@@ -37,9 +37,9 @@ def runner(program: ExportedProgram, tiled: bool = True, **options: Any) -> Piec
     return made
 
 
-def found(program: ExportedProgram) -> list[heads.HeadsApart]:
+def found(program: ExportedProgram) -> list[Any]:
     made = PieceRunner(program, None, cores(program))
-    return [part for piece in made.pieces for part in heads.heads_apart(piece.nodes)]
+    return [part for piece in made.pieces for part in made.parts(piece, ())]
 
 
 @pytest.fixture(scope="module", params=families.DENSE)
@@ -67,7 +67,8 @@ def test_what_calibration_sees(some: int) -> None:
     tapped = tap(families.export_anchored(families.build("deepseek_v3")), rows=3)
     watched = list(tapped.taps.values())
     given = [{**tensors(families.inputs(1, LENGTH, 0)), ROWS_INPUT: torch.tensor([0, 7, LENGTH - 1])}]
-    parts = [part for piece in runner(tapped.program).pieces for part in heads.heads_apart(piece.nodes, watched)]
+    made = runner(tapped.program)
+    parts = [part for piece in made.pieces for part in made.parts(piece, watched)]
     assert len(parts) == 2
     for part in parts:
         first, *rows = part.exits
