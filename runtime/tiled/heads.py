@@ -22,6 +22,7 @@ from torch.fx import Node
 
 from ...compat.aliasing import Memory
 from ...kernels import ops  # noqa: F401  registers what is named below
+from ...kernels.anchors import unless_causal
 from ...passes.graph.graph_eval import linear_parts, nearest_linears, value
 from .axis import Apply, Follows, fixed_width, followed, length_of, lies, packed_heads, readers, run_part, undisturbed
 
@@ -51,6 +52,7 @@ class HeadsApart:
         """Values of `exits`."""
         source = env[_input(next(iter(self.how)))]
         some = heads_at_once(self.heads, source.numel() // source.shape[-1], self.width, source.itemsize)
+        env = {**env, **self._mask(env)}
         whole: dict[Node, Tensor] = {}
         for start in range(0, self.heads, some):
             group = range(start, min(start + some, self.heads))
@@ -62,6 +64,13 @@ class HeadsApart:
             for node in self.exits:
                 self._put(whole, node, own[node], group)
         return whole
+
+    def _mask(self, env: Mapping[Node, Any]) -> dict[Node, Any]:
+        """The mask, looked at once for all heads, where the attention alone reads it, and each of its heads all of it."""
+        mask = (*self.out.args[3:4], None)[0]
+        if not isinstance(mask, Node) or mask in self.how[self.out].sliced or mask in self.how:
+            return {}
+        return {} if (mask.users.keys() & self.how.keys()) - {self.out} else {mask: unless_causal(env[mask])}
 
     def _step(self, node: Node, group: range, env: Mapping[Node, Any], own: Mapping[Node, Any], apply: Apply) -> Any:
         how = self.how[node]

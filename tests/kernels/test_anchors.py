@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -94,3 +95,26 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 300
+
+
+@pytest.mark.parametrize("change", [None, "pad", "later", "own", "float", "wide"])
+def test_a_mask_is_left_out_where_it_is_causality_alone(change: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(anchors, "QUERY_ROWS", 4)
+    mask: Any = torch.ones(11, 11, dtype=torch.bool).tril().expand(2, 1, 11, 11).clone()
+    if change == "pad":
+        mask[1, 0, :, 0] = False
+    elif change == "later":
+        mask[0, 0, 9, 10] = True
+    elif change == "own":
+        mask[1, 0, 10, 10] = False
+    elif change == "float":
+        mask = torch.zeros(2, 1, 11, 11).masked_fill(~mask, -torch.inf)
+    elif change == "wide":
+        mask = torch.cat([mask, mask[..., :1]], -1)
+    left = anchors.unless_causal(mask)
+    assert left is (None if change is None else mask)
+    if change != "wide":
+        q, k, v = (torch.randn(2, 3, 11, 8) for _ in range(3))
+        found = torch.ops.mla2dsa.dense_attention(q, k, v, mask, 0.3)
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
+        torch.testing.assert_close(found, expected.nan_to_num(), rtol=1e-5, atol=1e-6)
