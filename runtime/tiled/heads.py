@@ -53,17 +53,28 @@ class HeadsApart:
         source = env[_input(next(iter(self.how)))]
         some = heads_at_once(self.heads, source.numel() // source.shape[-1], self.width, source.itemsize)
         env = {**env, **self._mask(env)}
-        whole: dict[Node, Tensor] = {}
+        whole, ends = dict[Node, Tensor](), self._ends()
         for start in range(0, self.heads, some):
             group = range(start, min(start + some, self.heads))
             own: dict[Node, Any] = {}
             for node in self.how:
                 own[node] = self._step(node, group, env, own, apply)
+                for done in ends[node]:
+                    del own[done]
             if len(group) == self.heads:
                 return {node: own[node] for node in self.exits}
             for node in self.exits:
                 self._put(whole, node, own[node], group)
         return whole
+
+    def _ends(self) -> dict[Node, list[Node]]:
+        """What of the nodes is read last by each, and shown to nobody."""
+        last = {source: node for node in self.how for source in (node, *node.all_input_nodes) if source in self.how}
+        ends: dict[Node, list[Node]] = {node: [] for node in self.how}
+        for source, node in last.items():
+            if source not in self.exits:
+                ends[node].append(source)
+        return ends
 
     def _mask(self, env: Mapping[Node, Any]) -> dict[Node, Any]:
         """The mask, looked at once for all heads, where the attention alone reads it, and each of its heads all of it."""

@@ -52,6 +52,8 @@ mtp: drop
 untie: true
 target: [transformers]
 layers: {"*.1.*": {distil: {steps: 5}}}
+share: [2]
+share_loss: 0.01
 """
 
 

@@ -47,6 +47,7 @@ def program(request: pytest.FixtureRequest) -> ExportedProgram:
     return families.export_anchored(families.build(request.param))
 
 
+@pytest.mark.parametrize("some", [3], ids=["three, and one"], indirect=True)
 def test_every_family_by_heads(program: ExportedProgram, some: int) -> None:
     calls: list[int] = []
 
