@@ -89,45 +89,47 @@ def convert(model: Path, out: Path, options: argparse.Namespace) -> dict[str, An
     }  # fmt: skip
 
 
-def stream(folder: Path, kind: str, length: int) -> dict[str, float]:
-    """Bytes of this process at the worst moment, predicted and measured, of one sequence in a model's program: `dense`, with what
-    calibration looks at, or `sparse`. Seconds."""
-    import resource
-
-    import torch
-
-    from mla2dsa.kernels.spec import IndexerConfig, IndexerWeights
-    from mla2dsa.optimizer.before.resources import resident
+def runner_of(folder: Path, kind: str, rows: int) -> tuple[Any, list[str]]:
+    """A model's program, `dense` with what calibration looks at or `sparse` with random indexers, and the nodes that are looked at."""
+    from mla2dsa.kernels.spec import IndexerConfig
     from mla2dsa.optimizer.indexer.indexer_math import random_indexer
     from mla2dsa.optimizer.model.capture import capture
     from mla2dsa.optimizer.model.checkpoint import Checkpoint
     from mla2dsa.optimizer.model.weights import WeightSource
-    from mla2dsa.optimizer.proof.evaluate import program_inputs
     from mla2dsa.optimizer.share.programs import sharing_runner
-    from mla2dsa.passes.tap import ROWS_INPUT, tap
+    from mla2dsa.passes.tap import tap
     from mla2dsa.runtime.execute import PieceRunner
-    from mla2dsa.runtime.footprint import Footprints
     from mla2dsa.runtime.shelf import Shelf
 
     source = WeightSource(Checkpoint.open(folder), capture(json.loads((folder / "config.json").read_text())))
-    given, watched, rows = program_inputs(torch.arange(length) % 1024), list[str](), 128
-    tapped = tap(source.capture.program, rows)
+    tapped, config = tap(source.capture.program, rows), IndexerConfig(2048, 64, 128)
+    sites = tapped.found.sites
     if kind == "dense":
-        cores = [site.core.out.name for site in tapped.found.sites]
-        runner = PieceRunner(tapped.program, source.loader(tapped.program), cores, shelf=Shelf())
+        load, cores = source.loader(tapped.program), [site.core.out.name for site in sites]
         watched = [node for name, node in tapped.taps.items() if not name.endswith(".attention")]
-        given[ROWS_INPUT] = torch.arange(length - rows, length)
-    else:
-        config = IndexerConfig(2048, 64, 128)
-        weights: dict[str, IndexerWeights] = {
-            site.name: random_indexer(config, site.dims.hidden_size, site.dims.q_width) for site in tapped.found.sites
-        }
-        runner = sharing_runner(source, weights, config, False, Shelf())
+        return PieceRunner(tapped.program, load, cores, shelf=Shelf()), watched
+    weights = {site.name: random_indexer(config, site.dims.hidden_size, site.dims.q_width) for site in sites}
+    return sharing_runner(source, weights, config, False, Shelf()), []
+
+
+def stream(folder: Path, kind: str, length: int) -> dict[str, float]:
+    """Bytes of this process at the worst moment, predicted and measured, of one sequence in `runner_of`. Seconds."""
+    import resource
+
+    import torch
+
+    from mla2dsa.optimizer.before.resources import resident
+    from mla2dsa.optimizer.proof.evaluate import program_inputs
+    from mla2dsa.passes.tap import ROWS_INPUT
+    from mla2dsa.runtime.footprint import Footprints
+
+    rows = 128
+    runner, watched = runner_of(folder, kind, rows)
+    given = program_inputs(torch.arange(length) % 1024)
+    given |= {ROWS_INPUT: torch.arange(length - rows, length)} if watched else {}
     pieces = Footprints(runner, watched, late=True).at(length)
-    predicted = resident() + max(
-        piece.weights + piece.peak for piece in pieces[: runner.until(watched or runner.outputs)]
-    )
-    started = time.perf_counter()
+    worst = max(piece.weights + piece.peak for piece in pieces[: runner.until(watched or runner.outputs)])
+    predicted, started = resident() + worst, time.perf_counter()
     for seen in runner.run([given], watched or None, late=True):
         del seen
     measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -233,17 +235,24 @@ def main() -> None:
     )
     parser.add_argument("--streamed", nargs=2, metavar=("KIND", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if not another(options):
+        conversions(options)
+
+
+def another(options: argparse.Namespace) -> bool:
+    """Whether something else than conversions was asked for, which is done."""
     if options.streamed:
         kind, folder = options.streamed
         print(json.dumps(stream(Path(folder), kind, options.sequence_length)))
-        return
-    if options.stream:
+    elif options.stream:
         streams(options.heads, options.sequence_length or 8192)
-        return
-    if options.rows:
+    elif options.rows:
         heads_of_a_group()
         rows()
-        return
+    return bool(options.streamed or options.stream or options.rows)
+
+
+def conversions(options: argparse.Namespace) -> None:
     layers = options.layers or (32 if options.youtu else 3)
     for heads in [16] if options.youtu else options.heads:
         with tempfile.TemporaryDirectory() as folder:
