@@ -47,7 +47,7 @@ from .recipe import WRITTEN, Recipe
 from .recipes.layers import trainings
 from .recipes.resolved import Chosen, is_timed, kept_text, resolved
 from .share.choose import Sharing
-from .sharing import share_by_loss
+from .shared_layers import share_by_loss
 from .verify import FailedVerification, Verification, verify
 
 
