@@ -182,7 +182,7 @@ class Recipe(_Strict):
         description="none | auto | [2, 3, ...]: layers that attend to what the last layer before them selected, and have no indexer "
         "(GLM-5.2); auto takes as many as share_loss allows, a list their numbers (the first, 0, cannot)",
     )
-    # Fixed by what the mission calls unaffected: a tenth of max_loss_delta.
+    # Fixed by max_loss_delta, of which it is a tenth: what sharing costs comes on top of what being sparse does.
     share_loss: Number = Field(
         default=0.005, gt=0, allow_inf_nan=False,
         description="nats/token that sharing may cost on sequences kept aside, with share: auto",
