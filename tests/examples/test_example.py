@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,8 +31,10 @@ HELD_OUT_FILES = sorted((TINY / "held_out").glob("*.py.txt"))
 
 
 def run_script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """One thread, as in the tests: two workers' threads in each other's way make training many times slower."""
     command = [sys.executable, str(TINY / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
 
 
 def library_path(sample: Path) -> str:

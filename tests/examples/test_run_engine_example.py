@@ -44,7 +44,7 @@ def with_stop_tokens(folder: Path, ids: object) -> Path:
 
 
 def run(program: Path, *words: str | int | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(program), *map(str, words)], capture_output=True, text=True, timeout=60, env={})
+    return subprocess.run([str(program), *map(str, words)], capture_output=True, text=True, timeout=600, env={})
 
 
 def expected(prompt: list[int], count: int) -> list[int]:

@@ -90,7 +90,7 @@ def test_many_at_once(tmp_path: Path) -> None:
     """
     program = [sys.executable, "-P", "-c", textwrap.dedent(script), str(tmp_path)]
     running = [subprocess.Popen([*program, letter], stderr=subprocess.PIPE) for letter in "abcd"]
-    errors = [process.communicate(timeout=60)[1] for process in running]
+    errors = [process.communicate(timeout=600)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0, 0, 0], errors
     content = (tmp_path / "entry").read_text()
     assert (len(content), len(set(content))) == (20000, 1)

@@ -43,7 +43,7 @@ def check(tools: Tools, *words: str | Path, **settings: str) -> subprocess.Compl
     environment = {"MLA2DSA_LIBCUDA": str(tools.driver), "PATH": "/nowhere", **settings}
     command = [str(tools.checker), *map(str, words)]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=environment, cwd=tools.checker.parent
+        command, capture_output=True, text=True, timeout=600, env=environment, cwd=tools.checker.parent
     )
 
 

@@ -43,7 +43,7 @@ class Running:
 
     def post(self, path: str, **request: Any) -> httpx2.Response:
         headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **request.pop("headers", {})}
-        return httpx2.post(self.url + path, headers=headers, timeout=120, **request)
+        return httpx2.post(self.url + path, headers=headers, timeout=600, **request)
 
 
 @pytest.fixture(scope="module")

@@ -124,7 +124,7 @@ def test_many_runs_at_once(tmp_path: Path) -> None:
         )
         for letter in "abcd"
     ]
-    errors = [process.communicate(timeout=120)[1] for process in running]
+    errors = [process.communicate(timeout=600)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0, 0, 0], errors
     assert {entry.name for entry in (tmp_path / "cache" / "engines").iterdir()} <= {"0123"}
 
