@@ -13,12 +13,14 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...errors import UserError, short
+from ...files.model.model_files import GENERATION_CONFIG
 from ...files.model.text_model import HOW_IT_RUNS, PREFIXES, is_wrapper
 from ...files.safetensors_index import TensorLocation
 from ..model.checkpoint import Checkpoint
@@ -153,6 +155,7 @@ class StreamedModel:
                 model, said = part.from_pretrained(
                     checkpoint.path, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True,
                     key_mapping=PREFIXES if is_wrapper(checkpoint.whole_config) else None, **_dequantised(checkpoint),
+                    **_generating(checkpoint.path),
                 )  # fmt: skip
         except Exception as error:  # transformers raises whatever its readers raise
             reason = short((str(error).strip().splitlines() or [type(error).__name__])[0], 200)
@@ -239,6 +242,14 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def _generating(folder: Path) -> dict[str, Any]:
+    """Where there is no generation_config.json, transformers reads those fields from config.json instead, which has another name as
+    long as a conversion is not proven. Nothing is generated here: the defaults do."""
+    import transformers
+
+    return {} if (folder / GENERATION_CONFIG).exists() else {"generation_config": transformers.GenerationConfig()}
 
 
 def _dequantised(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from mla2dsa.errors import UserError
+from mla2dsa.exporters.dsa.names import UNPROVEN_CONFIG
 from mla2dsa.optimizer.model.checkpoint import Checkpoint
 from mla2dsa.optimizer.proof.transformers_check import (
     SameSelection,
+    loaded_logits,
     logits,
     lowest_slot_ties,
     parity,
@@ -278,3 +280,15 @@ def test_files_that_transformers_would_stumble_over_are_told_before_work(
     assert str(error.value).startswith(f"{path}: ")
     assert str(error.value).endswith(", or pass --skip-transformers")
     assert part in str(error.value)
+
+
+def test_a_model_may_have_no_generation_config(tmp_path: Path) -> None:
+    """transformers then looks for its fields in config.json, which is called otherwise until a conversion is proven."""
+    families.build("deepseek_v3").save_pretrained(tmp_path)  # type: ignore[operator]
+    (tmp_path / GENERATION).unlink()
+    (tmp_path / "config.json").rename(tmp_path / UNPROVEN_CONFIG)
+    ids = torch.arange(3, 11)[None]
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(8)[None]}
+    made = Checkpoint.open(tmp_path, config_file=UNPROVEN_CONFIG)
+    _, faults = loaded_logits(made, "DeepseekV3ForCausalLM", given)
+    assert faults == []
