@@ -49,7 +49,7 @@ def add_layout(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--layout", choices=("auto", "deepseek_v32", "glm_moe_dsa", "own"),
         help="what the result is written as: a DSA class of other runtimes, or own, the dense checkpoint with the indexers "
-        "beside (default auto: deepseek_v32 where the model fits, else own)",
+        "beside (default auto: deepseek_v32 where the model fits, glm_moe_dsa with --share, else own)",
     )  # fmt: skip
     group.add_argument(
         "--mtp",

@@ -45,7 +45,7 @@ from .proof.pair import open_pair
 from .proof.transformers_check import refuse_if_too_large
 from .recipe import WRITTEN, Recipe
 from .recipes.layers import trainings
-from .recipes.resolved import Chosen, is_timed, kept_text, resolved
+from .recipes.resolved import Chosen, is_spent_otherwise, kept_text, resolved
 from .share.choose import Sharing
 from .shared_layers import share_by_loss
 from .verify import FailedVerification, Verification, verify
@@ -177,6 +177,7 @@ def _written(
         return report
 
     recipe = _resolved(job, layout, layers)
+    layers = tuple(layer for layer in layers if layer.name not in prepared.plan.shared)
     write_dsa_checkpoint(
         checkpoint.path, out, _without_shared(prepared, weights), prepared.plan.indexer, layout=layout,
         q_width=prepared.plan.layers[0][1].q_width, mtp=checkpoint.mtp_tensors(),
@@ -184,7 +185,7 @@ def _written(
                   "remote_code": list(job.remote_code), "fingerprint": _fingerprint(job, WRITTEN)},
         dropped=dropped_fields(checkpoint), prove=prove, draw=partial(page_if_any, page_title(out)) if proved and can_draw() else None,
         recipe=kept_text(
-            recipe, prepared.plan.model, timed=is_timed(job.recipe), allow_partial=job.allow_partial,
+            recipe, prepared.plan.model, spent=is_spent_otherwise(job.recipe), allow_partial=job.allow_partial,
             trust_remote_code=bool(job.remote_code), drop_stale_quantization=bool(dropped_fields(checkpoint)),
         ),
     )  # fmt: skip
@@ -199,13 +200,11 @@ def _shared(job: _Job, weights: Mapping[str, IndexerWeights], shelf: Shelf) -> t
     prepared, tell = job.prepared, partial(job.tell.on_progress, "share")
     text = job.sequences.of_text
     sharing = share_by_loss(prepared, job.recipe, weights, text, job.device, shelf, tell, job.allow_partial)
-    plan = replace(prepared.plan, indexer=replace(prepared.plan.indexer, shared=sharing.shared))
-    return _for_targets(replace(job, prepared=replace(prepared, plan=plan))), sharing
+    return _for_targets(replace(job, prepared=replace(prepared, plan=prepared.plan.sharing(sharing.shared)))), sharing
 
 
 def _without_shared(prepared: Prepared, weights: Mapping[str, IndexerWeights]) -> dict[str, IndexerWeights]:
-    shared = {prepared.converted.found.sites[number].name for number in prepared.plan.indexer.shared}
-    return {name: own for name, own in weights.items() if name not in shared}
+    return {name: own for name, own in weights.items() if name not in prepared.plan.shared}
 
 
 def _resolved(job: _Job, layout: Layout, layers: Sequence[LayerResult]) -> Recipe:
@@ -360,6 +359,7 @@ def _calibrated(job: _Job, store: ProgressStore | None, shelf: Shelf) -> Iterato
     recipe, tell = job.recipe, job.tell
     finished = processes().from_first(lambda: store.load() if store else {})
     cut, trained = job.sequences, trainings(recipe, [name for name, _ in job.prepared.plan.layers])
+    unheard = job.prepared.plan.shared  # their indexers are not written
     results = calibrate(
         WeightSource(job.prepared.checkpoint, job.prepared.capture, job.device),
         cut.calibration + cut.beside, cut.selection,
@@ -370,7 +370,8 @@ def _calibrated(job: _Job, store: ProgressStore | None, shelf: Shelf) -> Iterato
         resumed = result.name in finished
         if store and not resumed:
             store.save(result)
-        tell.on_layer(result, resumed)
+        if result.name not in unheard:
+            tell.on_layer(result, resumed)
         yield result
 
 

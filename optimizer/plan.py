@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..errors import UsageError, UserError
@@ -73,6 +73,17 @@ class Plan:
                 sparse += 2.0 * self.indexer.index_n_heads * self.indexer.index_head_dim * length
         return dense, sparse
 
+    @property
+    def shared(self) -> list[str]:
+        """Names of the layers without an indexer."""
+        return [self.layers[number][0] for number in self.indexer.shared]
+
+    def sharing(self, shared: tuple[int, ...]) -> Plan:
+        """Once it is known which layers have no indexer."""
+        config = replace(self.indexer, shared=shared)
+        told = {**self.told, **{name: self.told[name].without() for name in replace(self, indexer=config).shared}}
+        return replace(self, indexer=config, new_parameters=_new_parameters(config, self.layers), told=told)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "model": self.model, "model_type": self.model_type, "indexer": asdict(self.indexer), "source": self.source,
@@ -136,7 +147,7 @@ def prepare(
         model=str(model), model_type=str(checkpoint.config.get("model_type")), indexer=config,
         source=f"donor:{recipe.donor}" if recipe.donor else recipe.indexer, layers=layers,
         misses=converted.found.misses, refusal=refusal,
-        notes=tuple(_notes(checkpoint, config, layers, recipe.mtp, bool(mtp))), new_parameters=_new_parameters(config, layers),
+        notes=tuple(_notes(checkpoint, config, layers, recipe, bool(mtp))), new_parameters=_new_parameters(config, layers),
         context=captured.max_length, resources=_resources(source, converted, config, recipe), told=told,
         **_written_as(checkpoint, layout, config, bool(mtp)),
     )  # fmt: skip
@@ -223,7 +234,7 @@ def _notes(
     checkpoint: Checkpoint,
     config: IndexerConfig,
     layers: tuple[tuple[str, MlaDims], ...],
-    mtp_wanted: str,
+    recipe: Recipe,
     mtp_indexers: bool,
 ) -> list[str]:
     notes = []
@@ -233,7 +244,7 @@ def _notes(
     if mtp and mtp_indexers:
         notes.append(f"{len(mtp)} tensors of multi-token-prediction layers are kept, with the donor's indexers")
     elif mtp:
-        what = "left out" if mtp_wanted == "drop" else "kept without an indexer"
+        what = "left out" if recipe.mtp == "drop" else "kept without an indexer"
         notes.append(
             f"{len(mtp)} tensors of multi-token-prediction layers are {what}: no speculative decoding with them"
         )
@@ -241,6 +252,8 @@ def _notes(
         notes.append("attention_bias: transformers reads the biases, vLLM leaves them out without a word")
     if others := _without_mla(checkpoint, layers):
         notes.append(f"layers {others} have no MLA attention and stay as they are")
+    if recipe.share == "auto":
+        notes.append("share: auto: which layers have no indexer is seen by the loss, once there is one for each")
     needed = max((d.qk_rope_head_dim + 1 + d.kv_lora_rank for _, d in layers), default=0)
     if config.index_head_dim < needed:
         notes.append(

@@ -31,6 +31,7 @@ def _path(value: str) -> str:
 
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}  # seconds
+_LAYER = re.compile(r"[0-9]{1,9}")
 _BUDGET = re.compile(r"(\d{1,12}(?:\.\d{1,6})?) *(s|m|h|tokens|steps)", re.ASCII)
 
 
@@ -55,7 +56,7 @@ def _share(value: Any) -> Any:
     numbers = isinstance(value, list) and all(type(number) is int and number > 0 for number in value)
     if value not in ("none", "auto") and not (numbers and value == sorted(set(value))):
         raise ValueError("expected none, auto, or layers' numbers in ascending order; the first layer, 0, cannot share")
-    return value
+    return value or "none"
 
 
 FilePath = Annotated[str, AfterValidator(_path)]  # or a hub id
@@ -228,6 +229,11 @@ class Recipe(_Strict):
             raise ValueError(
                 "share: auto is decided by the loss on text; give calibration text, or the layers' numbers"
             )
+        if self.share == "auto" and self.share_loss >= self.verify.max_loss_delta:
+            raise ValueError(
+                f"share_loss {self.share_loss:g} is no less than verify.max_loss_delta {self.verify.max_loss_delta:g}, which all that "
+                "is sparse has to keep together"
+            )
         return self
 
     @property
@@ -278,7 +284,7 @@ def read_recipe(file: str | None, flags: Mapping[str, Any]) -> Recipe:
     if isinstance(fields.get("target"), str):
         fields["target"] = fields["target"].split(",")
     if isinstance(fields.get("share"), str) and fields["share"] not in ("none", "auto"):
-        fields["share"] = [int(part) if part.strip().isdecimal() else part for part in fields["share"].split(",")]
+        fields["share"] = [int(part) if _LAYER.fullmatch(part.strip()) else part for part in fields["share"].split(",")]
     source = str(fields.get("indexer", ""))
     if source.startswith("donor:"):
         fields |= {"indexer": "donor", "donor": source.removeprefix("donor:") or None}

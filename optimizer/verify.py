@@ -31,7 +31,7 @@ from .proof.check import compare, logits_difference
 from .proof.evaluate import LayerRecall, TextResult, layer_recalls, on_text, program_inputs
 from .proof.figures import Decode
 from .proof.fp8 import Fp8Scores
-from .proof.limits import TEXT_GATES, Check, Measured, foreign_checks, gated, quality_checks, read_gates
+from .proof.limits import TEXT_GATES, Check, Measured, foreign_checks, gated, quality_checks, read_gates, with_sharing
 from .proof.pair import CONVERT_AGAIN, NOT_A_PAIR, Pair, open_pair
 from .proof.same_tensors import same_tensors
 from .proof.streamed_model import StreamedModel
@@ -128,6 +128,8 @@ def verify(
         texts.append(_measured(pair, foreign, "foreign text", report, shelf, fp8))
         checks += foreign_checks(texts[1], max_loss_delta)
     checks += gated(texts, gates or {})
+    shared = [site.name for number, site in enumerate(pair.converted.found.sites) if number in pair.config.shared]
+    checks = with_sharing(checks, shared)
     return Verification(
         tuple(checks), texts[0].layers, texts[0].text, origin, tuple(skipped), texts[1] if foreign is not None else None
     )

@@ -135,7 +135,10 @@ class MlaToDsa(Pass):
         """Names of the layers without an indexer. Raises UserError when there is nothing before one that it could share."""
         shared, last = self.config.shared, len(found.sites) - 1
         if wrong := [number for number in shared if not 0 < number <= last]:
-            raise UserError(f"layer {wrong[0]} cannot share a selection: expected a number from 1 to {last}")
+            raise UserError(
+                f"share: {wrong[0]} cannot share a selection: expected numbers from 1 to {last}, which count the MLA attentions as they "
+                f"are run ({last} is {found.sites[last].name})"
+            )
         return {found.sites[number].name for number in shared}
 
     def _rewrite(

@@ -23,7 +23,7 @@ def show_plan(plan: Plan) -> None:
     config = plan.indexer
     print(f"{plan.model}: {plan.model_type}, {len(plan.layers)} MLA layers, context {plan.context}")
     sizes = f"top-k {config.index_topk}, {config.index_n_heads} heads of {config.index_head_dim}"
-    without = f"; layers {', '.join(map(str, config.shared))} share another's" if config.shared else ""
+    without = f"; without one of its own: {', '.join(plan.shared)}" if config.shared else ""
     print(f"indexer: {plan.source}, {sizes}, {plan.new_parameters / 1e6:.2f} M new parameters{without}")
     if len(set(plan.told.values())) > 1:
         for names, told in _grouped(plan.told.items()):
@@ -142,12 +142,12 @@ def show_sharing(sharing: Mapping[str, Any] | None) -> None:
     if sharing is None:
         return
     count, layers, allowed = len(sharing["shared"]), sharing["layers"], sharing["allowed"]
-    tried = ", ".join(f"{one['layers']} layers {one['loss']:+.4f}" for one in sharing["tried"]) or "no set of layers"
+    tried = ", ".join(f"{one['layers']} of them {one['loss']:+.4f}" for one in sharing["tried"]) or "no set of layers"
     if not count:
         print(f"no layer shares an indexer: more than {allowed:g} nats/token ({tried})")
         return
     print(
-        f"layers {', '.join(map(str, sharing['shared']))} attend to what the last layer before them selected: {count} of {layers} "
+        f"what the last layer before selected is attended to by {', '.join(sharing['names'])}: {count} of {layers} "
         f"indexers and caches of index keys less, {sharing['loss']:+.4f} nats/token on held-out text (allowed {allowed:g}; tried {tried})"
     )
 

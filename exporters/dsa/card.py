@@ -71,7 +71,7 @@ def _body(
     yield "which `mla2dsa strip` gives back bit for bit."
     if has_card:
         yield f"The dense model's own card: [{DENSE_CARD}]({DENSE_CARD})."
-    yield from _recipe(manifest.get("recipe"), report.get("plan", {}).get("indexer"), whole)
+    yield from _recipe(manifest.get("recipe"), report.get("plan", {}), whole)
     yield from _verification(report.get("verification"))
     yield "\n## Limits\n"
     yield from (f"* {limit}" for limit in (*_LIMITS, *report.get("plan", {}).get("notes", ())))
@@ -81,14 +81,15 @@ def _body(
 _FIGURES = {"loss_delta": "+.4f", "standard_error": ".4f", "kl": ".4f", "same_top": ".1%"}
 
 
-def _recipe(recipe: Any, indexer: Any, whole: str) -> Iterator[str]:
+def _recipe(recipe: Any, plan: Mapping[str, Any], whole: str) -> Iterator[str]:
     """whole: the file that has all of it."""
     import yaml
 
-    if isinstance(indexer, Mapping):
+    if isinstance(indexer := plan.get("indexer"), Mapping):
         sizes = f"top-k {indexer['index_topk']}, {indexer['index_n_heads']} heads of {indexer['index_head_dim']}"
         if shared := indexer.get("shared"):
-            sizes += f"; layers {', '.join(map(str, shared))} have none and attend to what the last layer before them selected"
+            names = ", ".join(f"`{plan['layers'][number]['name']}`" for number in shared)
+            sizes += f"; without one, attending to what the last layer before selected: {names}"
         yield f"\n## Recipe\n\nIndexers: {sizes}. The whole recipe is in `{whole}`; in short:\n"
     if isinstance(recipe, Mapping):
         told = {name: value for name, value in recipe.items() if value not in (None, [], {}) and name not in _PLACES}

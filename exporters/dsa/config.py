@@ -18,9 +18,11 @@ if TYPE_CHECKING:  # it would bring torch, and this is asked before torch is loa
     from ...kernels.spec import IndexerConfig
 
 _INDEXER_LINEARS = ("wq_b", "wk", "weights_proj")
-_OBEYED_ONLY_BY_DSA = ("index_topk",)
 # In the own layout, which no other class reads: numbers of the attentions, in the order they are run, without an indexer.
 SHARED_FIELD = "index_shared_layers"
+# Of glm_moe_dsa, and what vLLM and SGLang know beside: which layers have an indexer. The first that is set counts.
+SHARING_FIELDS = ("indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset")
+_OBEYED_ONLY_BY_DSA = ("index_topk", *SHARING_FIELDS, SHARED_FIELD)  # a dense model may have them, of no meaning there
 
 
 class DsaSizes(Protocol):
@@ -39,7 +41,7 @@ class DsaSizes(Protocol):
 def words_of(config: Config, layout: Layout, sizes: DsaSizes | None, mtp_layers: int = 0) -> dict[str, Any]:
     """The text model's part of the config.json that `dsa_config` will write, as far as a quantisation is not concerned; sizes:
     of the indexers, None where they do not matter."""
-    result = _in_words_of_a_class(config, layout) if layout.family else dict(config)
+    result = _written(config, layout)
     if "num_nextn_predict_layers" in config or mtp_layers:
         result["num_nextn_predict_layers"] = mtp_layers
     if sizes is not None:
@@ -58,7 +60,7 @@ def dsa_config(
     others of their kind may be. Raises UserError when `indexer` does not fit.
     """
     _check_indexer(config, indexer)
-    result = _in_words_of_a_class(config, layout) if layout.family else dict(config)
+    result = _written(config, layout)
     if layout.family and ("num_nextn_predict_layers" in config or mtp_layers):
         result["num_nextn_predict_layers"] = mtp_layers
     _drop_remote_code(result)
@@ -82,6 +84,13 @@ def _tell(
     _add_indexer(text, indexer, layout)
     if text.get("quantization_config") is not None:
         text["quantization_config"] = _skip_indexers(text["quantization_config"], attention_modules, plain)
+
+
+def _written(config: Config, layout: Layout) -> dict[str, Any]:
+    """What is not about indexers."""
+    if layout.family:
+        return _in_words_of_a_class(config, layout)
+    return {name: value for name, value in config.items() if name not in (*SHARING_FIELDS, SHARED_FIELD)}
 
 
 def _in_words_of_a_class(config: Config, layout: Layout) -> dict[str, Any]:
@@ -118,7 +127,10 @@ def _add_indexer(result: dict[str, Any], indexer: DsaSizes, layout: Layout) -> N
     if indexer.shared and layout.target is None:
         result[SHARED_FIELD] = list(indexer.shared)
     elif indexer.shared:  # transformers reads the one, vLLM and SGLang the other
-        kinds = ["shared" if layer in indexer.shared else "full" for layer in range(result["num_hidden_layers"])]
+        layers = result.get("num_hidden_layers")
+        if type(layers) is not int:
+            raise UserError(f"config.json: num_hidden_layers is {layers!r}, expected how many layers there are")
+        kinds = ["shared" if layer in indexer.shared else "full" for layer in range(layers)]
         result |= {"indexer_types": kinds, "index_topk_pattern": "".join(kind[0].upper() for kind in kinds)}
 
 

@@ -81,7 +81,7 @@ def choose(
     wanted = GLM.model_type if shares and asked == "auto" else asked
     fits = _not_for(config, targets) or _fitting(config, tensors, wanted, untie, mtp)
     if isinstance(fits, Layout):
-        return fits
+        return replace(fits, why=f"layers share indexers, as its can; {fits.why}") if shares else fits
     if asked != "auto":
         raise UserError(f"--layout {asked}: {fits}; pass --layout own, or auto")
     return _own(fits, config, untie, mtp)

@@ -39,7 +39,7 @@ def conversion_report(
             "random_sequences": len(text.beside),
         },
         "layers": [layer.summary() for layer in layers],
-        "sharing": sharing.to_json() if sharing else None,
+        "sharing": {**sharing.to_json(), "names": prepared.plan.shared} if sharing else None,
         "verification": proof.to_json() if proof else None,
         "left_out": left_out(checkpoint.path, file_names(checkpoint.path, checkpoint.whole_tensors)),
         "seconds": round(seconds, 1),

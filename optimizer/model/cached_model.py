@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ...errors import UserError, short
-from ...exporters.dsa.config import SHARED_FIELD
+from ...exporters.dsa.config import SHARED_FIELD, SHARING_FIELDS
 from ...exporters.dsa.families import GLM, LAYOUTS, OWN, V32, base_of
 from ...files.manifests.checkpoint_manifest import CHECKPOINT_MANIFEST, is_converted, read_checkpoint_manifest
 from ...files.model.text_model import text_config
@@ -33,14 +33,8 @@ from .weights import WeightSource
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 INDEXER_FIELDS = ("index_topk", "index_n_heads", "index_head_dim", "indexer_rope_interleave")
-_SHARING = (
-    "indexer_types",
-    "index_topk_pattern",
-    "index_topk_freq",
-    "index_skip_topk_offset",
-)  # the first that is set counts
 _KINDS = {"F": "full", "S": "shared"}
-_DSA_ONLY = (*INDEXER_FIELDS, *_SHARING, SHARED_FIELD, "layer_types", "mlp_bias")
+_DSA_ONLY = (*INDEXER_FIELDS, *SHARING_FIELDS, SHARED_FIELD, "layer_types", "mlp_bias")
 _MAX_POSITION_EMBEDDINGS = {V32.model_type: 163840, GLM.model_type: 202752}  # their defaults; deepseek_v3's is another
 
 

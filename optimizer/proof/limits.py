@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...errors import UsageError
 from .evaluate import LayerRecall, TextResult
@@ -51,6 +51,15 @@ def quality_checks(found: Measured, max_loss_delta: float) -> list[Check]:
         better("attention mass missed, no more than a window of the same size misses", missed, allowed, "mean of the layers"),
         better("attention mass missed in a layer, no more than chance misses", 1 - weakest.dsa, 1 - weakest.chance, weakest.name),
     ]  # fmt: skip
+
+
+def with_sharing(checks: Sequence[Check], shared: Sequence[str]) -> list[Check]:
+    """Of a model whose layers `shared` have no indexer of their own: that is a remedy, too."""
+    if not shared:
+        return list(checks)
+    some = f"{shared[0]} and {len(shared) - 1} more do" if len(shared) > 1 else f"{shared[0]} does"
+    remedy = f"let fewer layers share an indexer ({some}), or {CALIBRATE_BETTER}"
+    return [replace(check, remedy=remedy) if check.remedy == CALIBRATE_BETTER else check for check in checks]
 
 
 def foreign_checks(found: Measured, max_loss_delta: float) -> list[Check]:

@@ -13,11 +13,13 @@ from ..indexer.distil import DistilSchedule
 from ..indexer.layer_fit import NEAR, Budget, Training
 from ..recipe import TRAINED, LayerRecipe, Recipe, read_budget
 
+SHARED = "shared"  # no source of indexers: the layer attends to what another selected
+
 
 @dataclass(frozen=True)
 class Told:
-    """How one layer's indexer is made. steps, lr: of its distillation, 0 steps where nothing is distilled. budget: of all layers that
-    share it; shared: the pattern that it was given with, "" for the recipe's own."""
+    """How one layer's indexer is made; indexer: SHARED where there is to be none. steps, lr: of its distillation, 0 steps where nothing
+    is distilled. budget: of all layers that share it; shared: the pattern that it was given with, "" for the recipe's own."""
 
     indexer: str
     steps: int
@@ -32,6 +34,10 @@ class Told:
             lr=said.distil.lr or self.lr,
         )  # fmt: skip
         return told if said.budget is None else replace(told, budget=said.budget, shared=pattern)
+
+    def without(self) -> Told:
+        """Of a layer that shares the selection of another one: nothing is made."""
+        return replace(self, indexer=SHARED, steps=0, budget=None, shared="")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,12 +63,13 @@ def each_layer(recipe: Recipe, names: Iterable[str]) -> dict[str, Told]:
                 "with * for any part of it"
             )
         told |= {name: told[name].over(pattern, said) for name in matched}
+    told |= {name: one.without() for number, (name, one) in enumerate(told.items()) if number in recipe.shared}
     spent = {one.shared for one in told.values() if one.indexer in TRAINED}
     for pattern, said in recipe.layers.items():
         if said.budget is not None and pattern not in spent:
             raise UsageError(
                 f"layers: {short(repr(pattern))} has a budget, and no layer that would spend it: a later pattern has another "
-                "for them, or they are not distilled"
+                "for them, or they are not distilled, or share the selection of another layer"
             )
     untrained = {name: one for name, one in told.items() if not recipe.trains(one.indexer)}
     return told | {name: replace(one, steps=0, budget=None, shared="") for name, one in untrained.items()}
@@ -77,7 +84,8 @@ def trainings(recipe: Recipe, names: Iterable[str]) -> dict[str, Training]:
 
 def _training(recipe: Recipe, told: Told, sharing: int) -> Training:
     if not recipe.trains(told.indexer):
-        return Training(why="as asked" if told.indexer == "closed-form" else "no calibration text to train on")
+        why = {"closed-form": "as asked", SHARED: "the layer shares the selection of another one"}
+        return Training(why=why.get(told.indexer, "no calibration text to train on"))
     schedule = DistilSchedule(told.steps, told.lr, seed=recipe.seed)
     budget = None if told.budget is None else Budget(*read_budget(told.budget), sharing, told.shared)
     return Training(schedule, NEAR if told.indexer == "auto" else None, budget)

@@ -25,23 +25,26 @@ class Chosen:
 
 
 def resolved(recipe: Recipe, chosen: Chosen) -> Recipe:
-    """With every field said, but for those that this source of indexers has no use for. A budget of time becomes the steps that the
-    layers took: another day it would have room for others."""
+    """With every field said, but for those that this source of indexers has no use for. Budgets become the steps that the layers
+    took, where another day or the layers that share would have them take others."""
     fields = recipe.fields() | {
         "index_topk": chosen.indexer.index_topk, "index_n_heads": chosen.indexer.index_n_heads,
         "index_head_dim": chosen.indexer.index_head_dim, "tokens": recipe.tokens or chosen.planned * recipe.sequences,
         "sequence_length": chosen.length, "layout": chosen.layout,
         "share": list(chosen.indexer.shared) or "none",
     }  # fmt: skip
-    if is_timed(recipe):
+    if is_spent_otherwise(recipe):
         fields |= {"budget": None, "layers": _as_taken(recipe, chosen.steps)}
     return Recipe.model_validate(fields)
 
 
-def is_timed(recipe: Recipe) -> bool:
-    """Whether any budget is a time."""
-    budgets = (recipe.budget, *(said.budget for said in recipe.layers.values()))
-    return any(budget is not None and read_budget(budget)[1] == "seconds" for budget in budgets)
+def is_spent_otherwise(recipe: Recipe) -> bool:
+    """Whether a second run would give layers other steps of a budget: one that is a time, or that layers had a part of which turned out
+    to need no indexer."""
+    budgets = [
+        budget for budget in (recipe.budget, *(said.budget for said in recipe.layers.values())) if budget is not None
+    ]
+    return any(recipe.share == "auto" or read_budget(budget)[1] == "seconds" for budget in budgets)
 
 
 def _as_taken(recipe: Recipe, steps: Mapping[str, int]) -> dict[str, LayerRecipe]:
@@ -54,14 +57,14 @@ def _as_taken(recipe: Recipe, steps: Mapping[str, int]) -> dict[str, LayerRecipe
     }  # fmt: skip
 
 
-def kept_text(recipe: Recipe, model: str, *, timed: bool, **flags: bool) -> str:
-    """The file that lies with a result. timed: whether the recipe that was given had a budget of time; flags: of `convert`, that the
+def kept_text(recipe: Recipe, model: str, *, spent: bool, **flags: bool) -> str:
+    """The file that lies with a result. spent: `is_spent_otherwise` of the recipe that was given; flags: of `convert`, that the
     result depends on and that are no field of a recipe."""
     given = [f"--{name.replace('_', '-')}" for name, is_given in flags.items() if is_given]
     about = (
         f"How this was made of {short(model)}. From the same model and text, with the versions in mla2dsa.json on the same kind of "
         f"machine, `{' '.join(['mla2dsa convert MODEL OUT --recipe FILE', *given])}` makes the same indexers again, bit for bit."
     )
-    if timed:
-        about += " The budget was a time: here stand the steps that each layer took in it."
+    if spent:
+        about += " In the place of the budget stand the steps that each layer took in it."
     return recipe_text(recipe, about)

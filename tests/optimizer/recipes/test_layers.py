@@ -10,7 +10,7 @@ import pytest
 from mla2dsa.errors import UsageError
 from mla2dsa.optimizer.indexer.layer_fit import NEAR
 from mla2dsa.optimizer.recipe import read_recipe
-from mla2dsa.optimizer.recipes.layers import Told, each_layer, sharing, trainings
+from mla2dsa.optimizer.recipes.layers import SHARED, Told, each_layer, sharing, trainings
 
 NAMES = [f"model.layers.{number}.self_attn" for number in range(4)]
 BASE = Told("auto", 1024, 3e-3)
@@ -104,6 +104,21 @@ def test_without_text_auto_spends_nothing() -> None:
 def test_a_budget_that_nobody_spends(layers: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=r"layers: '\*(\.0\.\*)?' has a budget, and no layer that would spend it"):
         told(layers)
+
+
+def test_layers_that_share_are_not_trained() -> None:
+    recipe = read_recipe(None, {"indexer": "distil", "budget": "10 steps", "share": "1,3"})
+    assert [one.indexer for one in each_layer(recipe, NAMES).values()] == ["distil", SHARED, "distil", SHARED]
+    trained = trainings(recipe, NAMES)
+    assert [None if it.budget is None else it.budget.layers for it in trained.values()] == [2, None, 2, None]
+    assert trained[NAMES[1]].schedule is None
+    assert trained[NAMES[1]].why == "the layer shares the selection of another one"
+
+
+def test_a_budget_of_layers_that_share_is_spent_by_nobody() -> None:
+    recipe = read_recipe(None, {"indexer": "distil", "share": "1", "layers": {"*.1.*": {"budget": "9 steps"}}})
+    with pytest.raises(UsageError, match="or share the selection of another layer"):
+        each_layer(recipe, NAMES)
 
 
 # What cannot be told of some layers alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +54,26 @@ def test_a_time_becomes_the_steps_that_were_taken() -> None:
     }  # fmt: skip
 
 
+def test_layers_that_were_found_to_share_had_a_part_of_the_budget() -> None:
+    """Told to share from the beginning, they would leave it to the others."""
+    given = {"indexer": "distil", "budget": "12 steps", "share": "auto", "calibration": "text"}
+    found = replace(CHOSEN, layout="glm_moe_dsa", indexer=replace(CHOSEN.indexer, shared=(2,)))
+    made = resolved(read_recipe(None, given), found)
+    assert (made.budget, made.share) == (None, [2])
+    taken = [said.get("distil", {}).get("steps") for said in made.fields()["layers"].values()]
+    assert taken == [5, None, 7, None]
+
+
 def test_the_file_says_how_it_is_used(tmp_path: Path) -> None:
     made = resolved(Recipe(), CHOSEN)
-    text = kept_text(made, "a\nb\udcff\x1b#", timed=True, allow_partial=True, trust_remote_code=False)
+    text = kept_text(made, "a\nb\udcff\x1b#", spent=True, allow_partial=True, trust_remote_code=False)
     (tmp_path / "r.yaml").write_text(text)
     assert read_recipe(str(tmp_path / "r.yaml"), {}) == made
     words = " ".join(text.replace("#", " ").split())
     assert (
         "`mla2dsa convert MODEL OUT --recipe FILE --allow-partial` makes the same indexers again, bit for bit" in words
     )
-    assert "The budget was a time" in words
+    assert "In the place of the budget" in words
 
 
 def converted(folder: Path, recipe: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from command_line import TINY, assert_refused, mla2dsa, quick_capture, small_fla
 from families import build
 from safetensors import safe_open
 
+from mla2dsa.errors import UsageError
 from mla2dsa.files.json_files import read_json
 from mla2dsa.optimizer.inspect import inspect
 from mla2dsa.optimizer.model.cached_model import open_torch_session, shared_layers
 from mla2dsa.optimizer.model.checkpoint import Checkpoint
+from mla2dsa.optimizer.recipe import read_recipe
 from mla2dsa.runtime.generation import prefill
 
 pytestmark = pytest.mark.usefixtures("quick_capture")
@@ -30,6 +33,7 @@ def chosen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("auto") / "dsa"
     flags, recipe = list(small_flags(tmp_path_factory)), out.parent / "recipe.yaml"
     recipe.write_text(Path(str(flags[1])).read_text() + "\nshare_loss: 0.1\nlayout: auto\n")
+    recipe.write_text(recipe.read_text().replace("sequences: 2", "sequences: 2, max_loss_delta: 0.2"))
     flags[1] = recipe
     done = mla2dsa("convert", TINY, out, *flags, *FAST, "--share", "auto")
     assert done.code == 0, done.err
@@ -55,10 +59,25 @@ def test_layers_share_as_the_report_says(chosen: Path) -> None:
     assert layers_with_indexers(chosen) == {
         f"model.layers.{layer}.self_attn" for layer, kind in enumerate(kinds) if kind == "full"
     }
+    assert found["names"] == [f"model.layers.{layer}.self_attn" for layer in found["shared"]]
     said = (chosen.parent / "said.txt").read_text()
+    assert f"without one of its own: {', '.join(found['names'])}" in said
     assert (
         f"{len(found['shared'])} of 4 indexers and caches of index keys less, {found['loss']:+.4f} nats/token" in said
     )
+
+
+def test_what_is_told_is_of_the_indexers_that_are_there(chosen: Path) -> None:
+    report = read_json(chosen / "report.json")
+    shared = report["sharing"]["names"]
+    with safe_open(chosen / "model-indexer.safetensors", "pt") as file:
+        stored = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    assert report["plan"]["new_parameters"] == stored
+    assert {layer["name"] for layer in report["layers"]} == layers_with_indexers(chosen)
+    told = {name: one["indexer"] for name, one in report["plan"]["indexers"].items()}
+    assert [name for name, indexer in told.items() if indexer == "shared"] == shared
+    assert all(f"`{name}`" in (chosen / "README.md").read_text() for name in shared)
+    assert "which layers have no indexer is seen by the loss" in " ".join(report["plan"]["notes"])
 
 
 def test_transformers_was_asked_and_agrees(chosen: Path) -> None:
@@ -158,9 +177,11 @@ def test_own_layout_with_a_strange_list(own: tuple[Path, Path], value: Any, tmp_
     [
         (("--share", "auto"), 2, ("share", "decided by the loss on text", "give calibration text")),
         (("--share", "1", "--layout", "deepseek_v32"), 2, ("deepseek_v32 has an indexer in every layer",)),
-        (("--share", "4"), 1, ("layer 4 cannot share a selection", "from 1 to 3")),
+        (("--share", "4"), 1, ("share: 4 cannot share a selection", "from 1 to 3", "3 is model.layers.3.self_attn")),
         (("--share", "0"), 2, ("--share [0]", "the first layer, 0, cannot share")),
         (("--share", "2,1"), 2, ("--share [2, 1]", "layers' numbers in ascending order")),
+        (("--share", "9" * 5000), 2, ("expected none, auto, or layers' numbers",)),
+        (("--share", "\N{ARABIC-INDIC DIGIT TWO}"), 2, ("expected none, auto, or layers' numbers",)),
         (("--share", "some"), 2, ("--share ['some']", "expected none, auto, or layers' numbers")),
         (("--share", "1", "--target", "mlx-lm"), 1, ("mlx-lm", "layers share indexers")),
     ],
@@ -170,3 +191,56 @@ def test_what_cannot_be(flags: tuple[str, ...], code: int, parts: tuple[str, ...
     done = mla2dsa("convert", TINY, tmp_path / "out", "--index-topk", "64", *flags)
     assert_refused(done, code, *parts)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_names_the_sharing(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What three layers of four lose with the first one's selection is no text's fault."""
+    done = mla2dsa(
+        "convert",
+        TINY,
+        tmp_path / "out",
+        *small_flags(tmp_path_factory),
+        *FAST,
+        "--share",
+        "1,2,3",
+        "--skip-transformers",
+    )
+    assert_refused(
+        done, 1, "verification failed", "let fewer layers share an indexer (model.layers.1.self_attn and 2 more do)"
+    )
+
+
+def test_more_is_not_allowed_for_sharing_than_for_all() -> None:
+    with pytest.raises(UsageError, match=r"share_loss 0\.05 is no less than verify\.max_loss_delta 0\.05"):
+        read_recipe(None, {"share": "auto", "share_loss": 0.05, "calibration": "text"})
+
+
+def test_an_empty_list_is_none() -> None:
+    made = read_recipe(None, {"share": [], "layout": "deepseek_v32"})
+    assert (made.share, made.shares) == ("none", False)
+
+
+@pytest.mark.parametrize("layers", [None, "4"], ids=str)
+def test_without_the_number_of_layers(layers: Any, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(TINY, tmp_path / "copy"))
+    edit_config(copy, {"num_hidden_layers": layers})
+    flags = ("--index-topk", "64", "--share", "1", "--target", "transformers", "--dry-run")
+    assert_refused(mla2dsa("convert", copy, tmp_path / "out", *flags), 1, "num_hidden_layers")
+
+
+@pytest.mark.parametrize("layout", ["glm_moe_dsa", "own"])
+def test_what_a_dense_model_says_of_sharing_means_nothing(layout: str, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(TINY, tmp_path / "copy"))
+    said: dict[str, Any] = {
+        "indexer_types": ["full", "shared", "full", "full"],
+        "index_topk_freq": 2,
+        "index_shared_layers": [3],
+    }
+    edit_config(copy, said)
+    flags = ("--index-topk", "64", *FAST, "--tokens", "512", "--layout", layout, "--skip-verification")
+    done = mla2dsa("convert", copy, tmp_path / "dsa", *flags)
+    assert done.code == 0, done.err
+    assert shared_layers(Checkpoint.open(tmp_path / "dsa")) == ()
+    assert not said.keys() & read_json(tmp_path / "dsa" / "config.json").keys()
+    assert mla2dsa("strip", tmp_path / "dsa", tmp_path / "dense").code == 0
+    assert (tmp_path / "dense" / "config.json").read_bytes() == (copy / "config.json").read_bytes()
