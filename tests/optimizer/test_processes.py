@@ -87,3 +87,14 @@ def test_one_fails_and_all_end_and_go_on_later(flags: list[object], tmp_path: Pa
     assert [line.endswith("kept from before") for line in ours(resumed)] == [True, True, False, False]
     assert mla2dsa("convert", TINY, tmp_path / "one", *flags).code == 0
     assert_same(tmp_path / "one", tmp_path / "two")
+
+
+def test_two_choose_the_layers_that_share_as_one_does(flags: list[object], tmp_path: Path) -> None:
+    file = tmp_path / "share.yaml"
+    file.write_text(Path(str(flags[1])).read_text() + "share: auto\nshare_loss: 0.5\n")
+    flags = ["--recipe", file, *flags[2:], "--indexer", "closed-form", "--skip-verification"]
+    one = mla2dsa("convert", TINY, tmp_path / "one", *flags)
+    two = together(2, "-m", "mla2dsa", "convert", TINY, tmp_path / "two", *flags)
+    assert (one.code, two.code) == (0, 0), one.err + two.err
+    assert one.json()["sharing"]["shared"]
+    assert_same(tmp_path / "one", tmp_path / "two")
