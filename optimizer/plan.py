@@ -27,6 +27,7 @@ from .model.weights import WeightSource
 from .recipe import Recipe
 from .recipes.layers import Told, each_layer
 
+_CHOSEN_LATER = "share: auto: which layers have no indexer is seen by the loss, once there is one for each"
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -82,7 +83,10 @@ class Plan:
         """Once it is known which layers have no indexer."""
         config = replace(self.indexer, shared=shared)
         told = {**self.told, **{name: self.told[name].without() for name in replace(self, indexer=config).shared}}
-        return replace(self, indexer=config, new_parameters=_new_parameters(config, self.layers), told=told)
+        notes = tuple(note for note in self.notes if note != _CHOSEN_LATER)
+        return replace(
+            self, indexer=config, new_parameters=_new_parameters(config, self.layers), told=told, notes=notes
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -253,7 +257,7 @@ def _notes(
     if others := _without_mla(checkpoint, layers):
         notes.append(f"layers {others} have no MLA attention and stay as they are")
     if recipe.share == "auto":
-        notes.append("share: auto: which layers have no indexer is seen by the loss, once there is one for each")
+        notes.append(_CHOSEN_LATER)
     needed = max((d.qk_rope_head_dim + 1 + d.kv_lora_rank for _, d in layers), default=0)
     if config.index_head_dim < needed:
         notes.append(

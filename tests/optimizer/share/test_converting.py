@@ -67,7 +67,7 @@ def test_layers_share_as_the_report_says(chosen: Path) -> None:
     )
 
 
-def test_what_is_told_is_of_the_indexers_that_are_there(chosen: Path) -> None:
+def test_what_is_told_is_of_the_indexers_that_are_there(chosen: Path, tmp_path: Path) -> None:
     report = read_json(chosen / "report.json")
     shared = report["sharing"]["names"]
     with safe_open(chosen / "model-indexer.safetensors", "pt") as file:
@@ -77,7 +77,12 @@ def test_what_is_told_is_of_the_indexers_that_are_there(chosen: Path) -> None:
     told = {name: one["indexer"] for name, one in report["plan"]["indexers"].items()}
     assert [name for name, indexer in told.items() if indexer == "shared"] == shared
     assert all(f"`{name}`" in (chosen / "README.md").read_text() for name in shared)
-    assert "which layers have no indexer is seen by the loss" in " ".join(report["plan"]["notes"])
+    later = "which layers have no indexer is seen by the loss"
+    assert later not in " ".join(report["plan"]["notes"])
+    recipe = tmp_path / "auto.yaml"
+    recipe.write_text(f"index_topk: 64\nshare: auto\ncalibration: {TINY / 'held_out'}\n")
+    planned = mla2dsa("plan", TINY, "--recipe", recipe, "--json").json()
+    assert later in " ".join(planned["notes"])
 
 
 def test_transformers_was_asked_and_agrees(chosen: Path) -> None:
