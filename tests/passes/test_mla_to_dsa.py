@@ -298,8 +298,8 @@ def test_wrong_weights_are_refused(change: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("shared", "given", "message"),
     [
-        ((0,), False, "layer 0 cannot share a selection: expected a number from 1 to 1"),
-        ((2,), False, "layer 2 cannot share a selection: expected a number from 1 to 1"),
+        ((0,), False, "share: 0 cannot share a selection: expected numbers from 1 to 1"),
+        ((2,), False, "share: 2 cannot share a selection: expected numbers from 1 to 1"),
         ((1,), True, r"indexer weights are given for model\.layers\.1\.self_attn, which shares the selection"),
     ],
     ids=["first", "beyond the last", "weights"],
