@@ -22,7 +22,7 @@ _INDEXER_LINEARS = ("wq_b", "wk", "weights_proj")
 SHARED_FIELD = "index_shared_layers"
 # Of glm_moe_dsa, and what vLLM and SGLang know beside: which layers have an indexer. The first that is set counts.
 SHARING_FIELDS = ("indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset")
-_OBEYED_ONLY_BY_DSA = ("index_topk", *SHARING_FIELDS, SHARED_FIELD)  # a dense model may have them, of no meaning there
+_OBEYED_ONLY_BY_DSA = ("index_topk",)
 
 
 class DsaSizes(Protocol):
@@ -41,7 +41,7 @@ class DsaSizes(Protocol):
 def words_of(config: Config, layout: Layout, sizes: DsaSizes | None, mtp_layers: int = 0) -> dict[str, Any]:
     """The text model's part of the config.json that `dsa_config` will write, as far as a quantisation is not concerned; sizes:
     of the indexers, None where they do not matter."""
-    result = _written(config, layout)
+    result = _in_words_of_a_class(config, layout) if layout.family else dict(config)
     if "num_nextn_predict_layers" in config or mtp_layers:
         result["num_nextn_predict_layers"] = mtp_layers
     if sizes is not None:
@@ -60,7 +60,7 @@ def dsa_config(
     others of their kind may be. Raises UserError when `indexer` does not fit.
     """
     _check_indexer(config, indexer)
-    result = _written(config, layout)
+    result = _in_words_of_a_class(config, layout) if layout.family else dict(config)
     if layout.family and ("num_nextn_predict_layers" in config or mtp_layers):
         result["num_nextn_predict_layers"] = mtp_layers
     _drop_remote_code(result)
@@ -84,13 +84,6 @@ def _tell(
     _add_indexer(text, indexer, layout)
     if text.get("quantization_config") is not None:
         text["quantization_config"] = _skip_indexers(text["quantization_config"], attention_modules, plain)
-
-
-def _written(config: Config, layout: Layout) -> dict[str, Any]:
-    """What is not about indexers."""
-    if layout.family:
-        return _in_words_of_a_class(config, layout)
-    return {name: value for name, value in config.items() if name not in (*SHARING_FIELDS, SHARED_FIELD)}
 
 
 def _in_words_of_a_class(config: Config, layout: Layout) -> dict[str, Any]:
@@ -117,6 +110,8 @@ def _query_form(form: str, full: Config) -> dict[str, Any]:
 
 
 def _add_indexer(result: dict[str, Any], indexer: DsaSizes, layout: Layout) -> None:
+    for name in (*SHARING_FIELDS, SHARED_FIELD):  # a dense model may have them, and they mean nothing there
+        result.pop(name, None)
     interleaved = layout.target is not None and layout.target.interleaved
     result |= {
         "index_n_heads": indexer.index_n_heads,

@@ -112,6 +112,22 @@ def test_tokenizer_code_stays() -> None:
     assert dsa_config(config, OFFICIAL, MODULES)["auto_map"] == {"AutoTokenizer": ["tokenization.Tok", None]}
 
 
+@pytest.mark.parametrize("wrapped", [False, True], ids=["alone", "in-a-wrapper"])
+def test_what_a_dense_model_says_of_sharing_is_not_passed_on(wrapped: bool) -> None:
+    said = {
+        "indexer_types": ["shared"] * 61,
+        "index_topk_pattern": "S",
+        "index_topk_freq": 2,
+        "index_shared_layers": [1],
+    }
+    text = {**V3, **said, "quantization_config": None}
+    config = {"model_type": "kimi_k25", "text_config": text} if wrapped else text
+    result = written(config, OFFICIAL, MODULES, choose(config, {}, "own"))
+    inner = result["text_config"] if wrapped else result
+    assert not said.keys() & inner.keys()
+    assert inner["index_topk"] == OFFICIAL.index_topk
+
+
 def test_how_the_dense_model_ran_is_not_passed_on() -> None:
     """transformers' DSA classes have no flash attention, and would refuse to be loaded."""
     config = {**V3, "_attn_implementation": "flash_attention_2", "attn_implementation": "flash_attention_2"}
