@@ -22,7 +22,7 @@ from ..kernels.spec import IndexerWeights
 from ..runtime.devices import usable_device
 from ..runtime.processes import processes
 from ..runtime.shelf import Shelf
-from .after.report import conversion_report, dropped_fields
+from .after.report import conversion_report, dropped_fields, with_indexers
 from .before.binding import target_verdicts
 from .before.cuts import Sequences, cut_text
 from .before.findings import Findings
@@ -177,7 +177,6 @@ def _written(
         return report
 
     recipe = _resolved(job, layout, layers)
-    layers = tuple(layer for layer in layers if layer.name not in prepared.plan.shared)
     write_dsa_checkpoint(
         checkpoint.path, out, _without_shared(prepared, weights), prepared.plan.indexer, layout=layout,
         q_width=prepared.plan.layers[0][1].q_width, mtp=checkpoint.mtp_tensors(),
@@ -189,7 +188,7 @@ def _written(
             trust_remote_code=bool(job.remote_code), drop_stale_quantization=bool(dropped_fields(checkpoint)),
         ),
     )  # fmt: skip
-    return Outcome(prepared.plan, layers, proof[0] if proof else None, reports[0])
+    return Outcome(prepared.plan, with_indexers(prepared, layers), proof[0] if proof else None, reports[0])
 
 
 def _shared(job: _Job, weights: Mapping[str, IndexerWeights], shelf: Shelf) -> tuple[_Job, Sharing | None]:
