@@ -51,8 +51,10 @@ def written(node: Node) -> dict[Node, bool]:
     facts = _facts(node.target)
     if facts is None:
         return dict.fromkeys(_tensors(node), False) if _runs_a_write(node) else {}
-    given = _arguments(node, facts)
     flag = _UNTOLD_WRITES.get(facts.name)
+    if not facts.writes and flag is None:
+        return {}
+    given = _arguments(node, facts)
     untold = _STATISTICS if flag and given.get(flag) is not False else ()
     return {
         **{source: False for name in untold for source in _nodes(given.get(name))},
@@ -69,6 +71,8 @@ def shared(node: Node) -> dict[Node, bool]:
     facts = _facts(node.target)
     if facts is None:
         return dict.fromkeys(_tensors(node), False)
+    if not any(facts.results):
+        return {}
     return {
         source: told for result in range(len(facts.results)) for source, told in _shared_result(node, facts, result)
     }
@@ -231,9 +235,14 @@ def _shared_item(node: Node) -> dict[Node, bool]:
 
 def _is_silent(node: Node) -> bool:
     """Inputs of the graph, its output, and calls that give numbers."""
-    if node.op in ("placeholder", "get_attr", "output") or str(node.target) in _FUNCTIONAL_CALLS:
+    if node.op in ("placeholder", "get_attr", "output") or _is_functional_call(node.target):
         return True
     return _facts(node.target) is None and not isinstance(node.meta.get("val", ()), Tensor | tuple | list | None)
+
+
+@cache  # torch puts an op's name together anew each time
+def _is_functional_call(target: Any) -> bool:
+    return str(target) in _FUNCTIONAL_CALLS
 
 
 def _runs_a_write(node: Node) -> bool:

@@ -15,6 +15,7 @@ MOST_VALUES = (
     4_000_000  # a checkpoint of 400 000 tensors; what hostile text of that many values takes is about a gigabyte
 )
 MOST_DEPTH = 64  # transformers and pydantic walk through values by recursion
+_NESTED = (dict, list)  # a union would be made anew for every value
 
 
 class _NameTwiceError(Exception):
@@ -66,7 +67,7 @@ def _check_depth(value: Any, where: str) -> None:
             child
             for parent in level
             for child in (parent.values() if isinstance(parent, dict) else parent)
-            if isinstance(child, dict | list)
+            if isinstance(child, _NESTED)
         ]
         if not level:
             return

@@ -11,9 +11,8 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 from ..errors import UserError, short
 from .dtypes import BY_SAFETENSORS
@@ -30,11 +29,11 @@ _COARSEST_CLOCK = 2 * 10**9  # nanoseconds: FAT's clock, the coarsest of file sy
 DTYPE_BITS = {name: kind.bits for name, kind in BY_SAFETENSORS.items()}
 
 
-@dataclass(frozen=True)
-class TensorLocation:
+class TensorLocation(NamedTuple):
     """One tensor on disk: `nbytes` bytes at `offset` from the start of `file`, row-major, little-endian.
 
-    dtype is the safetensors spelling ("BF16", "F32", "F8_E4M3"...).
+    dtype is the safetensors spelling ("BF16", "F32", "F8_E4M3"...). A tuple, since a large model has a hundred thousand, and a frozen
+    dataclass takes five times as long to make.
     """
 
     file: Path
@@ -44,7 +43,11 @@ class TensorLocation:
     nbytes: int
 
 
-_READ: dict[Path, tuple[tuple[int, ...], dict[str, TensorLocation]]] = {}  # headers by file, and its state then
+_State: TypeAlias = tuple[int, ...]
+_Tensors: TypeAlias = dict[str, TensorLocation]
+_READ: dict[
+    Path, tuple[dict[Path, _State], _Tensors]
+] = {}  # by file or folder, with the state then of every file that was read
 
 
 def read_index(folder: Path) -> dict[str, TensorLocation]:
@@ -58,6 +61,8 @@ def read_index(folder: Path) -> dict[str, TensorLocation]:
     if _exists(folder / SINGLE_FILE):
         return read_header(folder / SINGLE_FILE)
     if _exists(folder / INDEX_FILE):
+        if (known := _known(folder)) is not None:
+            return known
         return _read_shards(folder)
     raise UserError(_without_safetensors(folder))
 
@@ -68,17 +73,32 @@ def read_header(file: Path) -> dict[str, TensorLocation]:
     A command looks at a checkpoint before it imports torch and opens it afterwards: a file that nothing has happened to since
     is parsed once.
     """
-    if (state := _state(file)) is not None and (known := _READ.get(file)) is not None and known[0] == state:
-        return dict(known[1])
+    if (known := _known(file)) is not None:
+        return known
+    state = _state(file)
     tensors = _read_header(file)
-    if state is not None:
-        if len(_READ) >= _MOST_KEPT:
-            _READ.clear()
-        _READ[file] = (state, dict(tensors))
+    _keep(file, {file: state}, tensors)
     return tensors
 
 
-def _state(file: Path) -> tuple[int, ...] | None:
+def _known(place: Path) -> _Tensors | None:
+    """What was read at `place`, if nothing has happened since to any of the files that it came from."""
+    if (known := _READ.get(place)) is None or any(_state(file) != state for file, state in known[0].items()):
+        return None
+    return dict(known[1])
+
+
+def _keep(place: Path, states: Mapping[Path, _State | None], tensors: _Tensors) -> None:
+    """states: of the files, as they were before they were read."""
+    known = {file: state for file, state in states.items() if state is not None}
+    if len(known) < len(states):
+        return
+    if len(_READ) >= _MOST_KEPT:
+        _READ.clear()
+    _READ[place] = (known, dict(tensors))
+
+
+def _state(file: Path) -> _State | None:
     """What changes when the file does; None where it would not, because the file is as new as the clock of its disk is coarse."""
     try:
         found = file.stat()
@@ -139,17 +159,21 @@ def some(names: Sequence[str], limit: int = 1) -> str:
 
 def _read_shards(folder: Path) -> dict[str, TensorLocation]:
     index = folder / INDEX_FILE
+    states = {index: _state(index)}
     weight_map = _weight_map(index)
-    shards: dict[str, dict[str, TensorLocation]] = {}
+    shards: dict[str, _Tensors] = {}
     for name, shard in weight_map.items():
         if shard not in shards:
+            states[folder / shard] = _state(folder / shard)
             if not (folder / shard).exists():
                 raise UserError(
                     f"{folder / shard}: no such file, but {index} says it holds {short(name)}; fetch the shard"
                 )
             shards[shard] = read_header(folder / shard)
     _compare(folder, weight_map, shards)
-    return {name: shards[shard][name] for name, shard in weight_map.items()}
+    tensors = {name: shards[shard][name] for name, shard in weight_map.items()}
+    _keep(folder, states, tensors)
+    return tensors
 
 
 def _compare(folder: Path, weight_map: dict[str, str], shards: Mapping[str, Mapping[str, TensorLocation]]) -> None:
@@ -223,9 +247,13 @@ def _is_entry(entry: Any) -> bool:
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not (type(dtype) is str and type(shape) is list and type(offsets) is list):
         return False
-    if len(shape) > _MOST_DIMS or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+    if len(shape) > _MOST_DIMS or len(offsets) != 2:
         return False
-    return len(offsets) == 2 and all(type(at) is int for at in offsets) and 0 <= offsets[0] <= offsets[1]
+    for size in shape:
+        if type(size) is not int or not 0 <= size < 2**63:
+            return False
+    begin, end = offsets
+    return type(begin) is int and type(end) is int and 0 <= begin <= end
 
 
 def _is_text(name: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeAlias
 
 import sympy
@@ -285,8 +286,13 @@ def _tile(out: list[int], width: list[int]) -> int:
 
 def _workspace(node: Node, shapes: _Shapes) -> _Cost | None:
     """Bytes an op needs beside its arguments and its result."""
-    find = _WORKSPACES.get(str(node.target))
+    find = _WORKSPACES.get(_name(node.target))
     return None if find is None else _Cost(find, _given(node, shapes))
+
+
+@cache  # torch puts it together anew each time
+def _name(target: Any) -> str:
+    return str(target)
 
 
 def _given(node: Node, shapes: _Shapes) -> tuple[int | None, ...]:
@@ -319,7 +325,7 @@ _WORKSPACES: dict[str, Callable[..., int]] = {
 
 
 def _flops(node: Node, shapes: _Shapes) -> _Cost | None:
-    find = _FLOPS.get(str(node.target))
+    find = _FLOPS.get(_name(node.target))
     if find is not None:
         return _Cost(find, _given(node, shapes))
     parts = linear_parts(node)

@@ -9,7 +9,6 @@ What does not fit such a form stays as it is, and is named by who reads formats 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from ...files.safetensors_index import TensorLocation
@@ -38,7 +37,7 @@ def whole_weights(tensors: Mapping[str, TensorLocation]) -> dict[str, TensorLoca
         columns = place.shape[1] * (_PER_WORD if kind == INT4 else 2)
         for part in stored_parts(weight, kind):
             found.pop(part, None)
-        found[weight] = replace(place, dtype=kind, shape=(place.shape[0], columns))
+        found[weight] = place._replace(dtype=kind, shape=(place.shape[0], columns))
     return found
 
 

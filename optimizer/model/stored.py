@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -40,7 +39,7 @@ def _unstacked(source: WeightSource, name: str, held: str, dtype: torch.dtype) -
     nbytes = place.nbytes // (place.shape[0] * len(names))
     for number in range(source.names.experts(name) * len(names)):
         expert, part = divmod(number, len(names))
-        here = replace(place, shape=(rows, columns), offset=place.offset + number * nbytes, nbytes=nbytes)
+        here = place._replace(shape=(rows, columns), offset=place.offset + number * nbytes, nbytes=nbytes)
         load = partial(_part, source, held, expert, slice(part * rows, (part + 1) * rows), dtype)
         yield Stored(f"{prefix}.{expert}.{names[part]}.weight", here, load)
 
