@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from .... import __version__
 from ....errors import UsageError
 from ....files.staging import claim, staged_folder
-from ....files.system_calls import die_with_parent
 from ....files.writing import write_new
 from ..programs.program import LaunchProgram, Variant
 from .cache import compile_cached
 from .compile import Compiled, check_architecture, find_kernel
 from .manifest import Binary, Pack, PackedKernel, kernel_name, read_pack, write_manifest
 from .source import source_hash
+from .workers import Task, compiled_by
 
 Catalogue = Callable[[int], Mapping[str, LaunchProgram]]
 OnProgress = Callable[[int, int], None]
-Task = tuple[Variant, int]
 
 
 def pack(
@@ -96,18 +92,9 @@ def compile_all(
             yield (variant, sm), compile_cached(variant, sm, functions)
             on_progress(done, len(tasks))
         return
-    # Fresh processes: a fork of one that has run torch may hang. They end when this one does, however that comes.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(tasks)), context, die_with_parent, (os.getpid(),)) as pool:
-        waiting = {pool.submit(compile_cached, *task): task for task in tasks}
-        try:
-            for done, future in enumerate(as_completed(waiting), 1):
-                yield waiting[future], future.result()
-                on_progress(done, len(tasks))
-        except BaseException:
-            # Not killed but waited for: a pool never ends when a process of it dies while it hands over a result.
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    for done, made in enumerate(compiled_by(jobs, tasks), 1):
+        yield made
+        on_progress(done, len(tasks))
 
 
 def _store(folder: Path, name: str, compiled: Compiled) -> Binary:

@@ -41,11 +41,17 @@ def started(tmp_path: Path) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_workers_end_with_the_build(number: signal.Signals, tmp_path: Path) -> None:
     process = started(tmp_path)
-    process.send_signal(number)
+    if number == signal.SIGINT:  # as a terminal sends Ctrl-C: to all
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    sent = time.monotonic()
     _, said = process.communicate(timeout=240)
+    assert time.monotonic() - sent < 20, "kernels that were begun were waited for"  # one takes 5 to 60 s
+    assert "Traceback" not in said
     assert not survivors(process.pid, seconds=5)
     assert not (tmp_path / "room" / "pack").exists()
     if number == signal.SIGKILL:
