@@ -38,11 +38,10 @@ def quick_capture(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def captured_once() -> Iterator[None]:
-    """`quick_capture` for a whole file, and for sessions too: float32 alone."""
+    """`quick_capture` for a whole file, and for sessions and exports too."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("plan", "proof.pair"):
+        for module in ("plan", "proof.pair", "model.cached_model"):
             patch.setattr(f"mla2dsa.optimizer.{module}.capture", saved.captured)
-        patch.setattr("mla2dsa.optimizer.model.cached_model.capture", lambda config, dtype: saved.captured(config))
         yield
 
 

@@ -39,11 +39,11 @@ def saved(name: str, factory: pytest.TempPathFactory, **options: Any) -> Path:
     return _FOLDERS[key]
 
 
-def captured(config: Mapping[str, Any], attention: str = "anchor") -> Capture:
+def captured(config: Mapping[str, Any], attention: str = "anchor", dtype: torch.dtype = torch.float32) -> Capture:
     """`capture`, once per session for the same config: do not change the program."""
-    key = json.dumps([config, attention], sort_keys=True)
+    key = json.dumps([config, attention, str(dtype)], sort_keys=True)
     if key not in _CAPTURES:
-        _CAPTURES[key] = capture(config, attention)
+        _CAPTURES[key] = capture(config, attention, dtype)
     return _CAPTURES[key]
 
 

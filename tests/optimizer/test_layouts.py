@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import edit_config
+from command_line import captured_once  # noqa: F401  (a fixture)
 from families import build, indexer_weights
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from mla2dsa.optimizer.proof.pair import open_pair
 from mla2dsa.runtime.generation import Session, prefill
 from mla2dsa.runtime.ort_session import OrtSession
 
+pytestmark = pytest.mark.usefixtures("captured_once")
 INDEXER = IndexerConfig(index_topk=48, index_n_heads=4, index_head_dim=16)
 IDS = torch.randint(3, 128, (1, 40), generator=torch.Generator().manual_seed(1))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import TINY, assert_refused, mla2dsa, small_conversion
+from command_line import TINY, assert_refused, captured_once, mla2dsa, small_conversion  # noqa: F401  (a fixture)
 from comparing import close
 from dsa_checkpoints import NAMES, dsa_checkpoint
 from torch import Tensor
@@ -17,6 +17,7 @@ from mla2dsa.optimizer.proof.transformers_check import lowest_slot_ties
 from mla2dsa.runtime import generation
 from mla2dsa.runtime.generation import Sampling, Session, generate
 
+pytestmark = pytest.mark.usefixtures("captured_once")
 NEW = 128
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import mla2dsa, small_conversion
+from command_line import captured_once, mla2dsa, small_conversion  # noqa: F401  (a fixture)
 from dsa_checkpoints import NAMES, dsa_checkpoint
 
 from mla2dsa.errors import UserError
@@ -18,6 +18,8 @@ from mla2dsa.runtime import caches, generation
 from mla2dsa.runtime.generation import Sampling, Session, generate
 from mla2dsa.runtime.ort_session import OrtSession
 from mla2dsa.runtime.torch_session import open_pt2_session
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 
 @pytest.fixture(scope="module", params=NAMES)

@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 from checkpoints import edit_config, random_indexers, save_dense
+from command_line import captured_once  # noqa: F401  (a fixture)
 from comparing import close
 from onnx_session import external_tensors, numpy_type, session, with_data
 from places import TINY
@@ -32,6 +33,7 @@ from mla2dsa.optimizer.proof.transformers_check import logits
 from mla2dsa.optimizer.recipe import Recipe
 from mla2dsa.runtime.execute import PieceRunner
 
+pytestmark = pytest.mark.usefixtures("captured_once")
 INDEXER = IndexerConfig(index_topk=16, index_n_heads=16, index_head_dim=32)  # 16 heads: exact ties at zero are rare
 CAPACITY = 96
 # name: fields of the dense model. In "moe-torn" a layer's experts lie in several files, gate, up and down apart.

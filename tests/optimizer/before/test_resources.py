@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+from command_line import captured_once  # noqa: F401  (a fixture)
 from saved import saved
 
 from mla2dsa.errors import UserError
-from mla2dsa.optimizer import plan
 from mla2dsa.optimizer.before import resources as module
 from mla2dsa.optimizer.before.resources import STATES, Machine, Resources, refuse_if_too_large, this_machine
-from mla2dsa.optimizer.model.capture import Capture
 from mla2dsa.optimizer.plan import prepare
 from mla2dsa.optimizer.recipe import LayerRecipe, Recipe
 
+pytestmark = pytest.mark.usefixtures("captured_once")  # all plans here are of one model
 GIB = 2**30
 FITS = Resources(8192, 28, {STATES: GIB}, 2**20, 1e12)
 
@@ -26,22 +23,6 @@ FITS = Resources(8192, 28, {STATES: GIB}, 2**20, 1e12)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved("deepseek_v3", tmp_path_factory, max_position_embeddings=4096)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def captured_once() -> Iterator[None]:
-    """Most of a plan's time is the capture, and all of these are of one model."""
-    known, whole = dict[str, Capture](), plan.capture
-
-    def capture(config: Mapping[str, Any], attention: str) -> Capture:
-        key = f"{json.dumps(config, sort_keys=True)} {attention}"
-        if key not in known:
-            known[key] = whole(config, attention)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("mla2dsa.optimizer.plan.capture", capture)
-        yield
 
 
 def planned(folder: Path, **fields: object) -> Resources:
