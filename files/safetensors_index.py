@@ -32,8 +32,8 @@ DTYPE_BITS = {name: kind.bits for name, kind in BY_SAFETENSORS.items()}
 class TensorLocation(NamedTuple):
     """One tensor on disk: `nbytes` bytes at `offset` from the start of `file`, row-major, little-endian.
 
-    dtype is the safetensors spelling ("BF16", "F32", "F8_E4M3"...). A tuple, since a large model has a hundred thousand, and a frozen
-    dataclass takes five times as long to make.
+    dtype is the safetensors spelling ("BF16", "F32", "F8_E4M3"...). A tuple, since a large model has a hundred thousand of them and a
+    frozen dataclass is slower to make.
     """
 
     file: Path
@@ -45,9 +45,8 @@ class TensorLocation(NamedTuple):
 
 _State: TypeAlias = tuple[int, ...]
 _Tensors: TypeAlias = dict[str, TensorLocation]
-_READ: dict[
-    Path, tuple[dict[Path, _State], _Tensors]
-] = {}  # by file or folder, with the state then of every file that was read
+# By file or folder: the state, before it was read, of every file that the tensors come from.
+_READ: dict[Path, tuple[dict[Path, _State], _Tensors]] = {}
 
 
 def read_index(folder: Path) -> dict[str, TensorLocation]:

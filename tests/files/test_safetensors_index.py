@@ -284,3 +284,42 @@ def test_a_header_is_parsed_once_until_its_file_changes(tmp_path: Path, monkeypa
     file.unlink()
     with pytest.raises(UserError, match="no such file"):
         read_header(file)
+
+
+@pytest.fixture
+def two_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that has been looked at, in files old enough to be remembered."""
+    shards = {"a": "1.safetensors", "b": "2.safetensors"}
+    for name, shard in shards.items():
+        write_raw(tmp_path / shard, b'{"%s":%s}' % (name.encode(), entry()))
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": shards}))
+    monkeypatch.setattr(time, "time_ns", lambda now=time.time_ns: now() + 10**10)
+    read_index(tmp_path).pop("a")  # the caller's own
+    return tmp_path
+
+
+def test_a_folder_is_put_together_once(two_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_index, "_weight_map", lambda index: pytest.fail("read again"))
+    assert list(read_index(two_shards)) == ["a", "b"]
+
+
+def _renamed(file: Path) -> None:
+    file.write_bytes(file.read_bytes().replace(b'"b"', b'"c"'))
+    os.utime(file, ns=(10**9, 10**9))  # the two writes may be within one tick
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda folder: _renamed(folder / "2.safetensors"), "2.safetensors: lacks b"),
+        (lambda folder: _renamed(folder / INDEX_FILE), "2.safetensors: lacks c"),
+        (lambda folder: (folder / "2.safetensors").unlink(), "no such file, but .* says it holds b"),
+        (lambda folder: (folder / INDEX_FILE).unlink(), f"neither {SINGLE_FILE} nor"),
+        (lambda folder: (folder / SINGLE_FILE).write_bytes(b"12345678"), f"{SINGLE_FILE}: "),
+    ],
+    ids=["shard", "index", "shard gone", "index gone", "single file"],
+)
+def test_a_folder_that_changes_is_read_again(two_shards: Path, change: Callable[[Path], object], said: str) -> None:
+    change(two_shards)
+    with pytest.raises(UserError, match=said):
+        read_index(two_shards)
