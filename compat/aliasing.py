@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node, map_arg
 
-from .torch_private import TORCH
+from .torch_private import TORCH, op_name
 
 # Names of ATen ops that may return memory they were given, though their schemas do not say it: beside those that torch tags.
 _UNTOLD_VIEWS = frozenset({
@@ -235,14 +235,9 @@ def _shared_item(node: Node) -> dict[Node, bool]:
 
 def _is_silent(node: Node) -> bool:
     """Inputs of the graph, its output, and calls that give numbers."""
-    if node.op in ("placeholder", "get_attr", "output") or _is_functional_call(node.target):
+    if node.op in ("placeholder", "get_attr", "output") or op_name(node.target) in _FUNCTIONAL_CALLS:
         return True
     return _facts(node.target) is None and not isinstance(node.meta.get("val", ()), Tensor | tuple | list | None)
-
-
-@cache  # torch puts an op's name together anew each time
-def _is_functional_call(target: Any) -> bool:
-    return str(target) in _FUNCTIONAL_CALLS
 
 
 def _runs_a_write(node: Node) -> bool:

@@ -151,6 +151,12 @@ def program(**parts: Any) -> ExportedProgram:
         return ExportedProgram(**parts)
 
 
+@cache  # torch puts it together anew each time, and a graph has few ops
+def op_name(target: Any) -> str:
+    """What a node calls: "aten.add.Tensor"."""
+    return str(target)
+
+
 def is_metadata_assert(target: Any) -> bool:
     """Whether a node's target is torch.export's assert of a tensor's dtype, device and layout."""
     return target is _metadata_assert()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, TypeAlias
 
 import sympy
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..compat.aliasing import shared
-from ..compat.torch_private import expression
+from ..compat.torch_private import expression, op_name
 from ..kernels.anchors import HEADS, QUERY_ROWS
 from ..kernels.cpu import BUDGET_MB
 from ..passes.graph.graph_eval import linear_parts, symbols, value
@@ -286,13 +285,8 @@ def _tile(out: list[int], width: list[int]) -> int:
 
 def _workspace(node: Node, shapes: _Shapes) -> _Cost | None:
     """Bytes an op needs beside its arguments and its result."""
-    find = _WORKSPACES.get(_name(node.target))
+    find = _WORKSPACES.get(op_name(node.target))
     return None if find is None else _Cost(find, _given(node, shapes))
-
-
-@cache  # torch puts it together anew each time
-def _name(target: Any) -> str:
-    return str(target)
 
 
 def _given(node: Node, shapes: _Shapes) -> tuple[int | None, ...]:
@@ -325,7 +319,7 @@ _WORKSPACES: dict[str, Callable[..., int]] = {
 
 
 def _flops(node: Node, shapes: _Shapes) -> _Cost | None:
-    find = _FLOPS.get(_name(node.target))
+    find = _FLOPS.get(op_name(node.target))
     if find is not None:
         return _Cost(find, _given(node, shapes))
     parts = linear_parts(node)
