@@ -1,7 +1,7 @@
 """Kernels compiled by several processes, which end at once with the one that asked.
 
-Not a pool of `concurrent.futures`: that cannot be left before what has been handed out is compiled, half a minute a kernel, and hangs
-when a process of it is killed while it hands over a result. Here each process has a pipe of its own and one kernel at a time.
+Not a pool of `concurrent.futures`: that cannot be left before all that has been handed out is compiled, and hangs when a process of
+it is killed while it hands over a result. Here each process has a pipe of its own and one kernel at a time.
 """
 
 from __future__ import annotations
