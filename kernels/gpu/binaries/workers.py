@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
@@ -37,8 +39,9 @@ def compiled_by(processes: int, tasks: Sequence[Task]) -> Iterator[tuple[Task, C
     waiting, at_work = deque(tasks), dict[Connection, Task]()
     workers: list[_Worker] = []
     try:
-        for _ in range(min(processes, len(tasks))):
-            workers.append(_started())
+        for _ in range(min(max(processes, 1), len(tasks))):
+            with _uninterrupted():  # one that is not in the list yet would not be ended
+                workers.append(_started())
         process_of = {worker.pipe: worker.process for worker in workers}
         for pipe in process_of:
             at_work[pipe] = _give(pipe, waiting)
@@ -63,16 +66,19 @@ def _started() -> _Worker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, os.getpid()), daemon=True)
-    with _uninterrupted():
-        process.start()
+    process.start()
     theirs.close()  # so that ours ends when the process does
     return _Worker(process, ours)
 
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """What is started in it never sees Ctrl-C, which a terminal sends to all: the asking process ends the others."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """What is started in it is only ever killed: a signal that is sent to all (Ctrl-C) is for the asking process, which ends them.
+
+    The first process that is started brings multiprocessing's resource tracker along, which unblocks signals: so that comes before.
+    """
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
         yield
     finally:
@@ -91,14 +97,24 @@ def _received(pipe: Connection, process: SpawnProcess, task: Task) -> Compiled:
         found: Any = pipe.recv()
     except (EOFError, OSError):
         process.join()
+        killed = process.exitcode == -signal.SIGKILL
+        mend = "if memory was short, use fewer --jobs" if killed else "use --jobs 1"
         raise UserError(
-            f"{task[0].kernel} for sm_{task[1]}: the process that compiled it ended with exit code {process.exitcode}; "
-            "if memory was short, use fewer --jobs"
+            f"{task[0].kernel} for sm_{task[1]}: the process that compiled it ended with exit code {process.exitcode}; {mend}"
         ) from None
     if isinstance(found, BaseException):
         raise found
     assert isinstance(found, Compiled)
     return found
+
+
+def _sendable(error: Exception) -> Exception:
+    """Not every exception can be made again of what it is written as."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _work(pipe: Connection, parent: int) -> None:
@@ -109,7 +125,7 @@ def _work(pipe: Connection, parent: int) -> None:
             try:
                 done: Compiled | Exception = compile_cached(variant, sm)
             except Exception as error:  # whatever it is, it is the asking process's to tell
-                done = error
+                done = _sendable(error)
             pipe.send(done)
     except (EOFError, OSError):  # the asking process has what it wants, or is gone
         return

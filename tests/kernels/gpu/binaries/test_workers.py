@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
+import signal
+import sys
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,7 @@ pytest.importorskip("triton")
 from mla2dsa.errors import UserError
 from mla2dsa.kernels.gpu.binaries.compile import compile_variant
 from mla2dsa.kernels.gpu.binaries.pack import compile_all, variants_of
-from mla2dsa.kernels.gpu.binaries.workers import Task, compiled_by
+from mla2dsa.kernels.gpu.binaries.workers import Task, _sendable, compiled_by
 from mla2dsa.kernels.gpu.programs.catalogue import catalogue
 
 
@@ -64,3 +68,39 @@ def test_nobody_is_left_when_it_is_given_up(tasks: list[Task], tmp_path: Path) -
     made.close()
     assert not multiprocessing.active_children()
     assert [file.suffix for file in (tmp_path / "cache" / "kernels").iterdir() if file.is_file()].count(".bin") >= 1
+
+
+def masks(name: str) -> list[int]:
+    """Signals that each child blocks, by the bits of /proc's mask."""
+    found = [Path(f"/proc/{child.pid}/status").read_text() for child in multiprocessing.active_children()]
+    return [int(line.split()[1], 16) for text in found for line in text.splitlines() if line.startswith(name)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_are_for_who_asks(number: signal.Signals, tasks: list[Task]) -> None:
+    resource_tracker._resource_tracker._stop()  # as in a process that has started none yet
+    made = compiled_by(2, tasks)
+    next(made)
+    blocked = masks("SigBlk:")
+    made.close()
+    assert len(blocked) == 2
+    assert all(mask >> (number - 1) & 1 for mask in blocked)
+    assert number not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+class TwoPartsError(Exception):
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(one)
+
+
+@pytest.mark.parametrize("error", [UserError("as it is"), TwoPartsError("x", "y"), ValueError(lambda: 1)])
+def test_every_exception_can_be_sent(error: Exception) -> None:
+    sent = pickle.loads(pickle.dumps(_sendable(error)))
+    assert str(error) in str(sent)
+    assert type(sent).__name__ == "UserError" or type(error).__name__ in str(sent)
+
+
+@pytest.mark.parametrize("processes", [0, -1])
+def test_there_is_always_one(processes: int, tasks: list[Task]) -> None:
+    assert [task for task, _ in compiled_by(processes, tasks[:1])] == tasks[:1]
