@@ -11,11 +11,8 @@ import json
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
-from types import FrameType
+from collections.abc import Sequence
+from contextlib import suppress
 
 from . import __version__
 from .commands.answers import add_answers
@@ -32,8 +29,10 @@ from .commands.report import add_report
 from .commands.use import add_use
 from .commands.verification import add_verify
 from .errors import SeveralErrors, UserError, short
+from .stopping import Stop, stoppable
 
 _LONGEST_WORD, _LONGEST_LINE = 240, 1000  # of an error line: a path
+_INTERRUPTED = "interrupted; nothing was left half-written"
 
 EPILOG = """examples:
   mla2dsa plan deepseek-ai/DeepSeek-V3.1
@@ -57,18 +56,23 @@ MLA2DSA_DEBUG=1 shows a traceback with an error; with --json an error is one JSO
 def program() -> int:
     """What the shell starts: `main`, after which the process ends."""
     code = main()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what is left to do is to end: Ctrl-C needs no traceback for that
     gc.freeze()  # an ending Python looks through every object for cycles: 1.5 s after a plan of DeepSeek-V3
     return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    with _stoppable() as received:
-        return left_with(_run(sys.argv[1:] if argv is None else argv, received))
+    # torchrun sends on what has come to all of its processes already: a second signal is no wish to end at once
+    with stoppable(once=under_torchrun()) as stop:
+        return left_with(_run(sys.argv[1:] if argv is None else argv, stop))
 
 
-def _run(argv: Sequence[str], received: list[int]) -> int:
-    tell = partial(_fail, as_json="--json" in argv)
+def _run(argv: Sequence[str], stop: Stop) -> int:
+    def tell(lines: Sequence[str], code: int) -> int:
+        stop.over()
+        return _fail(lines, code, as_json="--json" in argv)
+
     try:
         _open_streams()
         with joined():
@@ -81,7 +85,7 @@ def _run(argv: Sequence[str], received: list[int]) -> int:
         return tell([str(error)], error.exit_code)
     except KeyboardInterrupt as error:
         said = f"; {error}" if error.args else ""
-        return tell(["interrupted; nothing was left half-written" + said], 128 + (received or [signal.SIGINT])[0])
+        return tell([_INTERRUPTED + said], 128 + stop.number)
     except BrokenPipeError:
         _drop_broken_stdout()
         return tell([], 1)
@@ -89,6 +93,8 @@ def _run(argv: Sequence[str], received: list[int]) -> int:
         _drop_broken_stdout()
         return tell([f"{error.filename or 'reading or printing'}: {error.strerror or error}"], 1)
     except Exception as error:
+        if stop.asked_for:  # what a library made of it, as the SystemError of C code that has lost the exception
+            return tell([_INTERRUPTED], 128 + stop.number)
         return tell([_unexpected(error)], 1)
 
 
@@ -100,30 +106,6 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         args.parser.refuse(unknown)
     args.parser_of_all = parser
     return args
-
-
-@contextmanager
-def _stoppable() -> Iterator[list[int]]:
-    """SIGTERM (a container or a scheduler stops us) and SIGHUP (the terminal is closed) end a command as Ctrl-C does: with what it
-    has begun cleared away. The numbers of those that came. A signal that is ignored (nohup) or handled already is left alone."""
-    received: list[int] = []
-    once = under_torchrun()  # it sends on what has come to all already: the second signal is no wish to end at once
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if not (once and received[1:]):
-            raise KeyboardInterrupt
-
-    mine = threading.current_thread() is threading.main_thread()
-    numbers = [signal.SIGTERM, signal.SIGHUP] if mine else []
-    numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
-    for number in [*numbers, *([signal.SIGINT] if once else [])]:
-        signal.signal(number, interrupt)
-    try:
-        yield received
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def _open_streams() -> None:
