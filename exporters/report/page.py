@@ -97,11 +97,15 @@ def _curves(title: str, text: Report) -> str:
             name: ([(s["first"] + s["last"]) / 2 for s in one["by_position"]], _floats(s[field] for s in one["by_position"]))
             for name, one in by_selection.items()
         }  # fmt: skip
-        drawn.append(_plot(f"{label} by position", plots.lines(f"{title} {field}", curves, "position", label)))
+        svg = plots.lines(f"{title} {field}", curves, "position", label, orders=field == "kl")
+        drawn.append(_plot(f"{label}, by position", svg))
     kls = {name: _floats(one["sequence_kls"]) for name, one in by_selection.items() if one.get("sequence_kls")}
     if kls:
         drawn.append(
-            _plot("KL of every sequence", plots.bars(f"{title} sequences", kls, "sequence", "KL to dense, nats"))
+            _plot(
+                "KL of every sequence",
+                plots.bars(f"{title} sequences", kls, "sequence", "KL to dense, nats", orders=True),
+            )
         )
     return "\n".join(drawn)
 
@@ -145,8 +149,8 @@ def _maps(layers: Sequence[Report]) -> str:
     if not drawn:
         return ""
     said = (
-        "Which keys are chosen for some queries of the first sequence: the darker, the larger the share of the keys there that the layer "
-        "takes. Beside DSA's choice stands that of the most dense attention."
+        "Which keys are chosen for some queries of the first sequence: the stronger the colour, the larger the share of the keys "
+        "there that the layer takes. Beside DSA's choice stands that of the most dense attention."
     )
     return f"<h2>Selections</h2><p>{said}</p>" + "\n".join(drawn)
 
@@ -154,17 +158,19 @@ def _maps(layers: Sequence[Report]) -> str:
 def _long(found: Report | None) -> str:
     if not found:
         return ""
-    rows = [
-        [
-            f"{one['task']}" + ("" if one["depth"] is None else f", {one['depth']} % of the text before it"),
-            str(one["length"]), plots.STYLES[one["variant"]]["label"], number(one["accuracy"], ".1f"),
-            number(one["logprob"], ".2f"),
-        ]
-        for one in found["scores"]
-    ]  # fmt: skip
-    said = f"Prompts in {found['haystack']}, index_topk {found['index_topk']}."
-    scores = table(["task", "tokens", "attention", "found, %", "log-probability"], rows)
-    return f"<h2>Long-context tasks</h2><p>{html.escape(said)}</p>{_by_depth(found['scores'])}{scores}"
+    variants = list(dict.fromkeys(one["variant"] for one in found["scores"]))
+    answered: dict[tuple[str, str], dict[str, str]] = {}
+    for one in found["scores"]:
+        task = one["task"] + ("" if one["depth"] is None else f", {one['depth']} % of the text before it")
+        told = f"{number(one['accuracy'], '.1f')} ({number(one['logprob'], '+.2f')})"
+        answered.setdefault((task, str(one["length"])), {})[one["variant"]] = told
+    rows = [[*asked, *(told.get(name, "-") for name in variants)] for asked, told in answered.items()]
+    heads = ["task", "tokens", *(plots.STYLES[name]["label"] for name in variants)]
+    said = (
+        f"Prompts in {found['haystack']}, index_topk {found['index_topk']}. Found, in percent, and the log-probability of the right "
+        "answer, nats a token."
+    )
+    return f"<h2>Long-context tasks</h2><p>{html.escape(said)}</p>{_by_depth(found['scores'])}{table(heads, rows)}"
 
 
 def _by_depth(scores: Sequence[Report]) -> str:
@@ -177,7 +183,7 @@ def _by_depth(scores: Sequence[Report]) -> str:
                    _floats(one["accuracy"] for one in mine if one["variant"] == name))
             for name in dict.fromkeys(one["variant"] for one in mine)
         }  # fmt: skip
-        svg = plots.lines(f"{task} {length}", curves, "text before the needle, %", "found, %")
+        svg = plots.lines(f"{task} {length}", curves, "text before the needle, %", "found, %", percent=True)
         drawn.append(_plot(f"{task}, {length} tokens", svg))
     return "\n".join(drawn)
 
@@ -189,7 +195,7 @@ def _cost(plan: Report | None) -> str:
     counted = plan["decode_attention_flops"]
     lengths = [int(length) for length in counted]
     curves = {name: (lengths, [one[name] for one in counted.values()]) for name in ("dense", "dsa")}
-    drawn = plots.lines("cost", curves, "position", "FLOPs of attention", log=True)
+    drawn = plots.lines("cost", curves, "position", "FLOPs of attention", orders=True, doubled=True)
     return f"<h2>Cost by position</h2>{_plot('Attention of one decoded token, all layers, counted', drawn)}"
 
 
@@ -207,7 +213,9 @@ def _checks(found: Report) -> str:
 def _plot(caption: str, svg: str) -> str:
     said = html.escape(caption)
     labelled = svg.replace("<svg ", f'<svg role="img" aria-label="{said}" ', 1)
-    return f'<figure>{labelled}<figcaption class="quiet">{said}</figcaption></figure>'
+    return (
+        f'<figure><div class="wide" tabindex="0">{labelled}</div><figcaption class="quiet">{said}</figcaption></figure>'
+    )
 
 
 def _floats(values: Iterable[float | None]) -> list[float]:

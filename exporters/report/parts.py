@@ -10,19 +10,23 @@ from collections.abc import Iterable, Sequence
 _STYLE = """
 :root { color-scheme: light dark; --quiet: #59636e; --line: #d0d7de; --bad: #b3261e; --good: #1a6b3c }
 @media (prefers-color-scheme: dark) { :root { --quiet: #9aa4af; --line: #3d444d; --bad: #ff8a80; --good: #7ee2a8 } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem }
+html { background: Canvas; color: CanvasText }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-svg { width: 100%; height: auto } .quiet { color: var(--quiet) } .bad { color: var(--bad) } .good { color: var(--good) }
+figure { margin: 1.5rem 0 } svg { display: block; width: 100%; min-width: 34rem; height: auto }
+.quiet { color: var(--quiet) } .bad { color: var(--bad) } .good { color: var(--good) }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
-th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid var(--line) }
-th:first-child, td:first-child { text-align: left }
+th, td { text-align: left; padding: .25rem .7rem; border-bottom: 1px solid var(--line); overflow-wrap: break-word }
+td { min-width: 9rem; max-width: 24rem } .number { text-align: right; min-width: 0 } td.number { white-space: nowrap }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: 1rem }
-.pair pre, pre.prompt { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-size: .9rem }
+.pair pre, pre.prompt { white-space: pre-wrap; margin: 0; font-size: .9rem }
 mark { background: none; color: inherit; text-decoration: underline 2px var(--bad); text-underline-offset: .2em }
-td { overflow-wrap: anywhere } blockquote { border-left: 3px solid var(--line); margin: .5rem 0; padding-left: 1rem }
+blockquote { border-left: 3px solid var(--line); margin: .5rem 0; padding-left: 1rem }
 """
 # What HTML and UTF-8 cannot hold; paths and tokens may have them.
 _NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+# A number as `number` writes it, or two: an accuracy with its log-probability.
+_NUMBER = re.compile(r"-|[-+]?[0-9][0-9.]*(e[-+][0-9]+)?%?( \([-+0-9.]+\))?")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -39,8 +43,15 @@ def document(title: str, parts: Iterable[str]) -> str:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns that hold numbers alone stand right, and no number is broken."""
+    numbers = [all(_NUMBER.fullmatch(row[column]) for row in rows) for column in range(len(heads))]
+
     def row(tag: str, cells: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        made = (
+            f"<{tag}{' class=number' * one}>{html.escape(cell)}</{tag}>"
+            for cell, one in zip(cells, numbers, strict=True)
+        )
+        return f"<tr>{''.join(made)}</tr>"
 
     made = "".join(row("td", cells) for cells in rows)
     return f'<div class="wide" tabindex="0"><table><thead>{row("th", heads)}</thead><tbody>{made}</tbody></table></div>'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from ...errors import UsageError
 
 INSTALL = "pip install 'mla2dsa[report]'"
 _INK = "#123456"  # stands for the page's text colour until the SVG is written
+_FEW_ORDERS = 100  # of magnitude, where the powers of ten are too few to read values by
 _SIZE = (7.2, 3.0)  # inches: a page's column
 # Told apart by line and marker too, since not everybody sees colours; chosen for 3 to 1 on white and on black.
 STYLES = {
@@ -55,30 +57,47 @@ def _matplotlib() -> Any:
     return matplotlib
 
 
-def lines(name: str, series: Lines, x: str, y: str, *, log: bool = False) -> str:
-    """SVG of curves by their names in STYLES. name: of the plot, different from others on the page."""
+def lines(
+    name: str, series: Lines, x: str, y: str, *, orders: bool = False, doubled: bool = False, percent: bool = False
+) -> str:
+    """SVG of curves by their names in STYLES. name: of the plot, different from others on the page. orders: of magnitude apart, so
+    that y is logarithmic if it can be; doubled: x is; percent: y is 0 to 100."""
     figure, axes = _axes(x, y)
     for key, (places, values) in series.items():
         axes.plot(places, values, markersize=4, linewidth=1.4, zorder=3 if key == "dsa" else 2, **STYLES[key])
-    if log:
+    if doubled:
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
-        axes.yaxis.set_minor_formatter(lambda value, _: "")
-    else:
+    if percent:
+        axes.set_ylim(-5, 105)
+    if not (orders and _by_orders(axes, [value for _, values in series.values() for value in values])):
         axes.axhline(0, color=_INK, linewidth=0.6)
     return _svg(name, figure, axes)
 
 
-def bars(name: str, values: Mapping[str, Sequence[float]], x: str, y: str) -> str:
-    """SVG of a point for each layer, sequence or the like, numbered from 0."""
+def bars(name: str, values: Mapping[str, Sequence[float]], x: str, y: str, *, orders: bool = False) -> str:
+    """SVG of a point for each layer, sequence or the like, numbered from 0. orders: as in `lines`."""
     figure, axes = _axes(x, y)
     for key, points in values.items():
         style = {**STYLES[key], "linestyle": "none"}
         axes.plot(range(len(points)), points, markersize=5, zorder=3 if key == "dsa" else 2, **style)
     axes.xaxis.get_major_locator().set_params(integer=True)
+    if orders:
+        _by_orders(axes, [value for points in values.values() for value in points])
     return _svg(name, figure, axes)
+
+
+def _by_orders(axes: Any, values: Sequence[float]) -> bool:
+    """A logarithmic y, where all values have a logarithm: rounding makes some KLs nought or less."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite or min(finite) <= 0:
+        return False
+    axes.set_yscale("log")
+    if max(finite) < _FEW_ORDERS * min(finite):
+        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if 1e-4 <= value < 1e6 else f"{value:.0e}")
+    axes.yaxis.set_minor_formatter(lambda value, _: "")
+    return True
 
 
 def maps(name: str, shares: Mapping[str, Sequence[Sequence[float]]], position: int) -> str:
