@@ -27,15 +27,16 @@ function body(model) {
   return chat ? { ...shared, messages: [{ role: "user", content: prompt }] } : { ...shared, prompt };
 }
 
+// Whether there is an answer, to its end.
 async function ask(side, signal) {
   const path = at("kind").value === "chat" ? "/v1/chat/completions" : "/v1/completions";
   const text = at(`${side}-text`), end = at(`${side}-end`);
   text.textContent = end.textContent = "";
   const request = { method: "POST", headers: headers(), body: JSON.stringify(body(at(side).value)), signal };
   const answer = await fetch(path, request);
-  if (!answer.ok) { end.textContent = (await answer.json()).error.message; return; }
+  if (!answer.ok) { end.textContent = (await answer.json()).error.message; return false; }
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  let held = "", why = "", counted = "";
+  let held = "", why = "", counted = "", whole = true;
   for (;;) {
     const { value, done } = await reader.read();
     if (done) break;
@@ -44,7 +45,7 @@ async function ask(side, signal) {
     for (const event of events) {
       if (!event.startsWith("data: ") || event === "data: [DONE]") continue;
       const told = JSON.parse(event.slice(6));
-      if (told.error) { why = told.error.message; continue; }
+      if (told.error) { why = told.error.message; whole = false; continue; }
       if (told.usage) counted = `${told.usage.prompt_tokens} + ${told.usage.completion_tokens} tokens`;
       for (const choice of told.choices) {
         text.append(choice.delta ? choice.delta.content ?? "" : choice.text);
@@ -53,6 +54,7 @@ async function ask(side, signal) {
     }
   }
   end.textContent = [counted, why && `ended by: ${why}`].filter(Boolean).join(", ");
+  return whole;
 }
 
 function compare() {
@@ -76,8 +78,9 @@ at("ask").addEventListener("submit", async (event) => {
   at("said").textContent = "Asking both.";
   try {
     if (!at("first").value) await models();
-    await Promise.all(["first", "second"].map((side) => ask(side, mine.signal)));
-    compare();
+    const answered = await Promise.all(["first", "second"].map((side) => ask(side, mine.signal)));
+    if (answered.every(Boolean)) compare();
+    else at("said").textContent = "Not both have answered.";
   } catch (error) {
     at("said").textContent = error.name === "AbortError" ? "Stopped." : String(error);
   } finally {
