@@ -1,4 +1,4 @@
-# mla2dsa: make install | demo | test | test-triton | test-slow | test-vllm | test-newest | lint | clean. Everything but clean installs first, once.
+# mla2dsa: make install | demo | test | test-browser | test-triton | test-slow | test-vllm | test-newest | lint | clean. Everything but clean installs first, once.
 # Another Python (3.11 or newer): make install PYTHON=python3.13
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ TYPED := .mypy_cache/package
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo lean test test-triton test-slow test-vllm test-newest lint clean distclean
+.PHONY: install demo lean test test-browser test-triton test-slow test-vllm test-newest lint clean distclean
 
 install: $(INSTALLED)
 
@@ -62,6 +62,15 @@ test: install lean
 	$(BIN)/python -P -m slipcover --source $(ROOMS) --json --out $(LINES) -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 	$(if $(PYTEST_ARGS),,$(BIN)/python tests/helpers/coverage_by_room.py $(LINES))
 	$(if $(PYTEST_ARGS),,$(BIN)/pytest -q tests/optimizer/indexer/test_calibrate.py -k keeps_no_samples)
+
+# The pages that a report and `serve` make, in a real browser. Chromium is a package of the system: apt-get install chromium.
+BROWSER_TESTS := tests/exporters/report/test_in_browser.py tests/serving/test_in_browser.py
+
+test-browser: install
+	@command -v chromium || command -v chromium-browser || command -v google-chrome \
+	  || { echo "no Chromium here: apt-get install chromium, or the like" >&2; exit 1; }
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[browser]'
+	$(BIN)/pytest -n 2 --dist loadfile -q $(BROWSER_TESTS)
 
 # The interpreter and the compiler lean on parts of Triton that it promises to nobody, and a user's torch brings its own
 # Triton: 3.6 with torch 2.11, tomorrow a newer one. `make test` runs the pinned version (torch 2.13's), `make test-newest` the

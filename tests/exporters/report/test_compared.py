@@ -10,20 +10,9 @@ from typing import Any
 import pytest
 from command_line import assert_refused, mla2dsa
 from pages import HOSTILE, Seen
+from reports import position, prompt
 
 from mla2dsa.exporters.report.compared import compared_page
-
-
-def position(text: str, rank: int = 1, kl: float | None = 0.25) -> dict[str, Any]:
-    return {"token": 7, "text": text, "kl": kl, "rank": rank, "dense_logprob": -0.5, "dsa_logprob": -1.5}
-
-
-def prompt(**fields: Any) -> dict[str, Any]:
-    positions = [position("if "), position("<b>", rank=3, kl=1.5), position("\N{REPLACEMENT CHARACTER}"), position("")]
-    return {
-        "prompt": HOSTILE, "prompt_tokens": 90, "dense": "if <b>\N{EURO SIGN}", "dsa": f"if {HOSTILE}", "agreement": 0.75,
-        "mean_kl": 0.5, "first_difference": {"token": 1, "dense": "<b>", "dsa": HOSTILE}, "positions": positions, **fields,
-    }  # fmt: skip
 
 
 def made(*prompts: dict[str, Any], topk: int | None = 64) -> str:
