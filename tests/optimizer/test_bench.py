@@ -249,6 +249,13 @@ def test_what_a_run_raises_is_told(error: Exception, said: dict[str, str], monke
         assert json.load(told) == said
 
 
+def test_its_process_says_nothing_beside_what_it_answers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A thread of it waits for ours to end, while Python clears up what threads may hold."""
+    with pytest.raises(UserError):
+        timed_apart(Run(str(tmp_path), 1, 16, 1))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_it_ends_with_the_process_that_waits_for_it(tmp_path: Path) -> None:
     """And takes no module from the folder it is started in."""
     (tmp_path / "signal.py").write_text("print('taken')")
