@@ -43,7 +43,7 @@ def test_a_command_does_what_it_says(place: Path, call: list[str]) -> None:
     assert (done.code, done.err) == (0, "")
     assert done.out.strip()
     if call[0] == "report":
-        assert "KL to dense, nats by position" in (place / call[-1]).read_text()
+        assert "KL to dense, nats, by position" in (place / call[-1]).read_text()
     if "--json" in call:
         assert len(json.loads(done.out)["prompts"]) == 2
 
