@@ -1,4 +1,4 @@
-"""report: what a verification found, or what two models said, as a page."""
+"""report: what a verification found, what two models said, or how fast models are, as a page."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ def add_report(commands: Any) -> None:
         "source",
         metavar="SOURCE",
         type=a_path,
-        help="folder that convert wrote, or a file that `verify --json` or `compare --json` printed",
+        help="folder that convert wrote, or a file that `verify --json`, `compare --json` or `bench --json` printed",
     )
     command.add_argument("out", metavar="OUT", type=a_path, help="file to write, which is not there yet")
 
 
 def _report(args: argparse.Namespace) -> int:
     from ..exporters.dsa.names import REPORT
-    from ..exporters.report.page import page_title
     from ..files.json_files import read_json
     from .show.tables import print_json
 
@@ -39,7 +38,7 @@ def _report(args: argparse.Namespace) -> int:
         raise UserError(
             f"{file}: the conversion was not verified (--skip-verification); run `mla2dsa verify --json` and give its output"
         )
-    _write(_page(report, file, page_title(source)), out)
+    _write(_page(report, file, source), out)
     print_json({"out": str(out)}) if args.json else print(f"{out}: written")
     return 0
 
@@ -74,20 +73,23 @@ def _write(made: str, out: Path) -> None:
     replace_file(out, made.encode())  # whole or not at all
 
 
-def _page(report: dict[str, Any], file: Path, title: str) -> str:
+def _page(report: dict[str, Any], file: Path, source: Path) -> str:
     """Raises UserError for what is no report, and where there is nothing to draw with."""
+    from ..exporters.report.benched import benched_page
     from ..exporters.report.compared import compared_page
-    from ..exporters.report.page import page
+    from ..exporters.report.page import page, page_title
     from ..exporters.report.plots import check_library
 
-    compared = "prompts" in report
-    if not compared:
+    drawn = {"prompts": compared_page, "results": benched_page}
+    make = next((one for key, one in drawn.items() if key in report), page)
+    if make is not compared_page:
         check_library()  # texts side by side have no plots
     try:
-        return compared_page(report, title) if compared else page(report, title)
+        return make(report, page_title(source, "how fast") if make is benched_page else page_title(source))
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
+        known = "`verify --json`, `compare --json` or `bench --json`"
         raise UserError(
-            f"{file}: neither a report.json nor what `verify --json` or `compare --json` prints ({type(error).__name__}: {error})"
+            f"{file}: neither a report.json nor what {known} prints ({type(error).__name__}: {error})"
         ) from None
 
 

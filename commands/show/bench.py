@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from ...errors import short
+from ...exporters.report.benched import row_names
 from .tables import print_table, table
 
 
@@ -31,7 +31,7 @@ def show_bench(found: Mapping[str, Any]) -> None:
         "p99",
         "memory",
     )
-    names = _names([one["model"] for one in results])
+    names = {model: short(name) for model, name in row_names([one["model"] for one in results]).items()}
     for one in results:
         rows.add_row(
             names[one["model"]], one["runtime"], str(one["context"]), f"{one['prefill_seconds']:.2f}",
@@ -45,13 +45,6 @@ def show_bench(found: Mapping[str, Any]) -> None:
             f"{short(one['model'])} against {short(one['first'])}, {one['context']} tokens: prefill {prefill}, decode {decode}, "
             f"memory {one['peak_memory']:.2f}x"
         )
-
-
-def _names(models: Sequence[str]) -> dict[str, str]:
-    """What a row is called: the last part of a path, or all of it where another has the same."""
-    last = {model: Path(model).name or model for model in models}
-    taken = list(last.values())
-    return {model: short(name if taken.count(name) == 1 else model) for model, name in last.items()}
 
 
 def _told(ratio: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import plots
-from .parts import document, number, table
+from .parts import document, figure, number, table
 
 Report = Mapping[str, Any]
 _LOG = logging.getLogger(__name__)
@@ -18,9 +18,9 @@ _LOG = logging.getLogger(__name__)
 _WEAK = 0.03
 
 
-def page_title(folder: Path) -> str:
-    """What a page says of a checkpoint in `folder`."""
-    return f"{folder.resolve().name}: dense and sparse side by side"
+def page_title(source: Path, what: str = "dense and sparse side by side") -> str:
+    """What a page says of a checkpoint's folder or a file."""
+    return f"{source.resolve().name}: {what}"
 
 
 def page(report: Report, title: str) -> str:
@@ -98,11 +98,11 @@ def _curves(title: str, text: Report) -> str:
             for name, one in by_selection.items()
         }  # fmt: skip
         svg = plots.lines(f"{title} {field}", curves, "position", label, orders=field == "kl")
-        drawn.append(_plot(f"{label}, by position", svg))
+        drawn.append(figure(f"{label}, by position", svg))
     kls = {name: _floats(one["sequence_kls"]) for name, one in by_selection.items() if one.get("sequence_kls")}
     if kls:
         drawn.append(
-            _plot(
+            figure(
                 "KL of every sequence",
                 plots.bars(f"{title} sequences", kls, "sequence", "KL to dense, nats", orders=True),
             )
@@ -132,8 +132,8 @@ def _layers(layers: Sequence[Report]) -> str:
             "Layers that capture over 3 % less attention mass than the best choice of as many keys does. Where the oracle itself is low, "
             "only a larger index_topk helps; where DSA is well below it, more calibration text or --indexer distil does."
         )
-        return f"<h2>Layers</h2>{_plot('Attention mass', drawn)}<p>{said}</p>" + table(["layer", *names], rows)
-    return f"<h2>Layers</h2>{_plot('Attention mass', drawn)}<p>{said}</p>"
+        return f"<h2>Layers</h2>{figure('Attention mass', drawn)}<p>{said}</p>" + table(["layer", *names], rows)
+    return f"<h2>Layers</h2>{figure('Attention mass', drawn)}<p>{said}</p>"
 
 
 def _maps(layers: Sequence[Report]) -> str:
@@ -145,7 +145,7 @@ def _maps(layers: Sequence[Report]) -> str:
         shares = {
             name: [[min(1.0, count / keys) for count in one[name]] for one in of_query] for name in ("dsa", "oracle")
         }
-        drawn.append(_plot(f"Query at position {position}", plots.maps(f"query {position}", shares, position)))
+        drawn.append(figure(f"Query at position {position}", plots.maps(f"query {position}", shares, position)))
     if not drawn:
         return ""
     said = (
@@ -184,7 +184,7 @@ def _by_depth(scores: Sequence[Report]) -> str:
             for name in dict.fromkeys(one["variant"] for one in mine)
         }  # fmt: skip
         svg = plots.lines(f"{task} {length}", curves, "text before the needle, %", "found, %", percent=True)
-        drawn.append(_plot(f"{task}, {length} tokens", svg))
+        drawn.append(figure(f"{task}, {length} tokens", svg))
     return "\n".join(drawn)
 
 
@@ -196,7 +196,7 @@ def _cost(plan: Report | None) -> str:
     lengths = [int(length) for length in counted]
     curves = {name: (lengths, [one[name] for one in counted.values()]) for name in ("dense", "dsa")}
     drawn = plots.lines("cost", curves, "position", "FLOPs of attention", orders=True, doubled=True)
-    return f"<h2>Cost by position</h2>{_plot('Attention of one decoded token, all layers, counted', drawn)}"
+    return f"<h2>Cost by position</h2>{figure('Attention of one decoded token, all layers, counted', drawn)}"
 
 
 def _checks(found: Report) -> str:
@@ -208,14 +208,6 @@ def _checks(found: Report) -> str:
         for check in found["checks"]
     ]  # fmt: skip
     return "<h2>Checks</h2>" + table(["check", "value", "at most", "what was looked at"], rows)
-
-
-def _plot(caption: str, svg: str) -> str:
-    said = html.escape(caption)
-    labelled = svg.replace("<svg ", f'<svg role="img" aria-label="{said}" ', 1)
-    return (
-        f'<figure><div class="wide" tabindex="0">{labelled}</div><figcaption class="quiet">{said}</figcaption></figure>'
-    )
 
 
 def _floats(values: Iterable[float | None]) -> list[float]:

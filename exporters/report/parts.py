@@ -17,7 +17,8 @@ figure { margin: 1.5rem 0 } svg { display: block; width: 100%; min-width: 34rem;
 .quiet { color: var(--quiet) } .bad { color: var(--bad) } .good { color: var(--good) }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
 th, td { text-align: left; padding: .25rem .7rem; border-bottom: 1px solid var(--line); overflow-wrap: break-word }
-td { min-width: 9rem; max-width: 24rem } .number { text-align: right; min-width: 0 } td.number { white-space: nowrap }
+td { min-width: 5rem; max-width: 24rem } td:first-child { min-width: 8rem }
+.number { text-align: right; min-width: 0 } td.number { white-space: nowrap }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: 1rem }
 .pair pre, pre.prompt { white-space: pre-wrap; margin: 0; font-size: .9rem }
 mark { background: none; color: inherit; text-decoration: underline 2px var(--bad); text-underline-offset: .2em }
@@ -55,6 +56,15 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     made = "".join(row("td", cells) for cells in rows)
     return f'<div class="wide" tabindex="0"><table><thead>{row("th", heads)}</thead><tbody>{made}</tbody></table></div>'
+
+
+def figure(caption: str, svg: str) -> str:
+    """A plot with what it shows, also for those who do not see it."""
+    said = html.escape(caption)
+    labelled = svg.replace("<svg ", f'<svg role="img" aria-label="{said}" ', 1)
+    return (
+        f'<figure><div class="wide" tabindex="0">{labelled}</div><figcaption class="quiet">{said}</figcaption></figure>'
+    )
 
 
 def number(value: float | None, shape: str) -> str:

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from ...errors import UsageError
+from ...errors import UsageError, short
 
 INSTALL = "pip install 'mla2dsa[report]'"
 _INK = "#123456"  # stands for the page's text colour until the SVG is written
 _FEW_ORDERS = 100  # of magnitude, where the powers of ten are too few to read values by
+_LONGEST_LABEL = 24  # characters, of which four stand above a plot
 _SIZE = (7.2, 3.0)  # inches: a page's column
 # Told apart by line and marker too, since not everybody sees colours; chosen for 3 to 1 on white and on black.
 STYLES = {
@@ -66,8 +67,7 @@ def lines(
     for key, (places, values) in series.items():
         axes.plot(places, values, markersize=4, linewidth=1.4, zorder=3 if key == "dsa" else 2, **STYLES[key])
     if doubled:
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        _doubled(axes, ())
     if percent:
         axes.set_ylim(-5, 105)
     if not (orders and _by_orders(axes, [value for _, values in series.values() for value in values])):
@@ -85,6 +85,41 @@ def bars(name: str, values: Mapping[str, Sequence[float]], x: str, y: str, *, or
     if orders:
         _by_orders(axes, [value for points in values.values() for value in points])
     return _svg(name, figure, axes)
+
+
+def speeds(name: str, series: Mapping[str, Sequence[tuple[float, float, Sequence[float]]]], x: str, y: str) -> str:
+    """SVG of a curve for each model by its name: (context, median, every run) of each of its points. Both axes are logarithmic."""
+    figure, axes = _axes(x, y)
+    looks = [style for key, style in STYLES.items() if key != "chance"]
+    every: list[float] = []
+    for number, (label, points) in enumerate(series.items()):
+        filled = {} if number < len(looks) else {"markerfacecolor": "none"}
+        style = {**looks[number % len(looks)], **filled, "label": short(label, _LONGEST_LABEL)}
+        contexts, medians, runs = zip(*points, strict=True)
+        axes.plot(contexts, medians, markersize=5, linewidth=1.4, zorder=3, **style)
+        for context, of_it in zip(contexts, runs, strict=True):
+            axes.plot(
+                [context] * len(of_it),
+                of_it,
+                color=style["color"],
+                marker="_",
+                markersize=9,
+                linestyle="none",
+                alpha=0.6,
+            )
+            every += of_it
+    _doubled(axes, sorted({point[0] for points in series.values() for point in points}))
+    _by_orders(axes, every)
+    return _svg(name, figure, axes)
+
+
+def _doubled(axes: Any, ticks: Sequence[float]) -> None:
+    """A logarithmic x with these ticks, or those of matplotlib."""
+    axes.set_xscale("log", base=2)
+    if ticks:
+        axes.set_xticks(ticks)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(lambda value, _: "")
 
 
 def _by_orders(axes: Any, values: Sequence[float]) -> bool:

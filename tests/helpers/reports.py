@@ -75,3 +75,28 @@ def prompt(**fields: Any) -> dict[str, Any]:
         "prompt": HOSTILE, "prompt_tokens": 90, "dense": "if <b>\N{EURO SIGN}", "dsa": f"if {HOSTILE}", "agreement": 0.75,
         "mean_kl": 0.5, "first_difference": {"token": 1, "dense": "<b>", "dsa": HOSTILE}, "positions": positions, **fields,
     }  # fmt: skip
+
+
+def run(context: int, speed: float) -> dict[str, Any]:
+    return {
+        "runtime": "torch", "batch": 2, "context": context, "prefill_seconds": context / speed, "prefill_tokens_per_second": speed,
+        "decode_tokens_per_second": speed / 10, "decode_ms": {"p50": 8.0, "p90": 9.0, "p99": 1e4 / speed}, "peak_memory": 3 * 2**30,
+        "torch": "2.13.0", "threads": 1, "gpu": None, "cpus": 2, "device": "cpu",
+    }  # fmt: skip
+
+
+def benchmark(models: tuple[str, ...] = ("dense", f"a/{HOSTILE}"), rounds: int = 3) -> dict[str, Any]:
+    """Every model is twice as fast as the one before."""
+    results = [
+        {"model": model, **run(context, 100.0 * 2**n), "runs": [run(context, (100.0 + r) * 2**n) for r in range(rounds)]}
+        for context in (4096, 512) for n, model in enumerate(models)
+    ]  # fmt: skip
+    told = {"ratio": 2.0, "low": 1.5, "high": 2.5, "differs": True} if rounds > 1 else {
+        "ratio": 2.0, "low": None, "high": None, "differs": None,
+    }  # fmt: skip
+    unsure = {**told, "low": 0.5, "differs": False} if rounds > 1 else told
+    against = [
+        {"model": model, "first": models[0], "context": context, "prefill": told, "decode": unsure, "peak_memory": 0.75}
+        for context in (4096, 512) for model in models[1:]
+    ]  # fmt: skip
+    return {"results": results, "against": against}

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 from browser import LOOKS, NARROW, chromium, coloured, faults, ink, overhang, pixels, shown, with_browser
-from reports import prompt, report
+from reports import benchmark, prompt, report
 
 from mla2dsa.exporters.report import plots
+from mla2dsa.exporters.report.benched import benched_page
 from mla2dsa.exporters.report.compared import compared_page
 from mla2dsa.exporters.report.page import page
 from mla2dsa.exporters.report.parts import document
@@ -34,6 +35,7 @@ def urls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "report": page(report(), "a title"),
         "failed": page(report(passed=False), "a title"),
         "compared": compared_page({"index_topk": 64, "prompts": [prompt(), prompt(prompt="long " * 99)]}, "two models"),
+        "benched": benched_page(benchmark((*"abcdefg", "long-" * 20)), "how fast"),
         "faint": document("faint", ['<p style="color: #777; background: #888">hardly to be read</p>']),
         "broad": document("broad", ['<div style="width: 4000px">hangs over</div>']),
         "blank": document(
@@ -48,7 +50,7 @@ def urls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("scheme", "width"), LOOKS)
-@pytest.mark.parametrize("name", ["report", "failed", "compared"])
+@pytest.mark.parametrize("name", ["report", "failed", "compared", "benched"])
 def test_it_can_be_read(browser: Any, urls: dict[str, str], name: str, scheme: str, width: int) -> None:
     with shown(browser, urls[name], scheme, width) as seen:
         assert faults(seen) == []

@@ -1,0 +1,86 @@
+"""The page of what bench prints: every figure, run and ratio is on it, and nothing of it is code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import assert_refused, mla2dsa
+from pages import HOSTILE, Seen
+from reports import benchmark
+
+from mla2dsa.exporters.report import plots
+from mla2dsa.exporters.report.benched import benched_page, row_names
+
+SEVEN = tuple(f"models/{n}" for n in range(7))
+
+
+def test_every_figure_is_on_the_page_and_nothing_is_code() -> None:
+    text = benched_page(benchmark(), HOSTILE)
+    seen = Seen(text)
+    assert seen.open == []
+    assert "script" not in seen.tags
+    assert HOSTILE not in text
+    assert "Batch 2, 1 of 2 CPUs, torch 2.13.0" in text
+    assert "medians of 3 rounds" in text
+    for figure in (
+        "40.96",
+        "100",
+        "10.0",
+        "8.00",
+        "3.00",
+        "20.48",
+        "1.50 to 2.50",
+        "0.50 to 2.50: no difference shown",
+        "0.75",
+    ):
+        assert f">{figure}<" in text
+    assert text.count("<figure>") == 2
+
+
+def test_one_round_says_that_it_tells_nothing() -> None:
+    text = benched_page(benchmark(rounds=1), "a title")
+    assert text.count("one round: no telling") == 4
+
+
+def test_a_model_alone_is_compared_with_nothing() -> None:
+    text = benched_page(benchmark(models=("dense",)), "a title")
+    assert "Against" not in text
+    assert text.count("<figure>") == 2
+
+
+def test_every_model_has_a_curve_and_every_run_a_mark() -> None:
+    results = {name: [(512.0, 5.0, [4.0, 5.0, 6.0]), (1024.0, 3.0, [3.0])] for name in SEVEN}
+    svg = plots.speeds("speeds", results, "x", "y")
+    assert all(f">{name}<" in svg for name in SEVEN)
+    assert "long-" * 5 not in plots.speeds("speeds", {"long-" * 20: results[SEVEN[0]]}, "x", "y")
+    assert svg.count("<use") >= 7 * (2 + 3 + 1)
+
+
+@pytest.mark.parametrize(
+    ("models", "names"),
+    [
+        (("x/dense", "y/dsa"), ["dense", "dsa"]),
+        (("x/same", "y/same", "z"), ["x/same", "y/same", "z"]),
+        (("/", "."), ["/", "."]),
+    ],
+)
+def test_rows_have_names_that_differ(models: tuple[str, ...], names: list[str]) -> None:
+    assert list(row_names(models).values()) == names
+
+
+def test_report_draws_it(tmp_path: Path) -> None:
+    (tmp_path / "b.json").write_text(json.dumps(benchmark()))
+    done = mla2dsa("report", tmp_path / "b.json", tmp_path / "page.html")
+    assert (done.code, done.err) == (0, "")
+    assert "<title>b.json: how fast</title>" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize("found", [{"results": []}, {"results": [{}], "against": []}, {"results": 3}], ids=str)
+def test_what_is_no_benchmark_is_refused(found: Any, tmp_path: Path) -> None:
+    (tmp_path / "b.json").write_text(json.dumps(found))
+    done = mla2dsa("report", tmp_path / "b.json", tmp_path / "page.html")
+    assert_refused(done, 1, "neither a report.json", "`bench --json`")
+    assert not (tmp_path / "page.html").exists()
