@@ -19,6 +19,8 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.MULTILINE))
 
 OTHERS = {
+    "quick.yaml",
+    "recipe.yaml",
     "convert_hf_to_gguf.py",
     "llama.cpp",
     *(name for target in DSA_TARGETS for name in files_named(target.source)),
