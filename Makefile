@@ -1,4 +1,4 @@
-# mla2dsa: make install | demo | test | test-browser | test-triton | test-slow | test-vllm | test-newest | lint | clean. Everything but clean installs first, once.
+# mla2dsa: make install | demo | docs | test | test-browser | test-triton | test-slow | test-vllm | test-newest | lint | clean. Everything but clean installs first, once.
 # Another Python (3.11 or newer): make install PYTHON=python3.13
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ TYPED := .mypy_cache/package
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo lean test test-browser test-triton test-slow test-vllm test-newest lint clean distclean
+.PHONY: install demo docs linked lean test test-browser test-triton test-slow test-vllm test-newest lint clean distclean
 
 install: $(INSTALLED)
 
@@ -119,12 +119,20 @@ test-newest: install
 	$(BIN)/pip list --path "$$folder"; \
 	PYTHONPATH="$$folder" $(BIN)/pytest -n 2 $(NEWEST_TESTS) $(PYTEST_ARGS)
 
-# mypy needs the package under its own name, whatever the checkout folder is called: a folder of links.
-lint: install
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+# A site of docs/ with an API reference of the docstrings, in demo-out/site. Strict: what it names has to be there.
+docs: install linked
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir $(OUT)/site
+	@echo "$(OUT)/site/index.html"
+
+# The package under its own name, whatever the checkout folder is called: a folder of links.
+linked:
 	@rm -rf $(TYPED) && mkdir -p $(TYPED)/mla2dsa
 	@for part in $(filter-out setup.py,$(wildcard *.py)) py.typed */__init__.py; do ln -s "$(CURDIR)/$${part%/__init__.py}" $(TYPED)/mla2dsa/; done
+
+lint: install linked
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	MYPYPATH=$(TYPED) $(BIN)/mypy -p mla2dsa
 
 clean:

@@ -209,12 +209,12 @@ def requirements(*extras: str) -> list[Requirement]:
 
 
 def test_constraints_pin_every_dependency() -> None:
-    names = {canonicalize_name(requirement.name) for requirement in requirements("test", "browser")}
+    names = {canonicalize_name(requirement.name) for requirement in requirements("test", "browser", "docs")}
     assert names <= pins().keys(), f"constraints.txt lacks {sorted(names - pins().keys())}"
     assert pins()["torch"] == "2.13.0", "a local version (+cpu) would shut out every other build"
 
 
-@pytest.mark.parametrize("requirement", requirements("tensorrt", "rtx", "test", "browser"), ids=str)
+@pytest.mark.parametrize("requirement", requirements("tensorrt", "rtx", "test", "browser", "docs"), ids=str)
 def test_pin_lies_within_its_bounds(requirement: Requirement) -> None:
     pin = pins().get(canonicalize_name(requirement.name))
     if pin is None:
