@@ -13,6 +13,9 @@ from torch import Tensor
 from ..errors import UserError, short
 from ..files.sizes import PREFILL_CHUNK
 
+# A session does not know how it came to its size.
+_LARGER = " (a checkpoint's cache holds its context; an exported folder's comes from export --max-seq, an engine's from build --max)"
+
 
 class Session(Protocol):
     """One batch of sequences with their caches. `capacity`: tokens a cache holds; `batch`: rows of the caches."""
@@ -133,13 +136,11 @@ def _check(session: Session, prompts: Sequence[Sequence[int]], longest: int, max
     if len(prompts) != session.batch:
         raise UserError(f"{len(prompts)} prompts, expected {session.batch} (the batch of this session)")
     if longest > session.capacity:
-        raise UserError(
-            f"the prompt has {longest} tokens, the cache holds {session.capacity}; shorten it or export with a larger --max-seq"
-        )
+        raise UserError(f"the prompt has {longest} tokens, the cache holds {session.capacity}; shorten it{_LARGER}")
     if longest + max_new_tokens - 1 > session.capacity:
         raise UserError(
             f"{longest} prompt tokens and {max_new_tokens} new ones exceed the cache of {session.capacity}; "
-            "ask for fewer with --max-new-tokens, or export with a larger --max-seq"
+            f"ask for fewer with --max-new-tokens{_LARGER}"
         )
 
 
