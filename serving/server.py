@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..errors import UserError
@@ -63,6 +66,20 @@ def make_server(workers: dict[str, Worker], settings: Settings) -> Any:
 
     class Server(uvicorn.Server):
         """Answers are ended before uvicorn waits for them, or it would break off those that take longer than it waits."""
+
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """uvicorn's own, and SIGHUP, at which it would be broken off within its loop. One that is ignored (nohup) is left so."""
+            mine = threading.current_thread() is threading.main_thread()
+            before = signal.getsignal(signal.SIGHUP)
+            with super().capture_signals():
+                if mine and before != signal.SIG_IGN:
+                    signal.signal(signal.SIGHUP, self.handle_exit)
+                try:
+                    yield
+                finally:
+                    if mine:
+                        signal.signal(signal.SIGHUP, before)
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             for worker in workers.values():
