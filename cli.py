@@ -9,7 +9,6 @@ import argparse
 import gc
 import json
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -55,17 +54,24 @@ MLA2DSA_DEBUG=1 shows a traceback with an error; with --json an error is one JSO
 
 def program() -> int:
     """What the shell starts: `main`, after which the process ends."""
-    code = main()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what is left to do is to end: Ctrl-C needs no traceback for that
+    code = _main(sys.argv[1:], for_good=True)
     gc.freeze()  # an ending Python looks through every object for cycles: 1.5 s after a plan of DeepSeek-V3
     return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    return _main(sys.argv[1:] if argv is None else argv, for_good=False)
+
+
+def _main(argv: Sequence[str], for_good: bool) -> int:
     # torchrun sends on what has come to all of its processes already: a second signal is no wish to end at once
-    with stoppable(once=under_torchrun()) as stop:
-        return left_with(_run(sys.argv[1:] if argv is None else argv, stop))
+    with stoppable(once=under_torchrun(), for_good=for_good) as stop:
+        try:
+            return left_with(_run(argv, stop))
+        except KeyboardInterrupt:  # between the end of the work and `stop.over`
+            stop.over()
+            return left_with(_fail([_INTERRUPTED], 128 + stop.number, "--json" in argv))
 
 
 def _run(argv: Sequence[str], stop: Stop) -> int:
@@ -78,6 +84,7 @@ def _run(argv: Sequence[str], stop: Stop) -> int:
         with joined():
             result = run_command(_arguments(argv))
             sys.stdout.flush()
+        stop.over()
         return result
     except SeveralErrors as error:
         return tell(error.lines, error.exit_code)

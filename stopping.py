@@ -17,15 +17,18 @@ from contextlib import contextmanager
 from types import FrameType
 
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_AT_ONCE = 2.0  # seconds in which a second signal is the same wish: fixed by an impatient finger, and by supervisors that send two
 _AGAIN = 0.25  # seconds between a wish and the next, fixed by what a person who pressed Ctrl-C does not notice
 
 
 class Stop:
-    """What has been asked for. once: who asks sends every signal twice, so that the second is no wish to end at once."""
+    """What has been asked for. A second signal, later, is the wish to end without clearing up; but not with `once`, where
+    who asks sends every signal twice."""
 
     def __init__(self, once: bool = False) -> None:
         self._once = once
         self._first: int | None = None
+        self._since = 0.0
         self._over = False
         self._is_repeated = False
 
@@ -46,12 +49,13 @@ class Stop:
     def hear(self, number: int, frame: FrameType | None) -> None:
         """A signal's handler. Raises KeyboardInterrupt where the command is to end."""
         repeated, self._is_repeated = self._is_repeated, False
-        another = self._first is not None and not repeated
         if self._first is None:
-            self._first = number
+            self._first, self._since = number, time.monotonic()
             # Not threading's: that one takes a lock, and what the signal has interrupted may hold it.
             _thread.start_new_thread(self._repeat, (signal.Signals(number),))
-        if self._over or (another and self._once) or (repeated and _on_its_way()) or _importing_torch(frame):
+        elif not repeated and (self._once or time.monotonic() < self._since + _AT_ONCE):
+            repeated = True
+        if self._over or (repeated and _on_its_way()) or _importing_torch(frame):
             return
         raise KeyboardInterrupt
 
@@ -83,9 +87,10 @@ def _importing_torch(frame: FrameType | None) -> bool:
 
 
 @contextmanager
-def stoppable(once: bool) -> Iterator[Stop]:
+def stoppable(once: bool, for_good: bool = False) -> Iterator[Stop]:
     """SIGTERM (a container or a scheduler stops us) and SIGHUP (the terminal is closed) end the block as Ctrl-C does: by a
-    KeyboardInterrupt, with what it has begun cleared away. A signal that is ignored (nohup) or handled already is left alone."""
+    KeyboardInterrupt, with what it has begun cleared away. A signal that is ignored (nohup) or handled already is left alone.
+    for_good: after the block the process ends, and no signal is to change how."""
     stop = Stop(once)
     mine = _STOPS if threading.current_thread() is threading.main_thread() else ()
     usual = (signal.SIG_DFL, signal.default_int_handler)
@@ -96,5 +101,8 @@ def stoppable(once: bool) -> Iterator[Stop]:
         yield stop
     finally:
         stop.over()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for (
+            number,
+            handler,
+        ) in before.items():  # an ending Python puts the default in the place of a handler, not of SIG_IGN
+            signal.signal(number, signal.SIG_IGN if for_good else handler)

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from mla2dsa import cli
+from mla2dsa import cli, stopping
 from mla2dsa.stopping import Stop, stoppable
 
 LONG = 5.0  # seconds: far above the quarter of one after which a wish comes again
@@ -149,19 +149,41 @@ def test_clearing_up_is_left_alone(clear: Callable[[list[int]], None]):
     assert cleared == [1]
 
 
-@pytest.mark.parametrize("once", [False, True], ids=["ends-at-once", "torchrun-sends-twice"])
-def test_a_second_signal_while_clearing_up(once: bool):
+@pytest.mark.parametrize(
+    ("once", "at_once", "goes_on"),
+    [
+        pytest.param(False, 2.0, True, id="the-same-wish"),
+        pytest.param(False, 0.0, False, id="a-later-one"),
+        pytest.param(True, 0.0, True, id="torchrun-sends-twice"),
+    ],
+)
+def test_a_second_signal_while_clearing_up(
+    once: bool, at_once: float, goes_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stopping, "_AT_ONCE", at_once)
     cleared = []
 
     def work() -> None:
         try:
             signal.raise_signal(signal.SIGTERM)
         finally:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
             cleared.append(1)
 
-    interrupted(work, once)
-    assert bool(cleared) is once
+    assert interrupted(work, once).number == signal.SIGTERM
+    assert bool(cleared) is goes_on
+
+
+def test_where_the_process_ends_signals_do_nothing() -> None:
+    before = {number: signal.getsignal(number) for number in NUMBERS}
+    try:
+        with stoppable(once=False, for_good=True):
+            pass
+        for number in NUMBERS:
+            signal.raise_signal(number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_when_it_is_over_nothing_is_raised_and_the_first_number_stands():
@@ -207,3 +229,27 @@ def test_a_command_says_what_ended_it(asked: bool, monkeypatch: pytest.MonkeyPat
     said = capsys.readouterr().err
     assert ("interrupted; nothing was left half-written" in said) is asked
     assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("when", ["told", "done"])
+def test_a_signal_when_all_is_said_changes_nothing(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error's line is told, or the work is done: the exit code is that."""
+
+    def signalled(*_: object, **__: object) -> int:
+        signal.raise_signal(signal.SIGTERM)
+        return 1 if when == "told" else 0
+
+    if when == "told":
+        monkeypatch.setattr(cli, "_fail", signalled)
+        assert cli.main(["no-such-command"]) == 1
+    else:
+        monkeypatch.setattr(cli, "left_with", signalled)
+        assert cli.main(["completion", "bash"]) == 0
+
+
+def test_a_signal_between_two_lines_of_ours_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_run", lambda argv, stop: signal.raise_signal(signal.SIGTERM))
+    assert cli.main(["env"]) == 143
+    assert capsys.readouterr().err == "mla2dsa: interrupted; nothing was left half-written\n"
