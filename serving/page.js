@@ -7,15 +7,21 @@ const headers = () => ({
   ...(at("key").value ? { Authorization: `Bearer ${at("key").value}` } : {}),
 });
 
+const gone = (error) => (error instanceof TypeError ? "The server does not answer." : String(error));
+
 async function models() {
-  const answer = await fetch("/v1/models", { headers: headers() });
-  const body = await answer.json();
-  if (!answer.ok) { at("said").textContent = body.error.message; return; }
-  at("said").textContent = "";
-  ["first", "second"].forEach((side, number) => {
-    at(side).replaceChildren(...body.data.map((model) => new Option(model.id, model.id)));
-    at(side).selectedIndex = Math.min(number, body.data.length - 1);
-  });
+  try {
+    const answer = await fetch("/v1/models", { headers: headers() });
+    const body = await answer.json();
+    if (!answer.ok) { at("said").textContent = body.error.message; return; }
+    at("said").textContent = "";
+    ["first", "second"].forEach((side, number) => {
+      at(side).replaceChildren(...body.data.map((model) => new Option(model.id, model.id)));
+      at(side).selectedIndex = Math.min(number, body.data.length - 1);
+    });
+  } catch (error) {
+    at("said").textContent = gone(error);
+  }
 }
 
 function body(model) {
@@ -74,19 +80,26 @@ at("ask").addEventListener("submit", async (event) => {
   event.preventDefault();
   running?.abort();
   const mine = (running = new AbortController());
+  const say = (what) => { if (running === mine) at("said").textContent = what; }; // another request has taken its place
   at("halt").disabled = false;
-  at("said").textContent = "Asking both.";
+  say("Asking both.");
   try {
     if (!at("first").value) await models();
     const answered = await Promise.all(["first", "second"].map((side) => ask(side, mine.signal)));
+    if (running !== mine) return;
     if (answered.every(Boolean)) compare();
-    else at("said").textContent = "Not both have answered.";
+    else say("Not both have answered.");
   } catch (error) {
-    at("said").textContent = error.name === "AbortError" ? "Stopped." : String(error);
+    say(error.name === "AbortError" ? "Stopped." : gone(error));
   } finally {
     if (running === mine) at("halt").disabled = true;
   }
 });
 at("halt").addEventListener("click", () => running?.abort());
 at("key").addEventListener("change", models);
+// An answer stands below the name of the model that gave it.
+["first", "second"].forEach((side) => at(side).addEventListener("change", () => {
+  running?.abort();
+  at(`${side}-text`).textContent = at(`${side}-end`).textContent = at("said").textContent = "";
+}));
 models();

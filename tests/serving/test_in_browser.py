@@ -63,6 +63,7 @@ def test_it_can_be_used(browser: Any, running: Running, scheme: str, width: int)
     """Two models of the same weights say the same, and what transformers says is in test_serve.py."""
     with shown(browser, running.url, scheme, width, bears="401") as page:
         says(page, "said", "no API key")
+        assert faults(page) == []
         give_key(page)
         ask(page, 12)
         says(page, "said", "Both say the same.")
@@ -125,3 +126,43 @@ def test_it_works_by_keyboard(browser: Any, running: Running) -> None:
         assert page.evaluate("document.activeElement.textContent") == "Ask both"
         page.keyboard.press("Enter")
         says(page, "said", "Both say the same.")
+
+
+def test_asked_twice_the_second_is_answered(browser: Any, running: Running) -> None:
+    with shown(browser, running.url, bears="401") as page:
+        give_key(page)
+        seen: list[str] = []
+        page.expose_function("note", lambda text: seen.append(text))  # Playwright marks what it is given
+        page.evaluate("new MutationObserver(() => note(said.textContent)).observe(said, { childList: true })")
+        ask(page, 20)
+        page.get_by_role("button", name="Ask both").click(click_count=2)
+        says(page, "said", "Both say the same.")
+        says(page, "first-end", "20 tokens")
+        assert "Stopped." not in seen
+
+
+def test_an_answer_stands_below_the_model_that_gave_it(browser: Any, running: Running) -> None:
+    """Another model chosen: what the one before has said, or is saying, is gone."""
+    with shown(browser, running.url, bears="401") as page:
+        give_key(page)
+        ask(page, 4)
+        says(page, "said", "Both say the same.")
+        page.get_by_role("combobox", name="First model").select_option("b")
+        assert page.locator("#first-text").inner_text() == page.locator("#said").inner_text() == ""
+        assert page.locator("#second-text").inner_text() != ""
+        ask(page, 200)
+        says(page, "said", "Asking both.")
+        page.get_by_role("combobox", name="Second model").select_option("a")
+        says(page, "said", "Stopped.")
+        assert page.locator("#second-text").inner_text() == ""
+
+
+def test_a_server_that_is_gone_is_told(browser: Any, running: Running) -> None:
+    with shown(browser, running.url, bears="") as page:
+        give_key(page)
+        page.route("**/v1/**", lambda route: route.abort("connectionrefused"))
+        ask(page, 4, temperature=0.15)
+        says(page, "said", "The server does not answer.")
+        page.get_by_label("API key").fill("another")
+        page.get_by_label("API key").press("Tab")
+        says(page, "said", "The server does not answer.")
