@@ -28,6 +28,7 @@ blockquote { border-left: 3px solid var(--line); margin: .5rem 0; padding-left: 
 _NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 # A number as `number` writes it, or two: an accuracy with its log-probability.
 _NUMBER = re.compile(r"-|[-+]?[0-9][0-9.]*(e[-+][0-9]+)?%?( \([-+0-9.]+\))?")
+_LONGEST = 1e7  # fixed by what a table's cell holds
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -59,8 +60,10 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def figure(caption: str, svg: str) -> str:
-    """A plot with what it shows, also for those who do not see it."""
+    """A plot with what it shows, also for those who do not see it. svg: "" where there is nothing to be drawn."""
     said = html.escape(caption)
+    if not svg:
+        return f'<p class="quiet">{said}: no finite figure to draw.</p>'
     labelled = svg.replace("<svg ", f'<svg role="img" aria-label="{said}" ', 1)
     return (
         f'<figure><div class="wide" tabindex="0">{labelled}</div><figcaption class="quiet">{said}</figcaption></figure>'
@@ -68,5 +71,7 @@ def figure(caption: str, svg: str) -> str:
 
 
 def number(value: float | None, shape: str) -> str:
-    """NaN and infinities are null in JSON."""
-    return "-" if value is None or not math.isfinite(value) else format(value, shape)
+    """NaN and infinities are null in JSON. What would be longer than a cell is told by its order."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return format(value, shape) if abs(value) < _LONGEST else format(value, ".3g")

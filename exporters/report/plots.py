@@ -61,8 +61,10 @@ def _matplotlib() -> Any:
 def lines(
     name: str, series: Lines, x: str, y: str, *, orders: bool = False, doubled: bool = False, percent: bool = False
 ) -> str:
-    """SVG of curves by their names in STYLES. name: of the plot, different from others on the page. orders: of magnitude apart, so
-    that y is logarithmic if it can be; doubled: x is; percent: y is 0 to 100."""
+    """SVG of curves by their names in STYLES; "" where no value is finite. name: of the plot, different from others on the page. orders:
+    of magnitude apart, so that y is logarithmic if it can be; doubled: x is; percent: y is 0 to 100."""
+    if not any(math.isfinite(value) for _, values in series.values() for value in values):
+        return ""
     figure, axes = _axes(x, y)
     for key, (places, values) in series.items():
         axes.plot(places, values, markersize=4, linewidth=1.4, zorder=3 if key == "dsa" else 2, **STYLES[key])
@@ -76,12 +78,14 @@ def lines(
 
 
 def bars(name: str, values: Mapping[str, Sequence[float]], x: str, y: str, *, orders: bool = False) -> str:
-    """SVG of a point for each layer, sequence or the like, numbered from 0. orders: as in `lines`."""
+    """SVG of a point for each layer, sequence or the like, numbered from 0; "" where none is finite. orders: as in `lines`."""
+    if not any(math.isfinite(value) for points in values.values() for value in points):
+        return ""
     figure, axes = _axes(x, y)
     for key, points in values.items():
         style = {**STYLES[key], "linestyle": "none"}
         axes.plot(range(len(points)), points, markersize=5, zorder=3 if key == "dsa" else 2, **style)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    _numbered(axes.xaxis, max(map(len, values.values())))
     if orders:
         _by_orders(axes, [value for points in values.values() for value in points])
     return _svg(name, figure, axes)
@@ -111,6 +115,14 @@ def speeds(name: str, series: Mapping[str, Sequence[tuple[float, float, Sequence
     _doubled(axes, sorted({point[0] for points in series.values() for point in points}))
     _by_orders(axes, every)
     return _svg(name, figure, axes)
+
+
+def _numbered(axis: Any, count: int) -> None:
+    """Ticks at whole numbers; a single one has no range that matplotlib could find them in."""
+    if count == 1:
+        axis.set_ticks([0])
+    else:
+        axis.get_major_locator().set_params(integer=True)
 
 
 def _doubled(axes: Any, ticks: Sequence[float]) -> None:
@@ -155,7 +167,7 @@ def maps(name: str, shares: Mapping[str, Sequence[Sequence[float]]], position: i
                 rows, aspect="auto", interpolation="none", vmin=0, vmax=1, extent=(0, position + 1, len(rows) - 0.5, -0.5),
                 cmap=LinearSegmentedColormap.from_list(key, [f"{color}00", f"{color}ff"]),
             )  # fmt: skip
-            axes.yaxis.get_major_locator().set_params(integer=True)
+            _numbered(axes.yaxis, len(rows))
             axes.set_ylabel("layer" if panel == 1 else "")
     return _svg(name, figure)
 

@@ -6,6 +6,7 @@ import base64
 import errno
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -21,6 +22,7 @@ from reports import report, verification
 
 from mla2dsa.exporters.report import plots
 from mla2dsa.exporters.report.page import page
+from mla2dsa.exporters.report.parts import number
 from mla2dsa.files import temporary
 
 
@@ -59,6 +61,31 @@ def test_every_plot_has_ink_in_the_colour_of_each_curve(made: str) -> None:
         assert all(plots.STYLES[name]["color"] in used for name in names)
         assert "currentColor" in ElementTree.tostring(svg, "unicode")
         assert svg.get("aria-label")
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+def test_nothing_finite_is_said_and_not_drawn(value: float | None) -> None:
+    found = report()
+    for one in found["verification"]["text"]["by_selection"].values():
+        one.update(kl=value, loss_delta=value, sequence_kls=[value] * 2)
+        one["by_position"] = [{**stretch, "loss_delta": value, "kl": value} for stretch in one["by_position"]]
+    text = page(found, "a title")
+    assert text.count("no finite figure to draw") == 6  # the foreign text is the same one
+    assert len(svgs(text)) == 5
+
+
+def test_one_layer_and_one_sequence_have_the_tick_0() -> None:
+    for svg in (plots.bars("one", {"dsa": [0.5]}, "layer", "y"), plots.maps("one", {"dsa": [[0.0, 1.0]]}, 9)):
+        assert ">0<" in svg
+        assert "\N{MINUS SIGN}" not in svg
+
+
+@pytest.mark.parametrize(
+    ("value", "shape", "text"),
+    [(1.5, "+.4f", "+1.5000"), (1e12, "+.4f", "1e+12"), (-2.5e8, ".0f", "-2.5e+08"), (9999999.0, ".0f", "9999999")],
+)
+def test_numbers_are_no_longer_than_a_cell(value: float, shape: str, text: str) -> None:
+    assert number(value, shape) == text
 
 
 def pixels(svg: ElementTree.Element) -> list[Any]:
