@@ -15,7 +15,7 @@ from ...errors import UsageError, short
 INSTALL = "pip install 'mla2dsa[report]'"
 _INK = "#123456"  # stands for the page's text colour until the SVG is written
 _FEW_ORDERS = 100  # of magnitude, where the powers of ten are too few to read values by
-_LONGEST_LABEL = 24  # characters, of which four stand above a plot
+_LONGEST_LABEL = 24  # characters: four labels stand side by side above a plot
 _SIZE = (7.2, 3.0)  # inches: a page's column
 # Told apart by line and marker too, since not everybody sees colours; chosen for 3 to 1 on white and on black.
 STYLES = {
