@@ -16,6 +16,7 @@ from ..optimizer.answers.opened import Opened, open_model
 from .settings import Settings
 from .worker import Worker
 
+_WAITING = 128  # connections before the loop runs; uvicorn gives it its own number
 _GRACE = 5  # seconds that answers get when the server is stopped
 
 
@@ -37,6 +38,7 @@ def serve(settings: Settings, ready: Callable[[str], None] | None = None) -> Non
     with _listening(settings) as listening:
         workers = open_workers(settings)
         server = make_server(workers, settings)
+        listening.listen(_WAITING)  # who reads the line may ask at once, before uvicorn is there to answer
         (ready or _say)(f"{', '.join(workers)} at {address(settings, listening)}")
         server.run(sockets=[listening])
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -21,6 +22,7 @@ from served import KEY, SETTINGS, Running, two_models
 
 from mla2dsa.optimizer.answers.answer import Ask, Piece
 from mla2dsa.runtime.generation import Sampling
+from mla2dsa.serving import server
 from mla2dsa.serving.server import make_server
 from mla2dsa.serving.worker import Busy, Worker
 
@@ -352,6 +354,20 @@ def test_sixteen_clients_at_once_and_nothing_is_mixed(running: Running) -> None:
         thread.join(120)
     assert together == [alone, alone]
     assert len(set(alone)) > 10
+
+
+def test_it_can_be_asked_as_soon_as_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    def ready(said: str) -> None:
+        told.append(said)
+        host, port = said.rpartition("//")[2].split(":")
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+    monkeypatch.setattr(server, "open_workers", lambda settings: {"a": None})
+    monkeypatch.setattr(server, "make_server", lambda workers, settings: SimpleNamespace(run=lambda sockets: None))
+    server.serve(replace(SETTINGS, port=0), ready)
+    assert [said.split(" at ")[0] for said in told] == ["a"]
 
 
 def test_the_page(running: Running) -> None:
