@@ -41,8 +41,8 @@ class Running:
 
 
 @contextmanager
-def two_models(factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """Two models, `a` and `b`, of which b has no chat template and lets one request wait."""
+def two_models(factory: pytest.TempPathFactory, waiting: int = 1) -> Iterator[Running]:
+    """Two models, `a` and `b`, of which b has no chat template and lets so many requests wait."""
     folder = chatty_model(factory)
     with pytest.MonkeyPatch.context() as patch:
         open_once(patch)
@@ -51,7 +51,7 @@ def two_models(factory: pytest.TempPathFactory) -> Iterator[Running]:
     twin: Any = copy.copy(first.session)  # the weights are shared, the caches are not
     twin._caches = copy.deepcopy(twin._caches)
     second = replace(second, session=twin)
-    workers = {"a": Worker(first, Sampling(), SETTINGS.queue), "b": Worker(second, Sampling(), 1)}
+    workers = {"a": Worker(first, Sampling(), SETTINGS.queue), "b": Worker(second, Sampling(), waiting)}
     server = make_server(workers, SETTINGS)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))

@@ -26,7 +26,9 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with two_models(tmp_path_factory) as server:
+    with two_models(
+        tmp_path_factory, waiting=20
+    ) as server:  # what was broken off waits, too, until the worker takes notice
         yield server
 
 
