@@ -52,7 +52,7 @@ def shown(browser: Any, url: str, scheme: str = "light", width: int = WIDE, bear
 
 
 def _failure(request: Any) -> list[str]:
-    """None where it was aborted: Chromium says so of a stream, too, that the page has read to its end before the network took note."""
+    """Nothing where it was aborted: Chromium says so of a stream, too, that the page has read to its end before the network took note."""
     return [] if request.failure == "net::ERR_ABORTED" else [f"{request.url}: {request.failure}"]
 
 
