@@ -101,7 +101,7 @@ def _run(argv: Sequence[str], stop: Stop) -> int:
         return tell([f"{error.filename or 'reading or printing'}: {error.strerror or error}"], 1)
     except Exception as error:
         if stop.asked_for:  # what a library made of it, as the SystemError of C code that has lost the exception
-            return tell([_INTERRUPTED], 128 + stop.number)
+            return tell([f"interrupted; then {_unexpected(error)}"], 128 + stop.number)
         return tell([_unexpected(error)], 1)
 
 
