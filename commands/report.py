@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ def add_report(commands: Any) -> None:
         help="folder that convert wrote, or a file that `verify --json`, `compare --json` or `bench --json` printed",
     )
     command.add_argument("out", metavar="OUT", type=a_path, help="file to write, which is not there yet")
+    command.add_argument(
+        "--bench",
+        metavar="FILE",
+        type=a_path,
+        help="what `bench --json` printed of the dense model and the converted one: measured beside counted cost",
+    )
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -38,7 +45,9 @@ def _report(args: argparse.Namespace) -> int:
         raise UserError(
             f"{file}: the conversion was not verified (--skip-verification); run `mla2dsa verify --json` and give its output"
         )
-    _write(_page(report, file, source), out)
+    if args.bench and not report.keys().isdisjoint(("prompts", "results")):
+        raise UsageError(f"--bench: is drawn beside a verification; {file} has none")
+    _write(_page(report, file, source, args.bench), out)
     print_json({"out": str(out)}) if args.json else print(f"{out}: written")
     return 0
 
@@ -73,24 +82,30 @@ def _write(made: str, out: Path) -> None:
     replace_file(out, made.encode())  # whole or not at all
 
 
-def _page(report: dict[str, Any], file: Path, source: Path) -> str:
+def _page(report: dict[str, Any], file: Path, source: Path, bench: Path | None) -> str:
     """Raises UserError for what is no report, and where there is nothing to draw with."""
-    from ..exporters.report.benched import benched_page
+    from ..exporters.report.benched import benched_page, measured_cost
     from ..exporters.report.compared import compared_page
     from ..exporters.report.page import page, page_title
     from ..exporters.report.plots import check_library
+    from ..files.json_files import read_json
 
-    drawn = {"prompts": compared_page, "results": benched_page}
-    make = next((one for key, one in drawn.items() if key in report), page)
-    if make is not compared_page:
-        check_library()  # texts side by side have no plots
+    fault = f"{file}: neither a report.json nor what `verify --json`, `compare --json` or `bench --json` prints"
+    if "prompts" in report:
+        return _drawn(fault, compared_page, report, page_title(source))  # texts side by side have no plots
+    check_library()
+    if "results" in report:
+        return _drawn(fault, benched_page, report, page_title(source, "how fast"))
+    measured = _drawn(f"{bench}: not what `bench --json` prints", measured_cost, read_json(bench)) if bench else ""
+    return _drawn(fault, page, report, page_title(source), measured)
+
+
+def _drawn(fault: str, make: Callable[..., str], *of: Any) -> str:
+    """Raises UserError, with `fault` for what is wrong, where `make` cannot read what a file has in it."""
     try:
-        return make(report, page_title(source, "how fast") if make is benched_page else page_title(source))
+        return make(*of)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
-        known = "`verify --json`, `compare --json` or `bench --json`"
-        raise UserError(
-            f"{file}: neither a report.json nor what {known} prints ({type(error).__name__}: {error})"
-        ) from None
+        raise UserError(f"{fault} ({type(error).__name__}: {error})") from None
 
 
 def _check_new(out: Path) -> None:

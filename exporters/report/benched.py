@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,40 @@ from . import plots
 from .parts import document, figure, number, table
 
 Found = Mapping[str, Any]
+_SPEEDS = {"prefill_tokens_per_second": "prefill, tokens/s", "decode_tokens_per_second": "decode, tokens/s"}
 
 
 def benched_page(found: Found, title: str) -> str:
     """title: what the file is called. Raises KeyError, TypeError, ValueError or AttributeError for what `bench` does not print."""
     results: Sequence[Found] = found["results"]
-    first, names = results[0], row_names([one["model"] for one in results])
+    names = row_names([one["model"] for one in results])
+    drawn = [_curve(label, results, names, partial(_value, field)) for field, label in _SPEEDS.items()]
+    against = _against(found["against"], names)
+    return document(
+        title, [_where(results), _figures(results, names), *drawn, against and f"<h2>Against the first</h2>{against}"]
+    )  # fmt: skip
+
+
+def measured_cost(found: Found) -> str:
+    """The same as the cost of a token by position, for the page of a report. Raises as `benched_page` does."""
+    results: Sequence[Found] = found["results"]
+    names = row_names([one["model"] for one in results])
+    drawn = [
+        _curve(label.replace("tokens/s", "measured, ms a token"), results, names, partial(_milliseconds, field))
+        for field, label in reversed(_SPEEDS.items())
+    ]
+    said = "A token of a prefill costs what all tokens up to there do on average; a decoded one is the one at that position."
+    return "\n".join([_where(results), f"<p>{said}</p>", *drawn, _against(found["against"], names)])
+
+
+def _where(results: Sequence[Found]) -> str:
+    first = results[0]
     where = first["gpu"] if first["device"] != "cpu" and first["gpu"] else f"{first['threads']} of {first['cpus']} CPUs"
     said = (
         f"Batch {first['batch']}, {where}, torch {first['torch']}, random tokens. Models took turns; figures are medians of "
         f"{len(first['runs'])} rounds, points are the rounds."
     )
-    return document(
-        title,
-        [f"<p>{html.escape(said)}</p>", _figures(results, names), *_curves(results, names), _against(found["against"], names)],
-    )  # fmt: skip
+    return f"<p>{html.escape(said)}</p>"
 
 
 def row_names(models: Sequence[str]) -> dict[str, str]:
@@ -51,18 +71,19 @@ def _figures(results: Sequence[Found], names: Mapping[str, str]) -> str:
     return table(heads, rows)
 
 
-def _curves(results: Sequence[Found], names: Mapping[str, str]) -> list[str]:
-    drawn = []
-    for field, label in (
-        ("prefill_tokens_per_second", "prefill, tokens/s"),
-        ("decode_tokens_per_second", "decode, tokens/s"),
-    ):
-        of_model: dict[str, list[tuple[float, float, list[float]]]] = {}
-        for one in sorted(results, key=lambda one: one["context"]):
-            runs = [run[field] for run in one["runs"]]
-            of_model.setdefault(names[one["model"]], []).append((one["context"], one[field], runs))
-        drawn.append(figure(label, plots.speeds(label, of_model, "context, tokens", label)))
-    return drawn
+def _curve(label: str, results: Sequence[Found], names: Mapping[str, str], value: Callable[[Found], float]) -> str:
+    of_model: dict[str, list[tuple[float, float, list[float]]]] = {}
+    for one in sorted(results, key=lambda one: one["context"]):
+        of_model.setdefault(names[one["model"]], []).append((one["context"], value(one), [*map(value, one["runs"])]))
+    return figure(label, plots.speeds(label, of_model, "context, tokens", label))
+
+
+def _value(field: str, one: Found) -> float:
+    return float(one[field])
+
+
+def _milliseconds(field: str, one: Found) -> float:
+    return 1e3 / float(one[field])
 
 
 def _against(against: Sequence[Found], names: Mapping[str, str]) -> str:
@@ -80,7 +101,7 @@ def _against(against: Sequence[Found], names: Mapping[str, str]) -> str:
         f"Times as fast as {names[against[0]['first']]}, and what it lies between with 95 % certainty. Where that includes 1, no "
         "difference is shown."
     )
-    return f"<h2>Against the first</h2><p>{html.escape(said)}</p>{table(heads, rows)}"
+    return f"<p>{html.escape(said)}</p>{table(heads, rows)}"
 
 
 def _ratio(one: Found) -> tuple[str, str]:

@@ -23,9 +23,9 @@ def page_title(source: Path, what: str = "dense and sparse side by side") -> str
     return f"{source.resolve().name}: {what}"
 
 
-def page(report: Report, title: str) -> str:
-    """report: a report.json, or a verification alone. Raises KeyError, TypeError, ValueError or
-    AttributeError for what is neither."""
+def page(report: Report, title: str, measured: str = "") -> str:
+    """report: a report.json, or a verification alone. measured: what `measured_cost` says of a `bench`. Raises KeyError, TypeError,
+    ValueError or AttributeError for what is neither."""
     found: Report = report.get("verification", report)
     parts = [_head(report, found), _text("On text", found)]
     if found.get("foreign"):
@@ -34,7 +34,7 @@ def page(report: Report, title: str) -> str:
         _layers(found["layers"]),
         _maps(found["layers"]),
         _long(found.get("long")),
-        _cost(report.get("plan")),
+        _cost(report.get("plan"), measured),
         _checks(found),
     ]
     return document(title, filter(None, parts))
@@ -188,15 +188,18 @@ def _by_depth(scores: Sequence[Report]) -> str:
     return "\n".join(drawn)
 
 
-def _cost(plan: Report | None) -> str:
-    """Attention of one decoded token, counted from the sizes; what a GPU makes of it is `plan --cost`'s."""
-    if not plan:
-        return ""
+def _cost(plan: Report | None, measured: str) -> str:
+    """What a bench measured, below attention of one decoded token, counted from the sizes; what a GPU makes of it is `plan --cost`'s."""
+    parts = [_counted(plan) if plan else "", measured]
+    return "\n".join(["<h2>Cost by position</h2>", *filter(None, parts)]) if any(parts) else ""
+
+
+def _counted(plan: Report) -> str:
     counted = plan["decode_attention_flops"]
     lengths = [int(length) for length in counted]
     curves = {name: (lengths, [one[name] for one in counted.values()]) for name in ("dense", "dsa")}
     drawn = plots.lines("cost", curves, "position", "FLOPs of attention", orders=True, doubled=True)
-    return f"<h2>Cost by position</h2>{figure('Attention of one decoded token, all layers, counted', drawn)}"
+    return figure("Attention of one decoded token, all layers, counted", drawn)
 
 
 def _checks(found: Report) -> str:

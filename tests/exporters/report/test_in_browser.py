@@ -10,7 +10,7 @@ from browser import LOOKS, NARROW, chromium, coloured, faults, ink, overhang, pi
 from reports import benchmark, prompt, report
 
 from mla2dsa.exporters.report import plots
-from mla2dsa.exporters.report.benched import benched_page
+from mla2dsa.exporters.report.benched import benched_page, measured_cost
 from mla2dsa.exporters.report.compared import compared_page
 from mla2dsa.exporters.report.page import page
 from mla2dsa.exporters.report.parts import document
@@ -32,7 +32,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def urls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     texts = {
-        "report": page(report(), "a title"),
+        "report": page(report(), "a title", measured_cost(benchmark())),
         "failed": page(report(passed=False), "a title"),
         "compared": compared_page({"index_topk": 64, "prompts": [prompt(), prompt(prompt="long " * 99)]}, "two models"),
         "benched": benched_page(benchmark((*"abcdefg", "long-" * 20)), "how fast"),
@@ -62,7 +62,7 @@ def test_it_can_be_read(browser: Any, urls: dict[str, str], name: str, scheme: s
 def test_every_plot_has_ink(browser: Any, urls: dict[str, str], scheme: str, width: int) -> None:
     with shown(browser, urls["report"], scheme, width) as seen:
         drawn = seen.locator("figure svg").all()
-        assert len(drawn) == 11  # 3 for each of two texts, layers, two maps, one by depth, cost
+        assert len(drawn) == 13  # 3 for each of two texts, layers, two maps, one by depth, three of cost
         for svg in drawn:
             painted = pixels(svg)
             assert ink(painted) > 0.01
