@@ -92,9 +92,10 @@ def bars(name: str, values: Mapping[str, Sequence[float]], x: str, y: str, *, or
 
 
 def speeds(name: str, series: Mapping[str, Sequence[tuple[float, float, Sequence[float]]]], x: str, y: str) -> str:
-    """SVG of a curve for each model by its name: (context, median, every run) of each of its points. Both axes are logarithmic."""
+    """SVG of a curve for each model by its name: (context, median, every run) of each of its points. Both axes are logarithmic. The
+    first, which the others are compared with, looks as dense does on other plots, the second as DSA."""
     figure, axes = _axes(x, y)
-    looks = [style for key, style in STYLES.items() if key != "chance"]
+    looks = [STYLES["dense"], *(style for key, style in STYLES.items() if key not in ("dense", "chance"))]
     every: list[float] = []
     for number, (label, points) in enumerate(series.items()):
         filled = {} if number < len(looks) else {"markerfacecolor": "none"}

@@ -59,6 +59,14 @@ def test_every_model_has_a_curve_and_every_run_a_mark() -> None:
     assert svg.count("<use") >= 7 * (2 + 3 + 1)
 
 
+def test_dense_and_dsa_look_as_on_other_plots() -> None:
+    alone = plots.speeds("speeds", {"first": [(512.0, 5.0, [5.0])]}, "x", "y")
+    both = plots.speeds("speeds", {name: [(512.0, 5.0, [5.0])] for name in ("first", "second")}, "x", "y")
+    colours = {name: plots.STYLES[name]["color"] for name in ("dense", "dsa")}
+    assert {name: colour in alone for name, colour in colours.items()} == {"dense": True, "dsa": False}
+    assert all(colour in both for colour in colours.values())
+
+
 @pytest.mark.parametrize(
     ("models", "names"),
     [
