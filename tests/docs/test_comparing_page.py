@@ -18,6 +18,7 @@ from chatty import open_once
 from command_line import mla2dsa, small_conversion
 from documents import calls_of
 from places import ROOT, TINY
+from reports import benchmark
 
 PAGE = (ROOT / "docs" / "comparing.md").read_text()
 CALLS = [call for call in calls_of("mla2dsa", PAGE) if call[0] in ("generate", "compare", "report") and len(call) > 2]
@@ -27,11 +28,12 @@ CALLS = [call for call in calls_of("mla2dsa", PAGE) if call[0] in ("generate", "
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the page's names are: model, model-dsa, prompts.jsonl."""
+    """Where the page's names are: model, model-dsa, prompts.jsonl, bench.json."""
     folder = tmp_path_factory.mktemp("page")
     shutil.copytree(TINY, folder / "model")
     shutil.copytree(small_conversion(tmp_path_factory), folder / "model-dsa")
     (folder / "prompts.jsonl").write_text('{"prompt": "import os"}\n"class A:"\n')
+    (folder / "bench.json").write_text(json.dumps(benchmark()))
     with pytest.MonkeyPatch.context() as patch:
         open_once(patch)
         patch.chdir(folder)
@@ -44,7 +46,9 @@ def test_a_command_does_what_it_says(place: Path, call: list[str]) -> None:
     assert (done.code, done.err) == (0, "")
     assert done.out.strip()
     if call[0] == "report":
-        assert "KL to dense, nats, by position" in (place / call[-1]).read_text()
+        page = (place / call[2]).read_text()
+        assert "KL to dense, nats, by position" in page
+        assert ("prefill, measured" in page) == ("--bench" in call)
     if "--json" in call:
         assert len(json.loads(done.out)["prompts"]) == 2
 
