@@ -1,7 +1,9 @@
 """Shared by all tests: the path guard, one thread (the test machine has two cores and two workers), and our deprecations."""
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -19,3 +21,13 @@ def pytest_configure(config: pytest.Config) -> None:
     helpers = "|".join(file.stem for file in (_ROOT / "tests" / "helpers").glob("*.py"))
     for category in ("DeprecationWarning", "FutureWarning", "PendingDeprecationWarning"):
         config.addinivalue_line("filterwarnings", f"error::{category}:({helpers})$")
+
+
+@pytest.fixture
+def hangup_is_heard() -> Iterator[None]:
+    """Under nohup SIGHUP is ignored, by every process that is started, too: what it does cannot be seen then."""
+    before = signal.getsignal(signal.SIGHUP)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)

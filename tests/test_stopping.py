@@ -41,6 +41,7 @@ def dropped_by_c(number: int) -> None:
 
 DROPPED = [dropped_by_a_bare_except, dropped_by_a_weak_reference, dropped_by_c]
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+pytestmark = pytest.mark.usefixtures("hangup_is_heard")
 
 
 def interrupted(work: Callable[[], object], once: bool = False) -> Stop:

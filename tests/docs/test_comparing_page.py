@@ -53,6 +53,7 @@ def test_a_command_does_what_it_says(place: Path, call: list[str]) -> None:
         assert len(json.loads(done.out)["prompts"]) == 2
 
 
+@pytest.mark.usefixtures("hangup_is_heard")
 def test_the_server_and_its_client(place: Path) -> None:
     """Port 0 in place of the page's, which may be taken. It ends by SIGHUP, for which uvicorn has no handler of its own."""
     call = [sys.executable, "-P", "-m", "mla2dsa", *SERVE]
