@@ -2,13 +2,14 @@
 
 The tapped dense program runs piece by piece (one layer's weights in memory), all sequences through each piece. What a
 layer's taps show becomes its samples; the closed form is read off them, and optionally distilled. Layers do not depend
-on each other: all see the dense model's hidden states.
+on each other: all see the dense model's hidden states. Where layers share an indexer, it is fitted to the mean of what they
+attend to (IndexCache, arXiv 2603.12201, trains on such a mean).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -29,24 +30,50 @@ from ..model.weights import WeightLoader, WeightSource
 from .distil import DistilSchedule
 from .layer_fit import NO_TRAINING, NOTHING_SPENT, Budget, Fit, Samples, Spent, Training, fit
 from .samples import ShelvedSamples, SiteMaps, SiteSample
-from .sharing import by_layer
+from .sharing import Layer, by_layer
 from .site_maps import check_maps, read_maps
 
 
 @dataclass(frozen=True)
 class LayerResult(Fit):
-    """A layer's. seconds: only where the budget is of time, 0 otherwise, so that results are the same from run to run."""
+    """A layer's. seconds: only where the budget is of time, 0 otherwise, so that results are the same from run to run. serves: layers
+    behind it that attend to what it selects; figures are of the mean over it and them."""
 
     name: str
+    serves: int = 0  # fixed by what a layer is on its own
+
+    @property
+    def key(self) -> str:
+        """Of the same layer, others where it serves others."""
+        return layer_key(self.name, self.serves)
+
+    @property
+    def layers(self) -> str:
+        """Whose it is, in words."""
+        return f"{self.name} and {self.serves} behind it" if self.serves else self.name
 
     def summary(self) -> dict[str, Any]:
         return {"name": self.name, **{key: val for key, val in vars(self).items() if key not in ("name", "weights")}}
 
 
+def layer_key(name: str, serves: int) -> str:
+    """What tells results of one model apart."""
+    return f"{name}+{serves}" if serves else name
+
+
+def serving(names: Iterable[str], shared: Collection[int]) -> dict[str, int]:
+    """How many layers behind it each layer serves, by name, of those that have an indexer. shared: numbers of those that have none."""
+    found, last = dict[str, int](), ""
+    for number, name in enumerate(names):
+        last = last if number in shared else name
+        found[last] = found.get(last, -1) + 1
+    return found
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """How to calibrate. rows: query rows sampled per sequence; without training it stops at the closed form. of_layer: training of
-    those layers that have one of their own."""
+    """How to calibrate. config: its `shared` layers are given no indexer. rows: query rows sampled per sequence; without training it
+    stops at the closed form. of_layer: training of those layers that have one of their own."""
 
     config: IndexerConfig
     rows: int = 128  # swept by benchmarks/constants.py
@@ -79,12 +106,13 @@ def calibrate(
     shelf: Shelf | None = None,
     vocabulary: Sequence[Tensor] = (),
 ) -> Iterator[LayerResult]:
-    """Yield every MLA layer's result, in graph order. sequences, held_out, vocabulary: [L] token ids, L > index_topk.
-
-    vocabulary: go through every token, to look at the signs of head weights. done: results of an earlier run, passed through.
-    Raises UserError naming the layer when something cannot be read or does not converge. shelf: as for `layer_samples`.
+    """Yield the result of every MLA layer that has an indexer, in graph order. sequences, held_out, vocabulary: [L] token ids,
+    L > index_topk; vocabulary: go through every token, to look at the signs of head weights. done: results of an earlier run by their
+    keys, passed through. shelf: as for `layer_samples`. Raises UserError naming the layer when something cannot be read or does not
+    converge.
     """
-    spent, finished = dict[Budget | None, Spent](), done or {}
+    spent, shared = dict[Budget | None, Spent](), how.config.shared
+    serves, finished = _known(source, shared, done or {})
     first, last = len(sequences), len(sequences) + len(held_out)
 
     def fitted(site: MlaSite, samples: Sequence[SiteSample], maps: Callable[..., SiteMaps]) -> LayerResult:
@@ -92,30 +120,56 @@ def calibrate(
             return finished[site.name]
         try:
             parts = Samples(samples[:first], samples[first:last], samples[last:])
-            training = how.training_of(site.name)
+            training, others = how.training_of(site.name), serves.get(site.name, LayerResult.serves)
             used = spent.get(training.budget, NOTHING_SPENT)
-            return _fit(site, maps(samples=samples), parts, how.config, training, used, on_step)
+            return _fit(site, maps(samples=samples), parts, how.config, training, used, on_step, others)
         except UserError as error:
             raise error if site.name in str(error) else UserError(f"{site.name}: {error}") from error
 
     shelf, everything = shelf or Shelf(), [*sequences, *held_out, *vocabulary]
-    ahead, behind = _to_fit(source, finished)
+    ahead, behind = _to_fit(list(serves), finished)
     layers = layer_samples(source, everything, how, on_sequence, shelf, processes().own(len(everything)))
-    fits = by_layer(layers, fitted, shelf, finished, in_turn=how.budgeted)
+    fits = by_layer(_with_indexers(layers, shared, shelf), fitted, shelf, finished, in_turn=how.budgeted)
     for result in islice(fits, ahead):
         budget = how.training_of(result.name).budget
-        used = spent.get(budget, NOTHING_SPENT)
-        spent[budget] = Spent(used.layers + 1, used.steps + result.steps, used.seconds + result.seconds)
+        spent[budget] = spent.get(budget, NOTHING_SPENT).and_of(result)
         yield result
     yield from behind
 
 
-def _to_fit(source: WeightSource, finished: Mapping[str, LayerResult]) -> tuple[int | None, list[LayerResult]]:
-    """(layers up to the last that is not finished, None for all; results of those after it): nothing is streamed for these."""
+def _known(
+    source: WeightSource, shared: Collection[int], done: Mapping[str, LayerResult]
+) -> tuple[dict[str, int], dict[str, LayerResult]]:
+    """By name, of the layers that have an indexer: how many others they serve, and the results that are there already. Nothing where
+    there are neither such others nor results."""
+    if not (shared or done):
+        return {}, {}
+    _, found, _ = find_sites(source.capture.program)
+    serves = serving((site.name for site in found.sites), shared)
+    keys = {name: layer_key(name, count) for name, count in serves.items()}
+    return serves, {name: done[key] for name, key in keys.items() if key in done}
+
+
+def _with_indexers(layers: Iterable[Layer], shared: Collection[int], shelf: Shelf) -> Iterator[Layer]:
+    """The layers that have an indexer, each when the last that it serves is through, with the mean of their attention as its own.
+    shared: numbers of the others."""
+    leading: Layer | None = None
+    for number, layer in enumerate(layers):
+        if number in shared and leading is not None:
+            leading[1].add_mass(layer[1], shelf)
+        else:
+            leading = layer
+        del layer  # before the next one is gathered
+        if number + 1 not in shared:
+            given, leading = [leading], None
+            yield given.pop()
+
+
+def _to_fit(names: Sequence[str], finished: Mapping[str, LayerResult]) -> tuple[int | None, list[LayerResult]]:
+    """(layers up to the last that is not finished, None for all; results of those after it): nothing is streamed for these. names: of
+    the layers with an indexer."""
     if not finished:
         return None, []
-    _, found, _ = find_sites(source.capture.program)
-    names = [site.name for site in found.sites]
     ahead = max((number + 1 for number, name in enumerate(names) if name not in finished), default=0)
     return ahead, [finished[name] for name in names[ahead:]]
 
@@ -229,6 +283,7 @@ def _fit(
     training: Training,
     spent: Spent,
     on_step: OnStep | None,
+    serves: int,
 ) -> LayerResult:
     report = partial(on_step, site.name) if on_step else None
     if training.schedule is not None:
@@ -237,7 +292,7 @@ def _fit(
     timed = training.budget is not None and training.budget.unit == "seconds"
     weights = IndexerWeights(**{name: tensor.cpu() for name, tensor in vars(found.weights).items()})
     return LayerResult(
-        **{**vars(found), "weights": weights, "seconds": found.seconds if timed else 0.0}, name=site.name
+        **{**vars(found), "weights": weights, "seconds": found.seconds if timed else 0.0}, name=site.name, serves=serves
     )
 
 

@@ -46,6 +46,9 @@ class Spent:
     steps: int
     seconds: float
 
+    def and_of(self, layer: Fit) -> Spent:
+        return Spent(self.layers + 1, self.steps + layer.steps, self.seconds + layer.seconds)
+
 
 @dataclass(frozen=True)
 class Training:

@@ -2,6 +2,7 @@
 
 .<out>.mla2dsa-layers/model.layers.0.self_attn.safetensors   that layer's indexer; its result and the fingerprint of checkpoint,
                                                              text and what the recipe says of it in the metadata
+                      model.layers.0.self_attn+2.safetensors one that the next two layers share with it
 
 Every file says what it belongs to: a layer of another conversion is never taken for one of this. Where the recipe changed for some
 layers, those are made again and the others kept.
@@ -72,16 +73,16 @@ class ProgressStore:
         tensors = {name: tensor.contiguous() for name, tensor in result.weights.tensors().items()}
         about = {"fingerprint": self.fingerprints[result.name], "result": json.dumps(result.summary())}
         try:
-            replace_file(self._file(result.name), save(tensors, about), sync=True)
+            replace_file(self._file(result.key), save(tensors, about), sync=True)
         except OSError as error:
             raise UserError(
                 f"{self.folder}: cannot be written ({error.strerror}); free some space, then pass --resume"
             ) from error
 
     def load(self) -> dict[str, LayerResult]:
-        """Every finished layer of this conversion, by name. Raises UserError when a file was damaged since."""
+        """Every finished layer of this conversion, by its key. Raises UserError when a file was damaged since."""
         results = [_read(file, self.fingerprints) for file in self.layers()]
-        return {result.name: result for result in results if result is not None}
+        return {result.key: result for result in results if result is not None}
 
     def remove(self) -> None:
         remove_tree(self.folder)
@@ -91,8 +92,8 @@ class ProgressStore:
         if not self.layers():
             self.remove()
 
-    def _file(self, layer: str) -> Path:
-        return self.folder / f"{layer.replace('/', '_')}.safetensors"
+    def _file(self, key: str) -> Path:
+        return self.folder / f"{key.replace('/', '_')}.safetensors"
 
 
 def _place(out: Path) -> Path:

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ...runtime.shelf import Kept
+from ...runtime.shelf import Kept, Shelf
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,22 @@ class SiteSample:
 class ShelvedSamples(Sequence[SiteSample]):
     """Samples of one layer, each put together anew when it is asked for: go through them one by one.
 
-    shelved: the fields of every sample. Whoever is through with one may take it out.
+    shelved: the fields of every sample. Whoever is through with one may take it out. layers: whose mass theirs is the mean of.
     """
 
-    def __init__(self, shelved: list[Mapping[str, Kept]]) -> None:
-        self.shelved = shelved
+    def __init__(
+        self,
+        shelved: list[Mapping[str, Kept]],
+        layers: int = 1,  # fixed by what samples are of
+    ) -> None:
+        self.shelved, self.layers = shelved, layers
+
+    def add_mass(self, other: ShelvedSamples, shelf: Shelf) -> None:
+        """The mass of one more layer on the same rows, into the mean."""
+        self.layers += 1
+        for number, (mine, its) in enumerate(zip(self.shelved, other.shelved, strict=True)):
+            mean = torch.lerp(mine["mass"].get(), its["mass"].get(), 1 / self.layers)
+            self.shelved[number] = {**mine, "mass": shelf.put(mean)}
 
     def __len__(self) -> int:
         return len(self.shelved)
@@ -92,5 +104,5 @@ class ShelvedSamples(Sequence[SiteSample]):
     def __getitem__(self, index: slice) -> ShelvedSamples: ...
     def __getitem__(self, index: int | slice) -> SiteSample | ShelvedSamples:
         if isinstance(index, slice):
-            return ShelvedSamples(self.shelved[index])
+            return ShelvedSamples(self.shelved[index], self.layers)
         return SiteSample(**{name: kept.get() for name, kept in self.shelved[index].items()})

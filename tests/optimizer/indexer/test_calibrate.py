@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from mla2dsa.errors import UserError
 from mla2dsa.kernels.spec import IndexerConfig, IndexerWeights
 from mla2dsa.optimizer.indexer.calibrate import Calibration, LayerResult, calibrate, layer_samples
 from mla2dsa.optimizer.indexer.distil import DistilSchedule
-from mla2dsa.optimizer.indexer.layer_fit import Budget, Training
-from mla2dsa.optimizer.indexer.samples import SiteSample
+from mla2dsa.optimizer.indexer.indexer_math import mean_recall, oracle_scores
+from mla2dsa.optimizer.indexer.layer_fit import Budget, Training, recall
+from mla2dsa.optimizer.indexer.samples import ShelvedSamples, SiteSample
 from mla2dsa.optimizer.model.weights import WeightSource
 from mla2dsa.runtime import one_expert
+from mla2dsa.runtime.shelf import Shelf
 
 TOPK, LENGTH = 12, 48
 CONFIG = IndexerConfig(index_topk=TOPK, index_n_heads=4, index_head_dim=64)
@@ -254,6 +257,66 @@ def test_held_out_sequences_are_not_fitted_on(source: WeightSource) -> None:
     b = next(calibrate(source, text(4), text(2, seed=2), HOW))
     assert same(a.weights, b.weights)
     assert a.recall != b.recall
+
+
+# Layers that share
+
+
+def sharing(*layers: int, how: Calibration = HOW) -> Calibration:
+    return replace(how, config=replace(CONFIG, shared=layers))
+
+
+@pytest.mark.parametrize(
+    ("shared", "serves"), [((1,), [1, None, 0]), ((2,), [0, 1, None]), ((1, 2), [2, None, None])], ids=str
+)
+def test_an_indexer_is_fitted_to_the_mean_of_the_layers_it_serves(
+    shared: tuple[int, ...], serves: list[int | None], source: WeightSource, closed: list[LayerResult]
+) -> None:
+    found = results(source, sharing(*shared))
+    assert [(one.name, one.serves) for one in found] == [
+        (name, count) for name, count in zip(LAYERS, serves, strict=True) if count is not None
+    ]
+    everything = gathered(source, [*text(4), *text(2, seed=1)])
+    for one in found:
+        first = LAYERS.index(one.name)
+        group = everything[first : first + one.serves + 1]
+        means = [torch.stack([sample.mass for sample in of_layers]).mean(0) for of_layers in zip(*group, strict=True)]
+        held_out = [replace(sample, mass=mean) for sample, mean in zip(group[0][4:], means[4:], strict=True)]
+        assert one.recall == pytest.approx(recall(one.weights, CONFIG, held_out), abs=1e-5)
+        assert one.oracle == pytest.approx(mean_recall(oracle_scores, held_out, TOPK), abs=1e-5)
+        assert same(one.weights, closed[first].weights) == (one.serves == 0)
+
+
+def test_only_what_serves_the_same_layers_is_taken_from_before(source: WeightSource, closed: list[LayerResult]) -> None:
+    fitted = results(source, sharing(1))
+    assert [one.key for one in fitted] == [f"{LAYERS[0]}+1", LAYERS[2]]
+    done = {one.key: one for one in [*closed, *fitted]}
+    for shared, kept in (((1,), [True, True]), ((2,), [True, False]), ((1, 2), [False]), ((), [True] * 3)):
+        again = results(source, sharing(*shared), done=done)
+        assert [done.get(one.key) is one for one in again] == kept
+
+
+@pytest.mark.parametrize("shared", [(1,), (2,), (1, 2)], ids=str)
+def test_nothing_is_streamed_behind_the_last_layer_that_is_served(
+    shared: tuple[int, ...], source: WeightSource
+) -> None:
+    seen, whole = list[int](), list[int]()
+    first = next(calibrate(source, text(4), text(2, seed=1), sharing(*shared), on_sequence=lambda n, _: seen.append(n)))
+    results(source, on_sequence=lambda n, _: whole.append(n))
+    assert len(seen) == len(whole) * (1 + first.serves) // len(LAYERS)
+
+
+@pytest.mark.parametrize("budget", [0, 2**20], ids=["files", "memory"])
+def test_the_mean_of_many_layers(budget: int, tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, budget)
+    masses = torch.rand(5, 2, 3, 7, generator=torch.Generator().manual_seed(0))
+    layers = [ShelvedSamples([{"mass": shelf.put(mass), "rows": shelf.put(mass[0])} for mass in of]) for of in masses]
+    for other in layers[1:]:
+        layers[0].add_mass(other, shelf)
+    for kept, expected, own in zip(layers[0].shelved, masses.mean(0), masses[0], strict=True):
+        torch.testing.assert_close(kept["mass"].get(), expected)
+        assert torch.equal(kept["rows"].get(), own[0])
+    assert layers[0].layers == layers[0][:1].layers == 5
 
 
 # What cannot be calibrated

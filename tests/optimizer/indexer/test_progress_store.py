@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,16 @@ def test_layers_come_back(tmp_path: Path) -> None:
     assert {file.suffix for file in store.folder.iterdir()} == {".safetensors"}
     store.remove()
     assert not list(tmp_path.iterdir())
+
+
+def test_one_that_others_share_is_another(tmp_path: Path) -> None:
+    store = ProgressStore.open(tmp_path / "out", A, False, False)
+    for serves in range(3):
+        store.save(replace(result(FIRST, serves), serves=serves))
+    again = ProgressStore.open(tmp_path / "out", A, True, False)
+    assert values(again) == {FIRST: 0, f"{FIRST}+1": 1, f"{FIRST}+2": 2}
+    assert all(layer.key == key for key, layer in again.load().items())
+    assert len(again.finished()) == 3
 
 
 def test_two_runs_do_not_mix(tmp_path: Path) -> None:
