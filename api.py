@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 if TYPE_CHECKING:
     from .optimizer.answers.compare import Compared
     from .optimizer.build import Built
-    from .optimizer.convert import Listener, Outcome
+    from .optimizer.convert import Outcome
     from .optimizer.export import Exported
+    from .optimizer.indexers import Listener
     from .optimizer.plan import Plan
     from .optimizer.recipe import Recipe
     from .optimizer.verify import Verification

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,51 +17,34 @@ from ..exporters.dsa.names import UNPROVEN_CONFIG, file_names
 from ..exporters.report.page import page_if_any, page_title
 from ..exporters.report.plots import can_draw
 from ..files.model.model_files import remote_tokenizer
-from ..files.staging import InTheWay, check_target, claim
+from ..files.staging import check_target, claim
 from ..kernels.spec import IndexerWeights
 from ..runtime.devices import usable_device
 from ..runtime.processes import processes
 from ..runtime.shelf import Shelf
-from .after.report import conversion_report, dropped_fields, with_indexers
+from .after.report import conversion_report, dropped_fields
 from .before.binding import target_verdicts
-from .before.cuts import Sequences, cut_text
+from .before.cuts import cut_text
 from .before.findings import Findings
 from .before.fingerprints import fingerprint as of_everything
-from .before.fingerprints import layer_fingerprints
 from .before.preflight import check_conversion
 from .before.resources import Resources
 from .before.resources import refuse_if_too_large as refuse_conversion
 from .before.space import existing_parent
-from .indexer.calibrate import Calibration, LayerResult, calibrate
-from .indexer.layer_fit import NO_TRAINING
+from .indexer.calibrate import LayerResult
 from .indexer.progress_store import ProgressStore
 from .indexer.query_form import settle
+from .indexers import Indexers, Job, Listener, indexers
 from .model.checkpoint import Checkpoint
-from .model.donor import Donor
 from .model.text import load_tokenizer
 from .model.weights import WeightSource
 from .plan import Plan, Prepared, layout_of, prepare
 from .proof.pair import open_pair
 from .proof.transformers_check import refuse_if_too_large
 from .recipe import WRITTEN, Recipe
-from .recipes.layers import trainings
 from .recipes.resolved import Chosen, is_spent_otherwise, kept_text, resolved
 from .share.choose import Sharing
-from .shared_layers import share_by_loss
 from .verify import FailedVerification, Verification, verify
-
-
-@dataclass(frozen=True)
-class Listener:
-    """Who is told how far the work is. Every field may be left at its default, which says nothing.
-
-    on_layer(result, resumed): a layer is done, or was by the run that is resumed.
-    """
-
-    on_plan: Callable[[Plan], None] = lambda plan: None
-    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None
-    on_step: Callable[[str, int, float], None] = lambda layer, step, loss: None
-    on_layer: Callable[[LayerResult, bool], None] = lambda result, resumed: None
 
 
 @dataclass(frozen=True)
@@ -72,20 +55,6 @@ class Outcome:
     layers: tuple[LayerResult, ...]
     verification: Verification | None
     report: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What stays the same from the plan to the report."""
-
-    prepared: Prepared
-    recipe: Recipe
-    sequences: Sequences
-    device: str
-    tell: Listener
-    remote_code: Sequence[str]  # that the tokenizer is made of, and was allowed to run
-    allow_partial: bool = False
-    layout: Layout | None = None
 
 
 def convert(
@@ -124,10 +93,10 @@ def convert(
         job = _settled(_job(prepared, recipe, device, listener or Listener(), trust_remote_code, allow_partial))
         shelf = _shelf(out, prepared.plan.resources)
         job.tell.on_plan(prepared.plan)
-        with _indexers(job, out, resume, overwrite, shelf) as (weights, layers):
-            job, sharing = _shared(job, weights, shelf)
+        with indexers(job, out, resume, overwrite, shelf) as made:
+            job = _shared(job, made.sharing)
             prove = partial(_proved, job, skip_transformers, shelf)
-            return _written(job, out, weights, layers, sharing, None if skip_verification else prove, started)
+            return _written(job, out, made, None if skip_verification else prove, started)
 
 
 def _prepared(
@@ -150,18 +119,16 @@ def _prepared(
 
 
 def _written(
-    job: _Job,
+    job: Job,
     out: Path,
-    weights: Mapping[str, IndexerWeights],
-    layers: tuple[LayerResult, ...],
-    sharing: Sharing | None,
+    made: Indexers,
     proved: Callable[[Path], Verification] | None,
     started: float,
 ) -> Outcome:
     """The checkpoint at `out`, which gets that name once it is proved. started: as time.monotonic() tells it. The first process
     writes it, all prove it."""
     if not processes().first:
-        return Outcome(job.prepared.plan, layers, proved(processes().from_first(Path)) if proved else None, {})
+        return Outcome(job.prepared.plan, made.layers, proved(processes().from_first(Path)) if proved else None, {})
     prepared, proof, reports = job.prepared, list[Verification](), list[Mapping[str, Any]]()
     layout, checkpoint = job.layout, prepared.checkpoint
     assert layout is not None  # `_settled`
@@ -170,15 +137,15 @@ def _written(
         if proved is not None:
             proof.append(proved(processes().from_first(lambda: folder)))
         report = conversion_report(
-            prepared, job.recipe, job.sequences, layout, job.remote_code, layers=layers, sharing=sharing,
+            prepared, job.recipe, job.sequences, layout, job.remote_code, layers=made.layers, sharing=made.sharing,
             proof=proof[0] if proof else None, seconds=time.monotonic() - started,
         )  # fmt: skip
         reports.append(report)
         return report
 
-    recipe = _resolved(job, layout, layers)
+    recipe = _resolved(job, layout, made.layers)
     write_dsa_checkpoint(
-        checkpoint.path, out, _without_shared(prepared, weights), prepared.plan.indexer, layout=layout,
+        checkpoint.path, out, _without_shared(prepared, made.weights), prepared.plan.indexer, layout=layout,
         q_width=prepared.plan.layers[0][1].q_width, mtp=checkpoint.mtp_tensors(),
         manifest={"model": prepared.plan.model, "recipe": recipe.fields(), "verified": proved is not None,
                   "remote_code": list(job.remote_code), "fingerprint": _fingerprint(job, WRITTEN)},
@@ -188,27 +155,25 @@ def _written(
             trust_remote_code=bool(job.remote_code), drop_stale_quantization=bool(dropped_fields(checkpoint)),
         ),
     )  # fmt: skip
-    return Outcome(prepared.plan, with_indexers(prepared, layers), proof[0] if proof else None, reports[0])
+    return Outcome(prepared.plan, made.layers, proof[0] if proof else None, reports[0])
 
 
-def _shared(job: _Job, weights: Mapping[str, IndexerWeights], shelf: Shelf) -> tuple[_Job, Sharing | None]:
-    """With the layers that share in the plan, where they are to be chosen; and how they were. weights: of all layers, in every
-    process. Raises UserError where a target does not load that."""
-    if job.recipe.share != "auto":
-        return job, None
-    prepared, tell = job.prepared, partial(job.tell.on_progress, "share")
-    text = job.sequences.of_text
-    sharing = share_by_loss(prepared, job.recipe, weights, text, job.device, shelf, tell, job.allow_partial)
-    return _for_targets(replace(job, prepared=replace(prepared, plan=prepared.plan.sharing(sharing.shared)))), sharing
+def _shared(job: Job, sharing: Sharing | None) -> Job:
+    """With the layers that share in the plan, where they were chosen. Raises UserError where a target does not load that."""
+    if sharing is None:
+        return job
+    prepared = job.prepared
+    return _for_targets(replace(job, prepared=replace(prepared, plan=prepared.plan.sharing(sharing.shared))))
 
 
 def _without_shared(prepared: Prepared, weights: Mapping[str, IndexerWeights]) -> dict[str, IndexerWeights]:
     return {name: own for name, own in weights.items() if name not in prepared.plan.shared}
 
 
-def _resolved(job: _Job, layout: Layout, layers: Sequence[LayerResult]) -> Recipe:
+def _resolved(job: Job, layout: Layout, layers: Sequence[LayerResult]) -> Recipe:
     planned, length = job.prepared.plan.resources.sequence_length, len(job.sequences.proof[0])
-    steps = {layer.name: layer.steps for layer in layers}
+    names = [name for name, _ in job.prepared.plan.layers] if layers else []
+    steps = dict.fromkeys(names, 0) | {layer.name: layer.steps for layer in layers}
     return resolved(job.recipe, Chosen(job.prepared.plan.indexer, planned, length, layout.name, steps))
 
 
@@ -219,13 +184,13 @@ def _job(
     tell: Listener,
     trust_remote_code: bool,
     allow_partial: bool = False,
-) -> _Job:
+) -> Job:
     code = remote_tokenizer(prepared.checkpoint.path) if trust_remote_code and recipe.calibration else []
     sequences = cut_text(prepared, recipe, trust_remote_code)
-    return _Job(prepared, recipe, sequences, device, tell, code, allow_partial)
+    return Job(prepared, recipe, sequences, device, tell, code, allow_partial)
 
 
-def _settled(job: _Job) -> _Job:
+def _settled(job: Job) -> Job:
     """With the layout; where the model has no query latent, the way of making one is chosen on the real weights, before work."""
     _check_same(job)
     prepared = job.prepared
@@ -241,7 +206,7 @@ def _settled(job: _Job) -> _Job:
     return _for_targets(replace(job, layout=layout))
 
 
-def _for_targets(job: _Job) -> _Job:
+def _for_targets(job: Job) -> Job:
     """With what the targets make of it in the plan. Raises UserError where one that was asked for does not load it."""
     prepared, layout = job.prepared, job.layout
     if layout is None:
@@ -256,7 +221,7 @@ def _for_targets(job: _Job) -> _Job:
     return replace(job, prepared=replace(prepared, plan=plan))
 
 
-def _check_same(job: _Job) -> None:
+def _check_same(job: Job) -> None:
     """Raises UserError unless all processes were given the same; they may be on several machines."""
     mine, *others = processes().gathered(_fingerprint(job))
     if differing := [number for number, other in enumerate(others, start=1) if other != mine]:
@@ -316,65 +281,7 @@ def _shelf(out: Path, needed: Resources) -> Shelf:
     return Shelf(place)
 
 
-@contextmanager
-def _indexers(
-    job: _Job, out: Path, resume: bool, overwrite: bool, shelf: Shelf
-) -> Iterator[tuple[dict[str, IndexerWeights], tuple[LayerResult, ...]]]:
-    """(weights by layer name, results of the calibration); what was calibrated is kept until the block ends well. Other processes than
-    the first have weights where they choose with it, and no results."""
-    if not processes().first and job.prepared.donor is None:
-        done = tuple(_calibrated(job, None, shelf))
-        yield {layer.name: layer.weights for layer in done} if job.recipe.share == "auto" else {}, ()
-        return
-    if job.prepared.donor is not None:
-        yield _donated(job.prepared, job.prepared.donor), ()
-        return
-    names = [name for name, _ in job.prepared.plan.layers]
-    marks = layer_fingerprints(job.prepared.checkpoint, job.recipe, job.sequences, names)
-    store = ProgressStore.open(out, marks, resume, overwrite)
-    try:
-        layers = tuple(_calibrated(job, store, shelf))
-        yield {layer.name: layer.weights for layer in layers}, layers
-    except KeyboardInterrupt:
-        if count := len(store.finished()):
-            raise KeyboardInterrupt(f"{count} finished layers are kept, pass --resume to go on") from None
-        raise
-    except InTheWay:  # the result is whole, though elsewhere
-        store.remove()
-        raise
-    finally:
-        store.remove_if_empty()
-    store.remove()
-
-
-def _donated(prepared: Prepared, donor: Donor) -> dict[str, IndexerWeights]:
-    sites = prepared.converted.found.sites
-    rope = sites[0].dims.qk_rope_head_dim
-    return dict(donor.weights(sites)) | {module: donor.weights_of(module, rope) for module in prepared.mtp_modules}
-
-
-def _calibrated(job: _Job, store: ProgressStore | None, shelf: Shelf) -> Iterator[LayerResult]:
-    """store: the first process's."""
-    recipe, tell = job.recipe, job.tell
-    finished = processes().from_first(lambda: store.load() if store else {})
-    cut, trained = job.sequences, trainings(recipe, [name for name, _ in job.prepared.plan.layers])
-    unheard = job.prepared.plan.shared  # their indexers are not written
-    results = calibrate(
-        WeightSource(job.prepared.checkpoint, job.prepared.capture, job.device),
-        cut.calibration + cut.beside, cut.selection,
-        Calibration(job.prepared.plan.indexer, recipe.rows, NO_TRAINING, recipe.seed, job.allow_partial, trained),
-        finished, tell.on_step, lambda done, total: tell.on_progress("calibrate", done, total), shelf, cut.vocabulary,
-    )  # fmt: skip
-    for result in results:
-        resumed = result.name in finished
-        if store and not resumed:
-            store.save(result)
-        if result.name not in unheard:
-            tell.on_layer(result, resumed)
-        yield result
-
-
-def _proved(job: _Job, skip_transformers: bool, shelf: Shelf, folder: Path) -> Verification:
+def _proved(job: Job, skip_transformers: bool, shelf: Shelf, folder: Path) -> Verification:
     """Raises UserError naming the first check that does not hold."""
     checkpoint = job.prepared.checkpoint
     stale = bool(dropped_fields(checkpoint))
@@ -392,5 +299,5 @@ def _proved(job: _Job, skip_transformers: bool, shelf: Shelf, folder: Path) -> V
     return result
 
 
-def _fingerprint(job: _Job, also: Sequence[str] = ()) -> str:
+def _fingerprint(job: Job, also: Sequence[str] = ()) -> str:
     return of_everything(job.prepared.checkpoint, job.recipe, job.sequences, also)

@@ -19,7 +19,8 @@ from ..files.staging import InTheWay, claim, hidden_sibling, resolved
 from ..files.temporary import remove_tree
 from .build import Built, OnProgress, build
 from .build_plan import BuildOptions, check_ready, plan_build
-from .convert import Listener, convert, fingerprint
+from .convert import convert, fingerprint
+from .indexers import Listener
 from .model.checkpoint import Checkpoint
 from .plan import prepare
 from .recipe import Recipe

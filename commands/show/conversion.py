@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ...optimizer.before.resources import Machine, Resources, this_machine
-from ...optimizer.convert import Listener
 from ...optimizer.indexer.calibrate import LayerResult
+from ...optimizer.indexers import Listener
 from ...optimizer.model.text import RANDOM
 from ...optimizer.plan import Plan
 from ...optimizer.proof.limits import Measured
@@ -127,10 +127,10 @@ def show_layers(layers: Sequence[LayerResult], report: Mapping[str, Any]) -> Non
     rows = table("attention mass captured, held out", "indexer", "closed form", "oracle", "window", "steps")
     for layer in layers:
         numbers = (layer.recall, layer.closed_form_recall, layer.oracle, layer.window)
-        rows.add_row(layer.name, *(f"{number:.3f}" for number in numbers), str(layer.steps))
+        rows.add_row(layer.layers, *(f"{number:.3f}" for number in numbers), str(layer.steps))
     print_table(rows)
     for layer in layers:
-        print(f"{layer.name}: {layer.indexer}, {layer.why}")
+        print(f"{layer.layers}: {layer.indexer}, {layer.why}")
         if layer.negative:
             print(
                 f"  head weights sum below zero on {layer.negative:.2%} of the vocabulary: there the selection is turned round"
@@ -216,7 +216,7 @@ class Progress(Bars):
 
     def _layer(self, result: LayerResult, resumed: bool) -> None:
         line = (
-            f"{result.name}: captures {result.recall:.3f} of the attention mass (oracle {result.oracle:.3f}, window "
+            f"{result.layers}: captures {result.recall:.3f} of the attention mass (oracle {result.oracle:.3f}, window "
             f"{result.window:.3f}), {result.indexer}"
         )
         self._console.print(line + (", kept from before" if resumed else ""), soft_wrap=True, markup=False)

@@ -38,18 +38,13 @@ def conversion_report(
             "tokens": sum(len(sequence) for sequence in fitted),
             "random_sequences": len(text.beside),
         },
-        "layers": [layer.summary() for layer in with_indexers(prepared, layers)],
+        "layers": [layer.summary() for layer in layers],
         "sharing": {**sharing.to_json(), "names": prepared.plan.shared} if sharing else None,
         "verification": proof.to_json() if proof else None,
         "left_out": left_out(checkpoint.path, file_names(checkpoint.path, checkpoint.whole_tensors)),
         "seconds": round(seconds, 1),
     }
     return {name: finite(entry) for name, entry in report.items()}
-
-
-def with_indexers(prepared: Prepared, layers: Sequence[LayerResult]) -> tuple[LayerResult, ...]:
-    """Without those of layers that turned out to need none."""
-    return tuple(layer for layer in layers if layer.name not in prepared.plan.shared)
 
 
 def dropped_fields(checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -188,10 +188,10 @@ def resources(found: Streams, recipe: Recipe, context: int, vocabulary: int) -> 
         MOST_HELD_OUT + checking_sequences(vocabulary, length) + recipe.random_beside(MOST_HELD_OUT) if fitted else 0
     )
     fitted, proving = fitted + recipe.random_beside(fitted), recipe.verify.sequences
-    waiting = max(piece.carried + piece.watched for piece in dense)
-    fitting = (fitted + choosing) * waiting
+    served = 2 if recipe.shares else 1  # samples of a layer wait for those of the layers that share its indexer
+    waiting = max(piece.carried + served * piece.watched for piece in dense)
     evaluating = proving * sum(max(piece.carried for piece in pieces) for pieces in (dense, sparse, sparse, sparse))
-    shelved = max(fitting, evaluating, proving * waiting)
+    shelved = max((fitted + choosing) * waiting, evaluating, proving * waiting)
     fit = _fit(found, recipe, length, fitted) if fitted else 0
     stages = {
         "one sequence, its layer's weights and fit": max(
@@ -199,17 +199,17 @@ def resources(found: Streams, recipe: Recipe, context: int, vocabulary: int) -> 
         ),
         "dense and sparse side by side": _side_by_side(found, dense, sparse, length, vocabulary),
     }
-    largest = max(stages, key=lambda name: stages[name])
-    held = min(shelved, BUDGET)
+    held, largest = min(shelved, BUDGET), max(stages, key=lambda name: stages[name])
     memory = {STATES: held, largest: stages[largest]}
     flops = (fitted + choosing) * sum(p.flops for p in dense[:-1])  # all but the logits
     flops += 2 * proving * sum(p.flops for p in dense)
     flops += 3 * proving * sum(p.flops for p in sparse) + proving * _oracles(found, length)
-    if recipe.share == "auto":  # one pass over the dense model, and one for every set of layers that is tried
-        text, programs = min(choosing, MOST_HELD_OUT), passes(len(found.layers)) - 1
-        flops += text * (sum(p.flops for p in dense[:-1]) + programs * sum(p.flops for p in sparse))
-    flops += _constant_ones(found, fitted * length) if fitted else 0.0
-    training, seconds = _training(found, recipe, length)
+    sets = 1
+    if recipe.share == "auto":  # indexers for no sharing, and anew for every set of layers that is tried
+        sets = passes(len(found.layers)) - 1
+        flops += _choosing(dense, sparse, sets, fitted, choosing)
+    flops += sets * _constant_ones(found, fitted * length) if fitted else 0.0
+    training, seconds = (sets * amount for amount in _training(found, recipe, length))
     return Resources(
         length,
         fitted + choosing + proving,
@@ -219,6 +219,13 @@ def resources(found: Streams, recipe: Recipe, context: int, vocabulary: int) -> 
         _transformers(found, length, vocabulary),
         seconds,
     )
+
+
+def _choosing(dense: Sequence[Footprint], sparse: Sequence[Footprint], sets: int, fitted: int, choosing: int) -> float:
+    """Operations of the passes that choose which layers share: one that shows attention mass, one for the loss with each set of indexers,
+    and one that all but the first are fitted in."""
+    text, once = min(choosing, MOST_HELD_OUT), sum(p.flops for p in dense[:-1])
+    return text * (once + sets * sum(p.flops for p in sparse)) + (sets - 1) * (fitted + choosing) * once
 
 
 def refuse_if_too_large(needed: Resources, place: Path, count: int = 1) -> None:

@@ -15,7 +15,7 @@ from .writing import recipe_text
 @dataclass(frozen=True)
 class Chosen:
     """What a conversion chose where its recipe says nothing. planned, length: tokens of a sequence before and after looking at how
-    much text there is. steps: of distillation that each layer took, by its name, none of a donor's."""
+    much text there is. steps: of distillation that each layer took, by its name, 0 without an indexer of its own, none of a donor's."""
 
     indexer: IndexerConfig
     planned: int

@@ -66,7 +66,7 @@ def test_a_pattern_without_a_layer_is_found_before_work(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr("mla2dsa.optimizer.convert.calibrate", never)
+    monkeypatch.setattr("mla2dsa.optimizer.indexers.calibrate", never)
     asked = smaller(tmp_path, {"model.layers.[4-9].*": {"indexer": "distil"}})
     verb, out = command[0], [tmp_path / name if name == "out" else name for name in command[1:]]
     done = mla2dsa(verb, TINY, *out, *(asked if verb == "convert" else asked[:2]))

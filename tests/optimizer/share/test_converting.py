@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from mla2dsa.errors import UsageError
 from mla2dsa.files.json_files import read_json
+from mla2dsa.optimizer.indexer.progress_store import ProgressStore
 from mla2dsa.optimizer.inspect import inspect
 from mla2dsa.optimizer.model.cached_model import open_torch_session, shared_layers
 from mla2dsa.optimizer.model.checkpoint import Checkpoint
@@ -125,6 +126,65 @@ def test_the_same_again_from_its_own_recipe(chosen: Path, tmp_path: Path) -> Non
     assert done.code == 0, done.err
     for name in ("model-indexer.safetensors", "config.json"):
         assert contents(tmp_path / "again")[name] == contents(chosen)[name]
+
+
+@pytest.fixture(scope="module")
+def budgeted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[object]]:
+    """(what a budget made, with what flags)."""
+    out = tmp_path_factory.mktemp("budgeted") / "dsa"
+    flags, recipe = list(small_flags(tmp_path_factory)), out.parent / "recipe.yaml"
+    recipe.write_text(Path(str(flags[1])).read_text() + "\nshare_loss: 0.2\n")
+    recipe.write_text(recipe.read_text().replace("sequences: 2", "sequences: 2, max_loss_delta: 0.5"))
+    flags[1] = recipe
+    flags += ["--indexer", "distil", "--budget", "64 steps", "--share", "auto", "--skip-verification"]
+    done = mla2dsa("convert", TINY, out, *flags)
+    assert done.code == 0, done.err
+    return out, flags
+
+
+def test_who_serves_whom_is_in_the_report(budgeted: tuple[Path, list[object]]) -> None:
+    report = read_json(budgeted[0] / "report.json")
+    shared, serves = report["sharing"]["shared"], {layer["name"]: layer["serves"] for layer in report["layers"]}
+    expected, last = dict[str, int](), ""
+    for number in range(4):
+        last = last if number in shared else f"model.layers.{number}.self_attn"
+        expected[last] = expected.get(last, -1) + 1
+    assert shared
+    assert serves == expected
+    assert sum(layer["steps"] for layer in report["layers"]) <= 64
+    assert all(layer["steps"] for layer in report["layers"])
+
+
+def test_the_same_again_without_the_budget(budgeted: tuple[Path, list[object]], tmp_path: Path) -> None:
+    recipe = budgeted[0] / "mla2dsa-recipe.yaml"
+    done = mla2dsa("convert", TINY, tmp_path / "again", "--recipe", recipe, "--skip-verification")
+    assert done.code == 0, done.err
+    for name in ("model-indexer.safetensors", "config.json"):
+        assert contents(tmp_path / "again")[name] == contents(budgeted[0])[name]
+
+
+def test_interrupted_while_choosing(
+    budgeted: tuple[Path, list[object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of all layers and the first that serves another are kept, and nothing of them is fitted again."""
+    save, made = ProgressStore.save, list[str]()
+
+    def interrupting(self: ProgressStore, result: Any) -> None:
+        save(self, result)
+        made.append(result.key)
+        if result.serves and len(made) <= 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ProgressStore, "save", interrupting)
+    done = mla2dsa("convert", TINY, tmp_path / "dsa", *budgeted[1])
+    assert_refused(done, 130, "interrupted", "5 finished layers are kept, pass --resume")
+    resumed = mla2dsa("convert", TINY, tmp_path / "dsa", *budgeted[1], "--resume")
+    assert resumed.code == 0, resumed.err
+    assert sum(line.endswith("kept from before") for line in resumed.err.splitlines()) == 5
+    assert len(made) == len(set(made))
+    again, whole = (read_json(folder / "report.json") for folder in (tmp_path / "dsa", budgeted[0]))
+    assert (again["layers"], again["sharing"]) == (whole["layers"], whole["sharing"])
+    assert contents(tmp_path / "dsa")["model-indexer.safetensors"] == contents(budgeted[0])["model-indexer.safetensors"]
 
 
 def test_stripped_it_is_the_dense_model(chosen: Path, tmp_path: Path) -> None:
