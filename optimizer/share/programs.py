@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from ...kernels.spec import IndexerConfig, IndexerWeights
 from ...passes.mla_to_dsa import mla_to_dsa
-from ...runtime.execute import PieceRunner
+from ...runtime.execute import Override, PieceRunner
 from ...runtime.shelf import Shelf
 from ..model.weights import WeightLoader, WeightSource
 
@@ -32,8 +33,9 @@ def sharing_runner(
     config: IndexerConfig,
     allow_partial: bool,
     shelf: Shelf,
+    replaced: Mapping[Any, Override] | None = None,
 ) -> PieceRunner:
-    """weights: by layer name, of every layer that has an indexer by `config`, and maybe others."""
+    """weights: by layer name, of every layer that has an indexer by `config`, and maybe others. replaced: ops, as in `PieceRunner`."""
     converted = mla_to_dsa(source.capture.program, config, allow_partial=allow_partial)
     tensors = {
         f"{layer}.indexer.{name}": tensor.to(source.device)
@@ -41,4 +43,4 @@ def sharing_runner(
         for name, tensor in own.tensors().items()
     }
     load = _WithIndexers(source.loader(converted.program), tensors)
-    return PieceRunner(converted.program, load, [change.after for change in converted.changes], shelf=shelf)
+    return PieceRunner(converted.program, load, [change.after for change in converted.changes], replaced, shelf)
