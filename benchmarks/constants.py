@@ -64,6 +64,7 @@ def short(steps: int) -> tuple[Setting, ...]:
 
 FITS = (
     Sweep("indexer/closed_form.ROPE_SHARE", (0.03, 0.3, 1.0)),
+    Sweep("indexer/closed_form.DIVISOR_SHARE", (1.0, 4.0, 16.0, 256.0)),
     Sweep("indexer/closed_form.EIGEN_FLOOR", (1e-8, 1e-6, 1e-2)),
     Sweep("indexer/closed_form.REFIT_ROUNDS", (0, 1, 4)),
     Sweep("indexer/closed_form.REFIT_RIDGE", (1e-4, 1e-3, 1e-1)),

@@ -4,13 +4,15 @@ Absorbed MLA is attention with one shared key [c, k_rope]; the indexer is ReLU a
 So each index head takes the logit of one MLA head (or the mean of a cluster of them), with c replaced by its best
 low-rank image. What stands in the way is the LayerNorm on the index key, which centres and divides by the deviation.
 A *balance* channel holding minus the sum of the others makes the centring a no-op, and orthonormal latent rows make
-the deviation follow rms(latent @ x), so that the LayerNorm repeats what the latent norm does. The rotary key has no norm in
-the dense model: its rows are fitted so that they come out right after the division.
+the deviation follow rms(latent @ x), so that the LayerNorm repeats what the latent norm does. The fewer rows there are, the less
+it does; then a *divisor* channel, large beside the others, makes the deviation: v . x ~ rms(latent @ x), as far as a hidden state tells
+that linearly. Both ways are tried, and the one is taken whose selection captures more attention mass. The rotary key has no norm
+in the dense model: its rows are fitted so that they come out right after the division.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,10 +22,14 @@ from ...errors import UserError
 from ...kernels.spec import K_NORM_EPS, IndexerConfig, IndexerWeights
 from .head_groups import head_groups
 from .head_weights import constant_one, head_shares
+from .indexer_math import index_scores, mean_recall
+from .ridge import regression
 from .samples import SiteMaps, SiteSample
 
 # benchmarks/constants.py: 0.03 to 0.3 are alike with 128 channels; with 24 more keeps more mass, with 128 1.0 keeps less.
 ROPE_SHARE = 0.1  # scale of the rope rows in wk, undone by k_norm.weight: keeps k_rope out of the deviation
+# benchmarks/constants.py: from 16 on alike.
+DIVISOR_SHARE = 64.0  # energy of the divisor channel, relative to that of the rotary and latent channels together
 # benchmarks/constants.py: 1e-8 to 1e-2 are alike.
 EIGEN_FLOOR = 1e-4  # smallest eigenvalue of a moment, relative to the largest: few tokens say little about the rest
 # Swept by benchmarks/constants.py.
@@ -51,6 +57,7 @@ class ClosedFormStats:
         not fitted on. It scales all scores of a query row alike: training feels it, the selection does not.
     one_negative: share of those tokens, or of those that go through the vocabulary, where it came out below zero, which would
         turn the selection round.
+    divisor: whether a channel makes the LayerNorm's divisor.
     """
 
     energy: float
@@ -58,6 +65,7 @@ class ClosedFormStats:
     rope_cv: float
     one_cv: float
     one_negative: float
+    divisor: bool
 
 
 @dataclass(frozen=True)
@@ -92,39 +100,58 @@ def closed_form(
 
     vocabulary: samples of sequences that go through the whole vocabulary, where head weights have to stay above zero.
 
-    Takes min(dI - dr - 1, kv_lora_rank) latent channels: with dI >= dr + 1 + kv_lora_rank nothing is cut away, and
-    channels beyond that stay zero. The LayerNorm leaves wk's scale free; it is chosen so that the mean variance of
-    wk x is 1, where the epsilon of 1e-6 is negligible and entries are far from the ends of any float format.
+    Takes min(dI - dr - 1, kv_lora_rank) latent channels, or one less where a divisor channel takes its place: with
+    dI >= dr + 2 + kv_lora_rank nothing is cut away, and channels beyond that stay zero. The LayerNorm leaves wk's scale free;
+    it is chosen so that the mean variance of wk x is 1, where the epsilon of 1e-6 is negligible and entries are far from the ends
+    of any float format.
     Linear algebra in float64 on the device of `maps`; nothing of size tokens x heads x rank is ever built.
     Raises UserError if the index head is too narrow, for fewer than two tokens, or for samples that are not finite, or zero.
     """
-    width = _latent_width(maps, config)
     if sum(len(sample.hidden) for sample in samples) < 2:
         raise UserError("the closed form needs calibration sequences of at least two tokens in all")
-    moments = _moments(maps, samples)
-    key_rows, query_map, energy = _key_basis(moments, width)
-    keyed, layernorm_cv, rope_cv = _key_side(maps, samples, config, key_rows, moments)
-    one = constant_one(samples, vocabulary)
+    widths = _latent_widths(maps, config)
+    moments, one = _moments(maps, samples), constant_one(samples, vocabulary)
     heads = head_groups(samples, config.index_n_heads)
-    weights = IndexerWeights(
-        wq_b=_query_side(maps, config, heads, query_map * maps.latent_gain.double()),
-        weights_proj=one.v.float().expand(config.index_n_heads, -1),
-        **keyed,
-    )
-    weights = _in_layout(weights, config, len(maps.k_rope))
-    share = head_shares(weights, config, samples)
-    weights = replace(weights, weights_proj=(share[:, None] * one.v).float())
-    return ClosedForm(weights, ClosedFormStats(energy, layernorm_cv, rope_cv, one.variation, one.negative), heads)
+
+    def built(width: int, divisor: Tensor | None) -> ClosedForm:
+        key_rows, query_map, energy = _key_basis(moments, width)
+        keyed, layernorm_cv, rope_cv = _key_side(maps, samples, config, key_rows, moments, divisor)
+        weights = IndexerWeights(
+            wq_b=_query_side(maps, config, heads, query_map * maps.latent_gain.double()),
+            weights_proj=one.v.float().expand(config.index_n_heads, -1),
+            **keyed,
+        )
+        weights = _in_layout(weights, config, len(maps.k_rope))
+        share = head_shares(weights, config, samples)
+        weights = replace(weights, weights_proj=(share[:, None] * one.v).float())
+        stats = ClosedFormStats(energy, layernorm_cv, rope_cv, one.variation, one.negative, divisor is not None)
+        return ClosedForm(weights, stats, heads)
+
+    found = [built(widths[0], None)]
+    if len(widths) > 1:
+        found.append(built(widths[1], _divisor(maps, samples)))
+    return found[0] if len(found) == 1 else _best(found, config, samples)
 
 
-def _latent_width(maps: SiteMaps, config: IndexerConfig) -> int:
+def _best(found: Sequence[ClosedForm], config: IndexerConfig, samples: Sequence[SiteSample]) -> ClosedForm:
+    """The one that captures most attention mass; of equals the first."""
+
+    def captured(one: ClosedForm) -> float:
+        return mean_recall(lambda sample: index_scores(one.weights, config, sample), samples, config.index_topk)
+
+    return max(found, key=captured)
+
+
+def _latent_widths(maps: SiteMaps, config: IndexerConfig) -> list[int]:
+    """Latent channels without a divisor channel, and with one where there is room for it."""
     rope, rank = len(maps.k_rope), len(maps.latent)
     if config.index_head_dim < rope + 2:
         raise UserError(
             f"index_head_dim {config.index_head_dim} is too narrow: with qk_rope_head_dim {rope} the closed form needs "
             f"at least {rope + 2} (the rotary channels, a balance channel and a latent channel)"
         )
-    return min(config.index_head_dim - rope - 1, rank)
+    room = config.index_head_dim - rope - 1
+    return [min(width, rank) for width in (room, room - 1) if width > 0]
 
 
 def _moments(maps: SiteMaps, samples: Sequence[SiteSample]) -> _Moments:
@@ -194,15 +221,22 @@ def _levelling(moment: Tensor) -> Tensor:
 
 
 def _key_side(
-    maps: SiteMaps, samples: Sequence[SiteSample], config: IndexerConfig, key_rows: Tensor, moments: _Moments
+    maps: SiteMaps,
+    samples: Sequence[SiteSample],
+    config: IndexerConfig,
+    key_rows: Tensor,
+    moments: _Moments,
+    divisor: Tensor | None,
 ) -> tuple[dict[str, Tensor], float, float]:
     """wk, k_norm_weight and k_norm_bias (float32), and the two variations the LayerNorm leaves behind."""
     rope, dim = len(maps.k_rope), config.index_head_dim
-    end = rope + len(key_rows)
+    end, balance = rope + len(key_rows), rope + len(key_rows) + (divisor is not None)
     wk = maps.latent.new_zeros(dim, maps.latent.shape[1], dtype=torch.float64)
     wk[:rope] = ROPE_SHARE * maps.k_rope.double()
     wk[rope:end] = key_rows @ maps.latent.double()
-    wk[end] = -wk[:end].sum(0)
+    if divisor is not None:
+        wk[end] = divisor * (DIVISOR_SHARE * _energy(wk, samples) / _energy(divisor[None], samples)) ** 0.5
+    wk[balance] = -wk[:balance].sum(0)
     rows = wk.to(samples[0].hidden).T
     variance = torch.cat(
         [(s.hidden @ rows).double().square().mean(-1)[taken] for s, taken in zip(samples, moments.taken, strict=True)]
@@ -218,9 +252,30 @@ def _key_side(
         bias[rope:end] += key_rows @ maps.latent_bias.double() * moments.norm.mean()
     if maps.k_rope_bias is not None:
         bias[:rope] = maps.k_rope_bias.double()
-    wk = _refitted(wk, gain[:rope], maps, samples, end)
+    wk = _refitted(wk, gain[:rope], maps, samples, balance)
+    if divisor is not None:  # no louder than the others: FP8 has one scale for all channels of a key
+        gain[end : balance + 1] = DIVISOR_SHARE**-0.5
     tensors = {"wk": wk.float(), "k_norm_weight": gain.float(), "k_norm_bias": bias.float()}
     return tensors, _variation(relative), _variation(divided)
+
+
+def _energy(rows: Tensor, samples: Sequence[SiteSample]) -> float:
+    """Of what `rows` [n, D] make of the hidden states, all tokens together."""
+    rows = rows.to(samples[0].hidden)
+    return float(sum((sample.hidden @ rows.T).double().square().sum() for sample in samples))
+
+
+def _divisor(maps: SiteMaps, samples: Sequence[SiteSample]) -> Tensor:
+    """v [D] with v . x ~ rms(latent @ x), by its error relative to that."""
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        for x in _pieces(samples):
+            latent = maps.raw_latent(x).double()
+            energy = latent.square().mean(-1)
+            taken = energy > FAINT**2 * energy.median()
+            yield (x.double() * maps.latent_norm(latent)[:, None])[taken], torch.ones_like(energy[taken, None])
+
+    return _fitted(pairs(), samples)[0]
 
 
 def _refitted(wk: Tensor, gain: Tensor, maps: SiteMaps, samples: Sequence[SiteSample], balance: int) -> Tensor:
@@ -229,22 +284,14 @@ def _refitted(wk: Tensor, gain: Tensor, maps: SiteMaps, samples: Sequence[SiteSa
 
     Ridge towards the rows as they are: [sum (k_rope x) x^T / (gain sigma) + lambda W] [sum x x^T / sigma^2 + lambda]^-1.
     """
-    rope, width = len(gain), wk.shape[1]
-    if not rope:
+    if not (rope := len(gain)):
         return wk
-    count = sum(len(sample.hidden) for sample in samples)
-    stride = max(1, count // REFIT_TOKENS)
-
-    def pieces() -> Iterator[Tensor]:  # no sample stays mapped
-        for number, sample in enumerate(samples):
-            yield from sample.hidden[number % stride :: stride].split(REFIT_PIECE)
-
     for _ in range(REFIT_ROUNDS):
         wk = wk.clone()
-        wk[:rope] += (_dual_step if count // stride < width else _primal_step)(wk, gain, maps.k_rope.double(), pieces())
+        wk[:rope] += _fitted((_divided(wk, gain, maps.k_rope.double(), x) for x in _pieces(samples)), samples)
         wk[balance] = 0
         wk[balance] = -wk.sum(0)
-    variance = torch.cat([(x.double() @ wk.T).square().mean(-1) for x in pieces()])
+    variance = torch.cat([(x.double() @ wk.T).square().mean(-1) for x in _pieces(samples)])
     return wk * variance.mean().rsqrt()
 
 
@@ -255,25 +302,21 @@ def _divided(wk: Tensor, gain: Tensor, k_rope: Tensor, x: Tensor) -> tuple[Tenso
     return divided, x @ (k_rope / gain[:, None]).T - divided @ wk[: len(gain)].T
 
 
-def _primal_step(wk: Tensor, gain: Tensor, k_rope: Tensor, pieces: Iterator[Tensor]) -> Tensor:
-    """The change of the rotary rows [dr, D] by one [D, D] moment."""
-    moment = torch.zeros(wk.shape[1], wk.shape[1], dtype=wk.dtype, device=wk.device)
-    right = torch.zeros_like(k_rope)
-    for x in pieces:
-        divided, missing = _divided(wk, gain, k_rope, x)
-        moment.addmm_(divided.T, divided)
-        right.addmm_(missing.T, divided)
-    moment.diagonal().add_(REFIT_RIDGE * moment.diagonal().mean())
-    return torch.cholesky_solve(right.T, torch.linalg.cholesky(moment)).T
+def _stride(samples: Sequence[SiteSample]) -> int:
+    return max(1, sum(len(sample.hidden) for sample in samples) // REFIT_TOKENS)
 
 
-def _dual_step(wk: Tensor, gain: Tensor, k_rope: Tensor, pieces: Iterator[Tensor]) -> Tensor:
-    """The same by one [N, N] moment, where there are fewer tokens than channels."""
-    parts = [_divided(wk, gain, k_rope, x) for x in pieces]
-    divided, missing = torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts])
-    moment = divided @ divided.T
-    moment.diagonal().add_(REFIT_RIDGE * divided.square().sum() / wk.shape[1])
-    return torch.cholesky_solve(missing, torch.linalg.cholesky(moment)).T @ divided
+def _pieces(samples: Sequence[SiteSample]) -> Iterator[Tensor]:
+    """Hidden states [N, D] of the tokens that rows are fitted on; no sample stays mapped."""
+    stride = _stride(samples)
+    for number, sample in enumerate(samples):
+        yield from sample.hidden[number % stride :: stride].split(REFIT_PIECE)
+
+
+def _fitted(pairs: Iterable[tuple[Tensor, Tensor]], samples: Sequence[SiteSample]) -> Tensor:
+    """Rows W [n, D] with W a ~ b. pairs: a [N, D] and b [N, n] of each of `_pieces`, float64."""
+    few = sum(len(sample.hidden) for sample in samples) // _stride(samples) < samples[0].hidden.shape[1]
+    return regression(pairs, REFIT_RIDGE, few)
 
 
 def _variation(values: Tensor) -> float:

@@ -1,12 +1,35 @@
-"""Ridge regression to one, solved again and again for weights of which few change: the constant one of `head_weights.py`."""
+"""Ridge regression: of many rows at once, and to one, solved again and again for weights of which few change (the constant one of
+`head_weights.py`)."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 # Fixed by memory: two copies of so many tokens are half of what 4096 take, the fewest of a large model.
 _ROWS = 1024
+
+
+def regression(pairs: Iterable[tuple[Tensor, Tensor]], ridge: float, few: bool) -> Tensor:
+    """Rows W [n, D] with the least sum of |W a - b|^2 + lambda |W|^2, lambda being `ridge` times the mean diagonal of sum a a^T.
+
+    pairs: a [N, D] and b [N, n], float64, of one piece after another. few: in all they are fewer than channels, and all are kept.
+    """
+    if few:  # by one [N, N] moment, and else by one [D, D] moment
+        parts = list(pairs)
+        a, b = torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts])
+        moment = a @ a.T
+        moment.diagonal().add_(ridge * a.square().sum() / a.shape[1])
+        return torch.cholesky_solve(b, torch.linalg.cholesky(moment)).T @ a
+    sums: tuple[Tensor, Tensor] | None = None
+    for a, b in pairs:
+        sums = (a.T @ a, b.T @ a) if sums is None else (sums[0].addmm_(a.T, a), sums[1].addmm_(b.T, a))
+    assert sums is not None, "pairs of at least one piece"
+    moment, right = sums
+    moment.diagonal().add_(ridge * moment.diagonal().mean())
+    return torch.cholesky_solve(right.T, torch.linalg.cholesky(moment)).T
 
 
 class Ridge:

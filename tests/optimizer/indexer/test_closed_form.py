@@ -28,6 +28,7 @@ from mla2dsa.optimizer.indexer.indexer_math import (
     window_scores,
 )
 from mla2dsa.optimizer.indexer.nnls import nnls
+from mla2dsa.optimizer.indexer.ridge import regression
 from mla2dsa.optimizer.indexer.samples import SiteSample
 
 LAYER = make_layer()
@@ -99,12 +100,13 @@ def test_shapes_types_and_channels(heads: int, dim: int, rope_dim: int) -> None:
     tensors = result.weights.tensors()
     assert {n: tuple(t.shape) for n, t in tensors.items()} == IndexerWeights.shapes(config, 64, 48)
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in tensors.values())
-    latent = min(dim - rope_dim - 1, 32)
+    divisor = int(result.stats.divisor)
+    latent = min(dim - rope_dim - 1 - divisor, 32)
     query = result.weights.wq_b.view(heads, dim, 48)
-    assert query[:, rope_dim + latent :].abs().max() == 0  # the balance channel and what is left over
+    assert query[:, rope_dim + latent :].abs().max() == 0  # the divisor and balance channels, and what is left over
     assert query[:, : rope_dim + latent].abs().amax((0, 2)).min() > 0
-    if dim > rope_dim + latent + 1:
-        assert result.weights.wk[rope_dim + latent + 1 :].abs().max() == 0
+    if dim > rope_dim + latent + 1 + divisor:
+        assert result.weights.wk[rope_dim + latent + 1 + divisor :].abs().max() == 0
     assert 0 < result.stats.energy <= 1 + 1e-9
 
 
@@ -139,9 +141,10 @@ def test_energy_is_that_of_the_best_bilinear_form() -> None:
     queries = torch.cat([sample.query[..., :32].flatten(0, 1) for sample in samples])
     keys = torch.cat([sample.key[:, :32] for sample in samples])
     energies = torch.linalg.svdvals(queries @ (keys - keys.mean(0)).T).square()
-    kept = [closed_form(layer.maps(), samples, IndexerConfig(TOPK, 8, 9 + m)).stats.energy for m in (1, 4, 12, 32)]
-    for m, energy in zip((1, 4, 12, 32), kept, strict=True):
-        assert energy == pytest.approx(float(energies[:m].sum() / energies.sum()), rel=1e-3)
+    for m in (1, 4, 12, 33):
+        stats = closed_form(layer.maps(), samples, IndexerConfig(TOPK, 8, 9 + m)).stats
+        kept = energies[: m - stats.divisor]
+        assert stats.energy == pytest.approx(float(kept.sum() / energies.sum()), rel=1e-3)
 
 
 def test_narrow_key_holds_the_best_channels() -> None:
@@ -227,7 +230,7 @@ def test_both_ways_of_fitting_the_rotary_rows_are_one(monkeypatch: pytest.Monkey
     primal = closed_form(layer.maps(), samples, config).weights.wk
     monkeypatch.setattr(closed_form_module, "REFIT_PIECE", 50)
     torch.testing.assert_close(closed_form(layer.maps(), samples, config).weights.wk, primal)
-    monkeypatch.setattr(closed_form_module, "_primal_step", closed_form_module._dual_step)
+    monkeypatch.setattr(closed_form_module, "regression", lambda pairs, ridge, _: regression(pairs, ridge, few=True))
     torch.testing.assert_close(closed_form(layer.maps(), samples, config).weights.wk, primal)
     monkeypatch.setattr(closed_form_module, "REFIT_TOKENS", 384)
     half = closed_form(layer.maps(), samples, config).weights.wk
