@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ TRANSFORMERS = Library(
         "transformers.masking_utils:sdpa_mask": "the masks that are not",
         "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS": "attention stays one node of a captured graph",
         "transformers.models.auto.modeling_auto:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "the class of a model type",
+        "transformers.models.bailing_hybrid.modeling_bailing_hybrid:chunk_kimi_delta_attention": "a loop that no graph can hold",
+        "transformers.models.kimi_linear.modeling_kimi_linear:chunk_kimi_delta_attention": "a loop that no graph can hold",
         "transformers.models.longcat_flash.modeling_longcat_flash:LongcatFlashExperts": "experts that no registry reaches",
     },
     attributes={
@@ -157,4 +160,17 @@ def longcat_experts(forward: Callable[..., Tensor]) -> Iterator[None]:
     """While it lasts, LongCat-Flash's experts, which no registry reaches, run `forward`."""
     experts = TRANSFORMERS.find("transformers.models.longcat_flash.modeling_longcat_flash:LongcatFlashExperts")
     with mock.patch.object(experts, "forward", forward):
+        yield
+
+
+DELTA_ATTENTION = ("bailing_hybrid", "kimi_linear")  # model types whose linear attention is a function of their module
+
+
+@contextmanager
+def delta_attention(model_type: str, function: Callable[..., Any]) -> Iterator[None]:
+    """While it lasts, the linear attention of a prefill is `function`, which is given what theirs is."""
+    name = f"transformers.models.{model_type}.modeling_{model_type}:chunk_kimi_delta_attention"
+    theirs = TRANSFORMERS.find(name)
+    module = sys.modules[name.partition(":")[0]]
+    with mock.patch.object(module, theirs.__name__, function):
         yield

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import anchors as anchors  # registers the capture anchors
 from . import cpu, reference
+from . import delta_attention as delta_attention  # registers hybrids' linear attention
 from . import ops_fp8 as ops_fp8  # registers the float8 ops
 from .choice import KERNELS_ENV as KERNELS_ENV
 from .choice import kernels_for

@@ -20,6 +20,7 @@ from ..compat.aliasing import shared
 from ..compat.torch_private import expression, op_name
 from ..kernels.anchors import HEADS, QUERY_ROWS
 from ..kernels.cpu import BUDGET_MB
+from ..kernels.delta_attention import CHUNK
 from ..passes.graph.graph_eval import linear_parts, symbols, value
 from .execute import Piece, PieceRunner
 from .one_expert import together
@@ -309,9 +310,15 @@ def _experts(hidden: list[int], index: list[int], weights: list[int], gate_up: l
     return 4 * rows * (2 * hidden[1] + 2 * gate_up[1])
 
 
+def _delta(q: list[int], k: list[int], v: list[int], *_: Any) -> int:
+    """Copies of what it is given, and of the pairs of a chunk: their decays, and two products of them."""
+    return 4 * (math.prod(q[:3]) * (5 * q[3] + 3 * v[3]) + 3 * q[0] * q[2] * CHUNK**2 * q[3])
+
+
 _WORKSPACES: dict[str, Callable[..., int]] = {
     "mla2dsa.dense_attention.default": _dense,
     "mla2dsa.moe_experts.default": _experts,
+    "mla2dsa.delta_attention.default": _delta,
     "mla2dsa.attention_mass.default": lambda q, kv, *_: _BUDGET + 4 * math.prod(kv),
     "mla2dsa.lightning_indexer.default": lambda *_: _BUDGET,
     "mla2dsa.sparse_mla.default": lambda *_: _BUDGET,
@@ -336,6 +343,7 @@ def _product(result: list[int], last: list[int]) -> float:
 _FLOPS: dict[str, Callable[..., float]] = {
     "mla2dsa.dense_attention.default": lambda q, k, v, *_: 1.0 * math.prod(q[:3]) * k[2] * 2 * max(q[3], v[3]),
     "mla2dsa.moe_experts.default": lambda hidden, index, weights, gate_up, *_: 3.0 * math.prod(index) * hidden[1] * gate_up[1],
+    "mla2dsa.delta_attention.default": lambda q, k, v, *_: 2.0 * math.prod(q[:3]) * (2 * CHUNK * (q[3] + v[3]) + 3 * q[3] * v[3]),
     "mla2dsa.attention_mass.default": lambda q, kv, *_: 2.0 * math.prod(q) * kv[1],
     "mla2dsa.lightning_indexer.default": lambda q, k, *_: 1.0 * math.prod(q) * k[1],
     "mla2dsa.sparse_mla.default": lambda q, kv, indices, *_: 2.0 * math.prod(q) * 2 * indices[2],

@@ -60,7 +60,7 @@ def capture(
     model_class = model_class_of(hf_config, config)
     context = max_length(hf_config)
     _check_rope(hf_config.get_text_config(), context)
-    with _quiet(), hf_interfaces.capturable_experts(hf_config):
+    with _quiet(), hf_interfaces.capturable(hf_config):
         model = _fake_model(model_class, hf_config, attention, dtype, device)
         with _short_factors(model):
             program = _export_layer_by_layer(model, hf_config, context, device)
@@ -193,21 +193,32 @@ def _export(model: torch.nn.Module, max_length: int, device: str) -> ExportedPro
     named = {0: Dim("batch", min=1, max=2**16), 1: Dim("seq", min=1, max=max(max_length, 8))}
     anything = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     errors = []
-    for dims in (
-        named,
-        anything,
-    ):  # chunked linear attention (hybrids) puts relations on seq that named dims cannot state
+    for dims in (named, anything):  # what named dims cannot state: sparse models' min(index_topk, seq)
         shapes: dict[str, Any] = {**dict.fromkeys(inputs, dims), "use_cache": None}
         try:
             with torch.no_grad(), torch_private.uncached_shapes():
-                return torch.export.export(
+                program = torch.export.export(
                     model, (), {**inputs, "use_cache": False}, dynamic_shapes=shapes, strict=False
                 )
+            _check_lengths(program, model, max_length)
+            return program
         except UserError:
             raise
         except Exception as error:
             errors.append(error)
     raise UserError(f"torch.export cannot capture {type(model).__name__}: {_first_line(errors[0])}") from errors[0]
+
+
+def _check_lengths(program: ExportedProgram, model: torch.nn.Module, max_length: int) -> None:
+    """Raises UserError where the model's own code was followed for short sequences alone: a loop over chunks, say."""
+    ids = next(node for node in program.graph.nodes if node.name == "input_ids")
+    length = ids.meta["val"].shape[1]
+    bounds = program.range_constraints.get(getattr(getattr(length, "node", None), "expr", None))
+    if bounds is not None and bounds.upper < max_length:
+        raise UserError(
+            f"torch.export follows {type(model).__name__} for up to {bounds.upper} tokens alone, of {max_length}: a graph of it would "
+            "be wrong for longer sequences"
+        )
 
 
 def _computed_buffers(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -99,11 +99,23 @@ def _longcat_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, to
     return out + (hidden_states * share).to(out.dtype)
 
 
+def _delta_attention(
+    query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None = None,
+    output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, **others: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    if initial_state is not None or output_final_state or "chunk_size" in others:
+        raise UserError("linear attention that begins in a state, or gives one back, cannot be captured yet")
+    return torch.ops.mla2dsa.delta_attention(query, key, value, g, beta, use_qk_l2norm_in_kernel), None
+
+
 @contextlib.contextmanager
-def capturable_experts(hf_config: Any) -> Iterator[None]:
-    """While it lasts, experts that ignore transformers' registry (a Python loop torch.export cannot follow) use ours."""
-    if hf_config.get_text_config().model_type != "longcat_flash":
-        yield
-        return
-    with transformers_private.longcat_experts(_longcat_experts):
+def capturable(hf_config: Any) -> Iterator[None]:
+    """While it lasts, what ignores transformers' registries and has a Python loop that torch.export cannot follow, or would unroll for
+    the length that it sees, is ours: LongCat-Flash's experts, and the linear attention of hybrids."""
+    model_type = hf_config.get_text_config().model_type
+    with contextlib.ExitStack() as stack:
+        if model_type == "longcat_flash":
+            stack.enter_context(transformers_private.longcat_experts(_longcat_experts))
+        if model_type in transformers_private.DELTA_ATTENTION:
+            stack.enter_context(transformers_private.delta_attention(model_type, _delta_attention))
         yield

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import families
@@ -76,6 +77,13 @@ def longcat() -> None:
     assert modeling_longcat_flash.LongcatFlashExperts.forward is not ours
 
 
+def delta_attention(model_type: str) -> None:
+    with private.delta_attention(model_type, ours):
+        module = sys.modules[f"transformers.models.{model_type}.modeling_{model_type}"]
+        assert module.chunk_kimi_delta_attention is ours
+    assert module.chunk_kimi_delta_attention is not ours
+
+
 def naming() -> None:
     """Its experts, and a renaming that every model has."""
     found = private.naming_of(model())
@@ -96,6 +104,10 @@ CALLS: dict[str, Callable[[], Any]] = {
     "transformers.masking_utils:sdpa_mask": explicit_mask,
     "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS": register,
     "transformers.models.auto.modeling_auto:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": class_name,
+    **{
+        f"transformers.models.{kind}.modeling_{kind}:chunk_kimi_delta_attention": partial(delta_attention, kind)
+        for kind in private.DELTA_ATTENTION
+    },
     "transformers.models.longcat_flash.modeling_longcat_flash:LongcatFlashExperts": longcat,
     "Experts._apply_gate": unusual_experts,
     "Experts.has_bias": unusual_experts,

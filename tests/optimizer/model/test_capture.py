@@ -15,6 +15,7 @@ from saved import captured, config_dict, opened, run, saved, tensors, transforme
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from mla2dsa.compat import transformers_private
 from mla2dsa.errors import UserError
 from mla2dsa.optimizer.model import hf_interfaces
 from mla2dsa.optimizer.model.capture import ATTENTION, Capture, capture, read_config
@@ -155,7 +156,7 @@ def test_longcats_zero_experts_return_their_input() -> None:
     assert (ids >= experts.num_routed_experts).sum() > 20
     with torch.no_grad():
         expected = experts(hidden, ids, share)
-        with hf_interfaces.capturable_experts(config):
+        with hf_interfaces.capturable(config):
             got = experts(hidden, ids, share)
     close(got, expected, of_max=1e-6)
 
@@ -164,14 +165,41 @@ def test_longcat_is_left_as_it_was() -> None:
     from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 
     own = LongcatFlashExperts.forward
-    with hf_interfaces.capturable_experts(families.config("longcat_flash")):
+    with hf_interfaces.capturable(families.config("longcat_flash")):
         assert LongcatFlashExperts.forward is not own
     assert LongcatFlashExperts.forward is own
-    with hf_interfaces.capturable_experts(families.config("deepseek_v3")):
+    with hf_interfaces.capturable(families.config("deepseek_v3")):
         assert LongcatFlashExperts.forward is own
     with pytest.raises(UserError):
         capture(config_dict("longcat_flash", hidden_act="mish"))
     assert LongcatFlashExperts.forward is own
+
+
+HYBRIDS = ("kimi_linear", "bailing_hybrid")
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 150])
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_linear_attention_at_any_length(name: str, length: int) -> None:
+    """Its chunks are 64 tokens: a graph of a loop over them would be right for the first alone."""
+    model, program = families.exported(name, "anchor")
+    kwargs = families.inputs(2, length, padding=min(4, length - 1))
+    close(families.logits(program.module(), kwargs), families.logits(model, kwargs), of_max=1e-5)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_graph_of_short_sequences_alone_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers_private, "DELTA_ATTENTION", ())
+    with pytest.raises(UserError, match=r"for up to 64 tokens alone, of 512: a graph of it would be wrong"):
+        capture(config_dict(name))
+
+
+@pytest.mark.parametrize(
+    "given", [{"initial_state": torch.zeros(1)}, {"output_final_state": True}, {"chunk_size": 32}], ids=str
+)
+def test_linear_attention_that_is_asked_for_more_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="begins in a state"):
+        hf_interfaces._delta_attention(*[torch.zeros(1, 1, 1, 1)] * 4, torch.zeros(1, 1, 1), **given)
 
 
 def test_longcat_without_weights_for_its_zero_experts(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
