@@ -18,27 +18,29 @@ _SPEEDS = {"prefill_tokens_per_second": "prefill, tokens/s", "decode_tokens_per_
 def benched_page(found: Found, title: str) -> str:
     """title: what the file is called. Raises KeyError, TypeError, ValueError or AttributeError for what `bench` does not print."""
     results: Sequence[Found] = found["results"]
-    names = row_names([one["model"] for one in results])
+    where, names = _where(results), row_names([one["model"] for one in results])
     drawn = [_curve(label, results, names, partial(_value, field)) for field, label in _SPEEDS.items()]
     against = _against(found["against"], names)
     return document(
-        title, [_where(results), _figures(results, names), *drawn, against and f"<h2>Against the first</h2>{against}"]
+        title, [where, _figures(results, names), *drawn, against and f"<h2>Against the first</h2>{against}"]
     )  # fmt: skip
 
 
 def measured_cost(found: Found) -> str:
     """The same as the cost of a token by position, for the page of a report. Raises as `benched_page` does."""
     results: Sequence[Found] = found["results"]
-    names = row_names([one["model"] for one in results])
+    where, names = _where(results), row_names([one["model"] for one in results])
     drawn = [
         _curve(label.replace("tokens/s", "measured, ms a token"), results, names, partial(_milliseconds, field))
         for field, label in reversed(_SPEEDS.items())
     ]
     said = "A token of a prefill costs what all tokens up to there do on average; a decoded one is the one at that position."
-    return "\n".join([_where(results), f"<p>{said}</p>", *drawn, _against(found["against"], names)])
+    return "\n".join([where, f"<p>{said}</p>", *drawn, _against(found["against"], names)])
 
 
 def _where(results: Sequence[Found]) -> str:
+    if not results:
+        raise ValueError("no run in it")
     first = results[0]
     where = first["gpu"] if first["device"] != "cpu" and first["gpu"] else f"{first['threads']} of {first['cpus']} CPUs"
     said = (
