@@ -30,6 +30,7 @@ from ..model.config_limits import check_config
 from ..model.packed_formats import whole_weights
 from ..model.stored_formats import QUANTISED, check_formats, mtp_tensors, stale_fields
 from ..recipe import Recipe
+from ..share.choose import made_at_most
 from .binding import Written, target_verdicts
 from .findings import Findings, check_out, check_text
 from .space import Needs
@@ -308,7 +309,10 @@ def _add_indexers(needs: Needs, model: _Model, recipe: Recipe, out: Path) -> Non
     if recipe.donor is None:
         kept = hidden_sibling(resolved(out), "layers")
         there = sum(file.stat().st_size for file in kept.glob("*.safetensors")) if os.path.isdir(kept) else 0
-        needs.add(out, max(0, count * _KEPT_BYTES - there), "finished layers")
+        made = (
+            count * _KEPT_BYTES * (made_at_most(layers) if recipe.share == "auto" and isinstance(layers, int) else 1.0)
+        )
+        needs.add(out, max(0, round(made) - there), "finished layers")
 
 
 def _add_engine(needs: Needs, out: Path, size: int, cache: Path | None) -> None:

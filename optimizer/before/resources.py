@@ -36,7 +36,7 @@ from ..proof.figures import POSITIONS
 from ..proof.streamed_model import loading_bytes, tensor_sizes
 from ..recipe import Recipe, read_budget
 from ..recipes.layers import each_layer
-from ..share.choose import passes
+from ..share.choose import made_at_most, passes
 from ..verify import PARITY_SEQUENCES, parity_length
 from .space import Needs
 
@@ -47,6 +47,7 @@ SLACK = 400 * 2**20
 # benchmarks/memory.py: what gathers, sorts and narrow products reach of the rate of a large one.
 SHARE_OF_RATE = 0.5
 STATES = "hidden states"
+INDEXERS = "indexers"
 _SHORTEST = 1.25  # of index_topk: sequences shorter than that hardly say anything about what is left out
 _STEP = 256  # tokens that sequences are made shorter by
 _PROBE = 1024  # rows of the matrices whose product is timed
@@ -77,7 +78,7 @@ class Resources:
     @property
     def most(self) -> int:
         """The same, with that comparison."""
-        return max(self.streaming, self.memory.get(STATES, 0) + self.transformers)
+        return max(self.streaming, self.memory.get(STATES, 0) + self.memory.get(INDEXERS, 0) + self.transformers)
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class Streams:
     layers: tuple[MlaDims, ...]
     weights: int  # that transformers has in memory at a time, bytes
     rows: int
+    indexers: int  # of all layers, float32, bytes
 
     def pieces(self, length: int) -> tuple[list[Footprint], list[Footprint]]:
         """The dense ones as calibration has them: a layer's samples stay while its piece runs."""
@@ -133,15 +135,18 @@ def streams(
     """Of a captured program and the one it became. tensors: of the checkpoint."""
     dense = PieceRunner(program, _nothing, [change.before for change in converted.changes])
     sparse = PieceRunner(converted.program, _nothing, [change.after for change in converted.changes])
-    indexers = (
+    indexers = [
         (name, tensor.numel(), 4 * tensor.numel())
         for name, tensor in converted.program.state_dict.items()
         if ".indexer." in name
-    )
+    ]
     weights = loading_bytes(chain(tensor_sizes(tensors), indexers))
     sites = converted.found.sites
     names, layers = tuple(site.name for site in sites), tuple(site.dims for site in sites)
-    return Streams(Footprints(dense, late=True), Footprints(sparse, late=True), config, names, layers, weights, rows)
+    return Streams(
+        Footprints(dense, late=True), Footprints(sparse, late=True), config, names, layers, weights, rows,
+        sum(size for _, _, size in indexers),
+    )  # fmt: skip
 
 
 def _sample(d: MlaDims, length: int, rows: int) -> int:
@@ -184,9 +189,8 @@ def resources(found: Streams, recipe: Recipe, context: int, vocabulary: int) -> 
     length = sequence_length(found, recipe, context)
     dense, sparse = found.pieces(length)
     fitted = 0 if recipe.donor else max(1, (recipe.tokens or length * recipe.sequences) // length)
-    choosing = (
-        MOST_HELD_OUT + checking_sequences(vocabulary, length) + recipe.random_beside(MOST_HELD_OUT) if fitted else 0
-    )
+    choosing = MOST_HELD_OUT if fitted or recipe.share == "auto" else 0
+    choosing += checking_sequences(vocabulary, length) + recipe.random_beside(MOST_HELD_OUT) if fitted else 0
     fitted, proving = fitted + recipe.random_beside(fitted), recipe.verify.sequences
     served = 2 if recipe.shares else 1  # samples of a layer wait for those of the layers that share its indexer
     waiting = max(piece.carried + served * piece.watched for piece in dense)
@@ -200,14 +204,15 @@ def resources(found: Streams, recipe: Recipe, context: int, vocabulary: int) -> 
         "dense and sparse side by side": _side_by_side(found, dense, sparse, length, vocabulary),
     }
     held, largest = min(shelved, BUDGET), max(stages, key=lambda name: stages[name])
-    memory = {STATES: held, largest: stages[largest]}
+    made = made_at_most(len(found.layers)) if recipe.share == "auto" and fitted else 1.0
+    memory = {STATES: held, largest: stages[largest], INDEXERS: round(found.indexers * made)}
     flops = (fitted + choosing) * sum(p.flops for p in dense[:-1])  # all but the logits
     flops += 2 * proving * sum(p.flops for p in dense)
     flops += 3 * proving * sum(p.flops for p in sparse) + proving * _oracles(found, length)
     sets = 1
     if recipe.share == "auto":  # indexers for no sharing, and anew for every set of layers that is tried
         sets = passes(len(found.layers)) - 1
-        flops += _choosing(dense, sparse, sets, fitted, choosing)
+        flops += _choosing(dense, sparse, sets, choosing if fitted else 0, fitted)
     flops += sets * _constant_ones(found, fitted * length) if fitted else 0.0
     training, seconds = (sets * amount for amount in _training(found, recipe, length))
     return Resources(
@@ -221,11 +226,11 @@ def resources(found: Streams, recipe: Recipe, context: int, vocabulary: int) -> 
     )
 
 
-def _choosing(dense: Sequence[Footprint], sparse: Sequence[Footprint], sets: int, fitted: int, choosing: int) -> float:
+def _choosing(dense: Sequence[Footprint], sparse: Sequence[Footprint], sets: int, choosing: int, fitted: int) -> float:
     """Operations of the passes that choose which layers share: one that shows attention mass, one for the loss with each set of indexers,
     and one that all but the first are fitted in."""
-    text, once = min(choosing, MOST_HELD_OUT), sum(p.flops for p in dense[:-1])
-    return text * (once + sets * sum(p.flops for p in sparse)) + (sets - 1) * (fitted + choosing) * once
+    once = sum(p.flops for p in dense[:-1])
+    return MOST_HELD_OUT * (once + sets * sum(p.flops for p in sparse)) + (sets - 1) * (fitted + choosing) * once
 
 
 def refuse_if_too_large(needed: Resources, place: Path, count: int = 1) -> None:

@@ -84,3 +84,9 @@ def _within(masses: Sequence[tuple[float, ...]], threshold: float) -> tuple[int,
 def passes(layers: int) -> int:
     """Over the text, at most: to see the mass, the loss without sharing, and those that halving takes."""
     return 2 + math.ceil(math.log2(max(1, layers)))
+
+
+def made_at_most(layers: int) -> float:
+    """Indexers that are made, as a multiple of one for each layer: for every set that is tried those that serve several layers, which are
+    no more than half of them."""
+    return 1 + (passes(layers) - 2) / 2
