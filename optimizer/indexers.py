@@ -95,7 +95,7 @@ def _kept(job: Job, out: Path, resume: bool, overwrite: bool) -> Iterator[Progre
         yield store
     except KeyboardInterrupt:
         if count := len(store.finished()):
-            raise KeyboardInterrupt(f"{count} finished layers are kept, pass --resume to go on") from None
+            raise KeyboardInterrupt(f"{count} finished indexers are kept, pass --resume to go on") from None
         raise
     except InTheWay:  # the result is whole, though elsewhere
         store.remove()

@@ -35,6 +35,8 @@ def layer_fingerprints(checkpoint: Checkpoint, recipe: Recipe, cut: Sequences, n
     for name in trained:
         digest = shared.copy()
         digest.update(repr(sharing(trained, name)).encode())
+        if trained[name].budget is not None:  # what layers take of it depends on which others they serve
+            digest.update(repr(recipe.shared).encode())
         found[name] = digest.hexdigest()
     return found
 

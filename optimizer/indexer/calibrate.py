@@ -61,12 +61,14 @@ def layer_key(name: str, serves: int) -> str:
     return f"{name}+{serves}" if serves else name
 
 
-def serving(names: Iterable[str], shared: Collection[int]) -> dict[str, int]:
-    """How many layers behind it each layer serves, by name, of those that have an indexer. shared: numbers of those that have none."""
-    found, last = dict[str, int](), ""
+def serving(names: Iterable[str], shared: Collection[int]) -> dict[str, list[str]]:
+    """The layers behind it that each layer serves, of those that have an indexer. shared: numbers of those that have none."""
+    found = dict[str, list[str]]()
     for number, name in enumerate(names):
-        last = last if number in shared else name
-        found[last] = found.get(last, -1) + 1
+        if number in shared and found:
+            found[next(reversed(found))].append(name)
+        else:
+            found[name] = []
     return found
 
 
@@ -82,8 +84,13 @@ class Calibration:
     allow_partial: bool = False
     of_layer: Mapping[str, Training] = field(default_factory=dict)
 
-    def training_of(self, layer: str) -> Training:
-        return self.of_layer.get(layer, self.training)
+    def training_of(self, layer: str, served: Sequence[str] = ()) -> Training:
+        """served: the layers behind it that take its selection."""
+        training = self.of_layer.get(layer, self.training)
+        if training.budget is None or not training.budget.apart:
+            return training
+        shares = 1 + sum(self.training_of(one).budget == training.budget for one in served)
+        return replace(training, budget=replace(training.budget, shares=shares))
 
     @property
     def budgeted(self) -> bool:
@@ -120,9 +127,9 @@ def calibrate(
             return finished[site.name]
         try:
             parts = Samples(samples[:first], samples[first:last], samples[last:])
-            training, others = how.training_of(site.name), serves.get(site.name, LayerResult.serves)
+            training = how.training_of(site.name, served := serves.get(site.name, []))
             used = spent.get(training.budget, NOTHING_SPENT)
-            return _fit(site, maps(samples=samples), parts, how.config, training, used, on_step, others)
+            return _fit(site, maps(samples=samples), parts, how.config, training, used, on_step, len(served))
         except UserError as error:
             raise error if site.name in str(error) else UserError(f"{site.name}: {error}") from error
 
@@ -139,14 +146,14 @@ def calibrate(
 
 def _known(
     source: WeightSource, shared: Collection[int], done: Mapping[str, LayerResult]
-) -> tuple[dict[str, int], dict[str, LayerResult]]:
-    """By name, of the layers that have an indexer: how many others they serve, and the results that are there already. Nothing where
+) -> tuple[dict[str, list[str]], dict[str, LayerResult]]:
+    """By name, of the layers that have an indexer: the others that they serve, and the results that are there already. Nothing where
     there are neither such others nor results."""
     if not (shared or done):
         return {}, {}
     _, found, _ = find_sites(source.capture.program)
     serves = serving((site.name for site in found.sites), shared)
-    keys = {name: layer_key(name, count) for name, count in serves.items()}
+    keys = {name: layer_key(name, len(others)) for name, others in serves.items()}
     return serves, {name: done[key] for name, key in keys.items() if key in done}
 
 

@@ -30,12 +30,15 @@ OnStep = Callable[[int, float], None]  # step, loss
 @dataclass(frozen=True)
 class Budget:
     """What distillation may take in so many layers together, an even share each; what one layer leaves is the later ones'. of: tells
-    budgets of the same amount apart."""
+    budgets of the same amount apart. apart: it is nobody's, so that what a layer takes does not depend on those before; shares: how many
+    it has then, one for each layer that it serves beside its own."""
 
     amount: float
     unit: Literal["seconds", "tokens", "steps"]
     layers: int
     of: str = ""
+    apart: bool = False
+    shares: int = 1  # fixed by what a layer is on its own
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,9 @@ def _granted(
     if budget is None:
         return math.inf
     length = len(samples[0].hidden)
+    spent = NOTHING_SPENT if budget.apart else spent
     used = {"steps": spent.steps, "tokens": spent.steps * length, "seconds": spent.seconds}[budget.unit]
-    share = (budget.amount - used) / max(1, budget.layers - spent.layers)
+    share = budget.shares * (budget.amount - used) / max(1, budget.layers - spent.layers)
     if budget.unit == "seconds":
         return share / seconds_per_step(start, config, samples[0])
     return share if budget.unit == "steps" else share / length

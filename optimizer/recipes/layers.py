@@ -87,7 +87,9 @@ def _training(recipe: Recipe, told: Told, sharing: int) -> Training:
         why = {"closed-form": "as asked", SHARED: "the layer shares the selection of another one"}
         return Training(why=why.get(told.indexer, "no calibration text to train on"))
     schedule = DistilSchedule(told.steps, told.lr, seed=recipe.seed)
-    budget = None if told.budget is None else Budget(*read_budget(told.budget), sharing, told.shared)
+    budget = None
+    if told.budget is not None:
+        budget = Budget(*read_budget(told.budget), sharing, told.shared, apart=recipe.share == "auto")
     return Training(schedule, NEAR if told.indexer == "auto" else None, budget)
 
 

@@ -140,7 +140,7 @@ def test_folder_is_no_checkpoint_until_it_is_proven(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr("mla2dsa.optimizer.convert.open_pair", look)
     done = mla2dsa("convert", TINY, tmp_path / "dsa", "--index-topk", 32, "--tokens", 1024, "--skip-transformers")
-    assert_refused(done, 130, "interrupted", "4 finished layers are kept")
+    assert_refused(done, 130, "interrupted", "4 finished indexers are kept")
     assert len(seen) == 1
     assert {INDEXER_SHARD, "model-dense.safetensors", "config.unproven.json"} <= seen[0]
     assert not seen[0] & {"config.json", "mla2dsa.json", "report.json"}

@@ -88,7 +88,7 @@ def test_stopped_and_resumed(
     assert done.out == ""
     if number != signal.SIGKILL:
         assert done.code == 128 + number
-        expected = f"mla2dsa: interrupted; nothing was left half-written; {len(kept)} finished layers are kept, pass --resume to go on"
+        expected = f"mla2dsa: interrupted; nothing was left half-written; {len(kept)} finished indexers are kept, pass --resume to go on"
         assert done.err.splitlines()[-1] == expected
         assert all(": captures " in line for line in done.err.splitlines()[:-1])
         assert [path.name for path in tmp_path.iterdir()] == [".dsa.mla2dsa-layers"]
@@ -130,7 +130,7 @@ def unfinished(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(ProgressStore, "save", interrupting)
         done = mla2dsa("convert", TINY, tmp_path / "dsa", *small_flags(tmp_path_factory))
-    assert_refused(done, 130, "interrupted", "3 finished layers are kept, pass --resume")
+    assert_refused(done, 130, "interrupted", "3 finished indexers are kept, pass --resume")
     assert layer_files(tmp_path / ".dsa.mla2dsa-layers") == set(LAYERS[:3])
     return tmp_path / "dsa"
 

@@ -103,6 +103,14 @@ def test_a_budget_is_shared_by_the_layers(
 
 
 @pytest.mark.parametrize(
+    "spent", [NOTHING_SPENT, Spent(3, 38, 0.0), Spent(0, 39, 0.0)], ids=["first", "late", "after a greedy one"]
+)
+@pytest.mark.parametrize(("shares", "steps"), [(1, 10), (3, 30)])
+def test_a_budget_apart_is_the_same_whoever_came_before(shares: int, steps: int, spent: Spent) -> None:
+    assert run(trained(budget=Budget(40, "steps", 4, apart=True, shares=shares)), spent).steps == steps
+
+
+@pytest.mark.parametrize(
     "spent", [Spent(3, 40, 0.0), Spent(1, 50, 0.0), Spent(0, 39, 0.0)], ids=["gone", "more than gone", "no step"]
 )
 def test_a_budget_that_is_spent_leaves_the_closed_form(spent: Spent, closed: Fit) -> None:

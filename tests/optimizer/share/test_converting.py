@@ -17,6 +17,8 @@ from safetensors import safe_open
 
 from mla2dsa.errors import UsageError
 from mla2dsa.files.json_files import read_json
+from mla2dsa.optimizer.before.cuts import Sequences
+from mla2dsa.optimizer.before.fingerprints import layer_fingerprints
 from mla2dsa.optimizer.indexer.progress_store import ProgressStore
 from mla2dsa.optimizer.inspect import inspect
 from mla2dsa.optimizer.model.cached_model import open_torch_session, shared_layers
@@ -151,8 +153,9 @@ def test_who_serves_whom_is_in_the_report(budgeted: tuple[Path, list[object]]) -
         expected[last] = expected.get(last, -1) + 1
     assert shared
     assert serves == expected
-    assert sum(layer["steps"] for layer in report["layers"]) <= 64
-    assert all(layer["steps"] for layer in report["layers"])
+    assert {layer["name"]: layer["steps"] for layer in report["layers"]} == {
+        name: 16 * (1 + count) for name, count in serves.items()
+    }
 
 
 def test_the_same_again_without_the_budget(budgeted: tuple[Path, list[object]], tmp_path: Path) -> None:
@@ -177,7 +180,7 @@ def test_interrupted_while_choosing(
 
     monkeypatch.setattr(ProgressStore, "save", interrupting)
     done = mla2dsa("convert", TINY, tmp_path / "dsa", *budgeted[1])
-    assert_refused(done, 130, "interrupted", "5 finished layers are kept, pass --resume")
+    assert_refused(done, 130, "interrupted", "5 finished indexers are kept, pass --resume")
     resumed = mla2dsa("convert", TINY, tmp_path / "dsa", *budgeted[1], "--resume")
     assert resumed.code == 0, resumed.err
     assert sum(line.endswith("kept from before") for line in resumed.err.splitlines()) == 5
@@ -185,6 +188,26 @@ def test_interrupted_while_choosing(
     again, whole = (read_json(folder / "report.json") for folder in (tmp_path / "dsa", budgeted[0]))
     assert (again["layers"], again["sharing"]) == (whole["layers"], whole["sharing"])
     assert contents(tmp_path / "dsa")["model-indexer.safetensors"] == contents(budgeted[0])["model-indexer.safetensors"]
+
+
+def test_what_a_budget_gives_depends_on_who_shares() -> None:
+    """A layer that serves another takes other steps of it, and leaves others to those behind."""
+    cut = Sequences([], [], [], [], [], [], "")
+    names = [f"model.layers.{layer}.self_attn" for layer in range(4)]
+    layers: dict[str, Any] = {"*.[13].*": {"indexer": "auto", "budget": "40 steps"}}
+    marks = [
+        layer_fingerprints(
+            Checkpoint.open(TINY), read_recipe(None, fields | {"share": share, "layers": layers}), cut, names
+        )
+        for fields in [{"indexer": "closed-form", "calibration": str(TINY / "held_out")}]
+        for share in ("none", [2], "auto")
+    ]
+    assert [len({mark[name] for mark in marks}) for name in names] == [
+        1,
+        3,
+        2,
+        3,
+    ]  # the third is told otherwise where it shares
 
 
 def test_stripped_it_is_the_dense_model(chosen: Path, tmp_path: Path) -> None:
