@@ -70,9 +70,11 @@ class ClosedFormStats:
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """weights: float32; heads: the MLA heads each index head stands for (a partition when HI <= H)."""
+    """weights: float32; heads: the MLA heads each index head stands for (a partition when HI <= H). start: the form without a divisor
+    channel, to train from: a step on so loud a row shakes the mean of all channels (benchmarks/results/quality.txt)."""
 
     weights: IndexerWeights
+    start: IndexerWeights
     stats: ClosedFormStats
     heads: tuple[tuple[int, ...], ...]
 
@@ -125,12 +127,12 @@ def closed_form(
         share = head_shares(weights, config, samples)
         weights = replace(weights, weights_proj=(share[:, None] * one.v).float())
         stats = ClosedFormStats(energy, layernorm_cv, rope_cv, one.variation, one.negative, divisor is not None)
-        return ClosedForm(weights, stats, heads)
+        return ClosedForm(weights, weights, stats, heads)
 
-    found = [built(widths[0], None)]
-    if len(widths) > 1:
-        found.append(built(widths[1], _divisor(maps, samples)))
-    return found[0] if len(found) == 1 else _best(found, config, samples)
+    plain = built(widths[0], None)
+    if len(widths) == 1:
+        return plain
+    return replace(_best([plain, built(widths[1], _divisor(maps, samples))], config, samples), start=plain.weights)
 
 
 def _best(found: Sequence[ClosedForm], config: IndexerConfig, samples: Sequence[SiteSample]) -> ClosedForm:

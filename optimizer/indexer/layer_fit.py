@@ -123,7 +123,7 @@ def fit(
     steps = min(training.schedule.steps, _granted(training.budget, spent, start.weights, config, samples.fitted))
     if steps < 1:
         return replace(closed, why="the budget is spent")
-    return _distilled(closed, config, samples, replace(training.schedule, steps=int(steps)), on_step)
+    return _distilled(closed, start.start, config, samples, replace(training.schedule, steps=int(steps)), on_step)
 
 
 def recall(weights: IndexerWeights, config: IndexerConfig, samples: Sequence[SiteSample]) -> float:
@@ -152,11 +152,16 @@ def _granted(
 
 
 def _distilled(
-    closed: Fit, config: IndexerConfig, samples: Samples, schedule: DistilSchedule, on_step: OnStep | None
+    closed: Fit,
+    start: IndexerWeights,
+    config: IndexerConfig,
+    samples: Samples,
+    schedule: DistilSchedule,
+    on_step: OnStep | None,
 ) -> Fit:
-    """What training makes of the closed form where that holds, else the closed form with the reason."""
+    """What training makes of `start` where that is no worse than the closed form, else the closed form with the reason."""
     began = time.monotonic()
-    learnt = distil(closed.weights, config, samples.fitted, schedule, on_step).weights
+    learnt = distil(start, config, samples.fitted, schedule, on_step).weights
     tried = replace(closed, steps=schedule.steps, seconds=time.monotonic() - began)
     reached, negative = recall(learnt, config, samples.held_out), _negative(learnt, samples)
     if negative > closed.negative:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from mla_layer import make_layer
 from saved import opened
 from tokenizers import Tokenizer
 
-from mla2dsa.kernels.spec import IndexerConfig
+from mla2dsa.kernels.spec import IndexerConfig, IndexerWeights
+from mla2dsa.optimizer.indexer import layer_fit
 from mla2dsa.optimizer.indexer import closed_form as module
 from mla2dsa.optimizer.indexer.calibrate import Calibration, layer_samples
 from mla2dsa.optimizer.indexer.closed_form import ClosedForm, closed_form
+from mla2dsa.optimizer.indexer.distil import Distilled, DistilSchedule
 from mla2dsa.optimizer.indexer.indexer_math import index_keys
-from mla2dsa.optimizer.indexer.layer_fit import recall
+from mla2dsa.optimizer.indexer.layer_fit import NOTHING_SPENT, Samples, Training, recall
 from mla2dsa.optimizer.indexer.samples import SiteMaps, SiteSample
 
 TOPK, LENGTH, FITTED, HELD_OUT = 32, 256, 12, 4
@@ -91,3 +94,31 @@ def test_tokens_of_no_latent_say_nothing_of_it(layers: list[Layer]) -> None:
     torch.testing.assert_close(
         module._divisor(maps, padded), module._divisor(maps, samples[:FITTED]), rtol=1e-2, atol=1e-4
     )
+
+
+def test_training_begins_without_it(layers: list[Layer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps on a loud row shake all channels: what the last layer learns from there is worse, though the start is better."""
+    maps, samples = layers[-1]
+    held_out, begun = samples[FITTED:], list[IndexerWeights]()
+    plain, loud = both_ways(layers[-1])
+    real = layer_fit.distil
+
+    def seen(start: IndexerWeights, *given: Any) -> Distilled:
+        begun.append(start)
+        return real(start, *given)
+
+    monkeypatch.setattr(layer_fit, "distil", seen)
+    found = layer_fit.fit(
+        maps, Samples(samples[:FITTED], held_out, held_out), CONFIG, Training(DistilSchedule(192)), NOTHING_SPENT
+    )
+    assert torch.equal(begun[0].wk, plain.weights.wk)
+    assert found.stats["divisor"] and found.closed_form_recall == recall(loud.weights, CONFIG, held_out)
+    assert found.indexer == "distilled"
+    from_loud = real(loud.weights, CONFIG, samples[:FITTED], DistilSchedule(192)).weights
+    assert found.recall > recall(from_loud, CONFIG, held_out)
+
+
+def test_where_there_is_room_for_no_divisor_training_begins_at_the_closed_form() -> None:
+    layer = make_layer()
+    built = closed_form(layer.maps(), [layer.sample(seed) for seed in range(2)], IndexerConfig(24, 8, 10))
+    assert built.start is built.weights
