@@ -2,6 +2,7 @@
 
     python benchmarks/serving.py                           # 1K, 4K, 8K and 16K tokens, float32
     python benchmarks/serving.py --length 8192 --only ours-torch ours-onnxruntime
+    python benchmarks/serving.py --dtype bfloat16 --only dense v32 ours-torch
 
     dense              transformers' DeepseekV3ForCausalLM, sdpa, its own cache
     v32                transformers' DeepseekV32ForCausalLM, sdpa, its own cache
@@ -38,10 +39,11 @@ SIZES: dict[str, Any] = {
     "q_lora_rank": 512, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
 }  # fmt: skip
 TOPK = 2048
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Step = Callable[[int], object]
 
 
-def make_model(folder: Path, layers: int, index_heads: int, context: int) -> None:
+def make_model(folder: Path, layers: int, index_heads: int, context: int, dtype: torch.dtype) -> None:
     """folder/dense and folder/dsa, the second with random indexers."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -52,7 +54,7 @@ def make_model(folder: Path, layers: int, index_heads: int, context: int) -> Non
     config = DeepseekV3Config(
         **SIZES, num_hidden_layers=layers, first_k_dense_replace=layers, max_position_embeddings=context
     )
-    DeepseekV3ForCausalLM(config).save_pretrained(folder / "dense")
+    DeepseekV3ForCausalLM(config).to(dtype).save_pretrained(folder / "dense")
     indexer = IndexerConfig(TOPK, index_heads)
     shapes = IndexerWeights.shapes(indexer, SIZES["hidden_size"], SIZES["q_lora_rank"])
     weights = {
@@ -61,7 +63,7 @@ def make_model(folder: Path, layers: int, index_heads: int, context: int) -> Non
         )
         for layer in range(layers)
     }
-    write_dsa_checkpoint(folder / "dense", folder / "dsa", weights, indexer, manifest={}, dtype=torch.float32)
+    write_dsa_checkpoint(folder / "dense", folder / "dsa", weights, indexer, manifest={}, dtype=dtype)
 
 
 def export_both(folder: Path, contenders: list[str]) -> None:
@@ -209,6 +211,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--length", type=int, nargs="+", default=[1024, 4096, 8192, 16384])
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument(
+        "--dtype", choices=sorted(DTYPES), default="float32", help="onnxruntime has no bfloat16 on the CPU"
+    )
     parser.add_argument("--index-heads", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=16, help="decode steps timed")
     parser.add_argument("--threads", type=int, default=1)
@@ -231,12 +236,12 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        make_model(folder, args.layers, args.index_heads, 2 * max(args.length))
+        make_model(folder, args.layers, args.index_heads, 2 * max(args.length), DTYPES[args.dtype])
         export_both(folder, args.only)
         if not args.json:
             print(
                 ", ".join(f"{key} {value}" for key, value in about.items()),
-                f"{args.layers} layers, {args.index_heads} index heads",
+                f"{args.dtype}, {args.layers} layers, {args.index_heads} index heads",
             )
             print(
                 f"{'tokens':>6} {'':17} {'prefill s':>10} {'decode t/s':>10} {'peak GB':>8} {'prefill/dense':>14} {'decode/dense':>13}"

@@ -28,6 +28,7 @@ TORCH = Library(
         "torch:ops.aten._to_copy.default": "what a graph's cast may be",
         "torch:ops.aten._unsafe_view.default": "what a graph's view may be",
         "torch:ops.mkldnn._is_mkldnn_bf16_supported": "whether the CPU multiplies bfloat16",
+        "torch:ops.mkldnn._is_mkldnn_fp16_supported": "whether the CPU multiplies float16",
         "torch._dynamo.config:fake_tensor_cache_enabled": "whether shapes are looked up by what was asked before",
         "torch._dynamo.config:patch": "changes it for a while",
         "torch._dynamo.source:ConstantSource": "where a new dynamic size comes from",
@@ -188,6 +189,11 @@ def softmax_ops() -> frozenset[Any]:
 def cpu_multiplies_bfloat16() -> bool:
     """Whether oneDNN, which must be available, has bfloat16 products on this CPU."""
     return bool(TORCH.find("torch:ops.mkldnn._is_mkldnn_bf16_supported")())
+
+
+def cpu_multiplies_float16() -> bool:
+    """Whether oneDNN has float16 products on this CPU; not where torch has no oneDNN."""
+    return torch.backends.mkldnn.is_available() and bool(TORCH.find("torch:ops.mkldnn._is_mkldnn_fp16_supported")())
 
 
 def onnx_exporter_log() -> logging.Logger:

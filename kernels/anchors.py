@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .contracts import check_dense_attention, check_moe_experts
+from .products import linear
 
 # benchmarks/memory.py --rows: 256 to 2048 take the same time, fewer take longer; at 32K keys a tile's mask has 64 MiB in float32.
 QUERY_ROWS = 512  # of dense attention on the CPU at once
@@ -135,8 +136,8 @@ def run_experts(several: Sequence[Tokens], gate_up_proj: Stacked, down_proj: Sta
             if (slots := slots_of.get(expert)) is None:
                 continue
             token = slots // index.shape[1]  # [n]
-            gate, up = F.linear(hidden[token], gate_up).chunk(2, -1)  # [n,I] each
-            y = F.linear(act(gate) * up, down)  # [n,D]
+            gate, up = linear(hidden[token], gate_up).chunk(2, -1)  # [n,I] each
+            y = linear(act(gate) * up, down)  # [n,D]
             y = y * weights.flatten()[slots].unsqueeze(-1)
             out.index_add_(0, token, y.to(out.dtype))
     return outs

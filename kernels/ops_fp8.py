@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import reference_fp8
 from .choice import kernels_for
-from .contracts_fp8 import (
+from .contracts import (
     ROW_BYTES,
     check_lightning_indexer_fp8,
     check_pack_latent_fp8,

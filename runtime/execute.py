@@ -24,6 +24,7 @@ from torch.fx import Node
 from ..compat.aliasing import Memory
 from ..compat.torch_private import expression, is_metadata_assert
 from ..errors import UserError
+from ..kernels import products
 from ..passes.graph.graph_eval import linear_parts, value
 from . import one_expert
 from .logits import Logits
@@ -70,8 +71,7 @@ class PieceRunner:
     overrides: op -> function(*args) used in its place (baselines, checks).
     one_by_one: experts that are loaded when it is their turn (`one_expert.large`), by a loader that has `expert`. projection: the linear
     layer that gives the first output, if one does; head: those of its weights that nothing else reads.
-    shelf: where what a sequence carries from piece to piece waits; None keeps it in memory.
-    Inputs and weights stay as they are, also those that the program writes to.
+    shelf: where what a sequence carries from piece to piece waits; None: in memory. Inputs and weights stay as they are, written to or not.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class PieceRunner:
         overrides: Mapping[Any, Override] | None = None, shelf: Shelf | None = None,
     ) -> None:  # fmt: skip
         self._shelf = shelf
-        self._module, self._overrides = program.graph_module, dict(overrides or {})
+        self._module, self._overrides = program.graph_module, {**products.SERVED, **(overrides or {})}
         self._load = load or _own_state(program)
         specs = program.graph_signature.input_specs
         placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]

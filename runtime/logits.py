@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from ..kernels.products import linear
 
 Head = tuple[Tensor, Tensor | None]  # weight [V, D] and bias [V] of a linear layer
 
@@ -32,4 +33,4 @@ class Logits:
     def rows(self, positions: slice, sequence: int = 0) -> Tensor:
         """logits[sequence, positions], [n, V]."""
         x = self.x[sequence, positions]
-        return x if self.head is None else F.linear(x, *self._layer)
+        return x if self.head is None else linear(x, *self._layer)

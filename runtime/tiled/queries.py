@@ -20,6 +20,7 @@ from torch.fx import Node
 
 from ...compat.aliasing import Memory
 from ...kernels import ops  # noqa: F401  registers what is named below
+from ...kernels.products import matmul
 from ...passes.graph.graph_eval import nearest_linears, value
 from .axis import Apply, Follows, Known, fixed_width, followed, length_of, readers, run_part, undisturbed
 
@@ -172,11 +173,11 @@ def run(chain: Chain, env: Mapping[Node, Any], apply: Apply) -> Tensor:
     for start in range(0, tokens, step):
         part = range(start, min(start + step, tokens))
         q_nope, q_rope = _queries_of(chain, part, env, apply)
-        rows = torch.cat([q_nope @ key_up, q_rope], -1).transpose(1, 2)
+        rows = torch.cat([matmul(q_nope, key_up), q_rope], -1).transpose(1, 2)
         given = rows, kv[:, : part.stop], indices[:, start : part.stop], *chain.attention.args[3:]
-        done = apply(chain.attention, given, {}).transpose(1, 2) @ value_up  # [B,H,t,R] -> [B,H,t,dv]
+        done = matmul(apply(chain.attention, given, {}).transpose(1, 2), value_up)  # [B,H,t,R] -> [B,H,t,dv]
         if step == tokens:
-            return done  # type: ignore[no-any-return]
+            return done
         out = out if len(out) else done.new_empty(batch, done.shape[1], tokens, done.shape[-1])
         out[:, :, start : part.stop] = done
     return out

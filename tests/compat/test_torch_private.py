@@ -122,6 +122,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "torch:ops.aten._to_copy.default": private.cast_op,
     "torch:ops.aten._unsafe_view.default": private.view_op,
     "torch:ops.mkldnn._is_mkldnn_bf16_supported": lambda: private.cpu_multiplies_bfloat16() in (True, False),
+    "torch:ops.mkldnn._is_mkldnn_fp16_supported": lambda: private.cpu_multiplies_float16() in (True, False),
     "torch._dynamo.config:fake_tensor_cache_enabled": uncached,
     "torch._dynamo.config:patch": uncached,
     "torch._dynamo.source:ConstantSource": new_size,

@@ -13,8 +13,8 @@ from saved import opened
 from tokenizers import Tokenizer
 
 from mla2dsa.kernels.spec import IndexerConfig, IndexerWeights
-from mla2dsa.optimizer.indexer import layer_fit
 from mla2dsa.optimizer.indexer import closed_form as module
+from mla2dsa.optimizer.indexer import layer_fit
 from mla2dsa.optimizer.indexer.calibrate import Calibration, layer_samples
 from mla2dsa.optimizer.indexer.closed_form import ClosedForm, closed_form
 from mla2dsa.optimizer.indexer.distil import Distilled, DistilSchedule
@@ -112,7 +112,8 @@ def test_training_begins_without_it(layers: list[Layer], monkeypatch: pytest.Mon
         maps, Samples(samples[:FITTED], held_out, held_out), CONFIG, Training(DistilSchedule(192)), NOTHING_SPENT
     )
     assert torch.equal(begun[0].wk, plain.weights.wk)
-    assert found.stats["divisor"] and found.closed_form_recall == recall(loud.weights, CONFIG, held_out)
+    assert found.stats["divisor"]
+    assert found.closed_form_recall == recall(loud.weights, CONFIG, held_out)
     assert found.indexer == "distilled"
     from_loud = real(loud.weights, CONFIG, samples[:FITTED], DistilSchedule(192)).weights
     assert found.recall > recall(from_loud, CONFIG, held_out)
