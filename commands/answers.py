@@ -39,7 +39,16 @@ def _add_generate(commands: Any) -> None:
     )
     _add_sampling(command)
     command.add_argument("--device", default="cpu", help="where torch runs (default cpu)")
+    add_dtype(command)
     add_trust(command)
+
+
+def add_dtype(command: argparse.ArgumentParser) -> None:
+    """Of commands that run models."""
+    command.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"),
+        help="of a checkpoint's weights and caches; bfloat16 takes half the memory of float32 (default float32)",
+    )  # fmt: skip
 
 
 def add_prompts(command: argparse.ArgumentParser, file: str) -> None:
@@ -84,7 +93,7 @@ def _generate(args: argparse.Namespace) -> int:
 
     check_count(args.max_new_tokens)
     prompts = prompts_of(args)
-    opened = open_model(args.model, args.runtime, args.device, args.trust_remote_code)
+    opened = open_model(args.model, args.runtime, args.device, args.trust_remote_code, dtype=args.dtype)
     sampling = _sampling(args, opened.folder)
     answers: list[dict[str, Any]] = []
     for prompt in prompts:
@@ -132,6 +141,7 @@ def _add_serve(commands: Any) -> None:
     )  # fmt: skip
     command.add_argument("--runtime", choices=RUNTIMES, help="default: that of each folder, torch for a checkpoint")
     command.add_argument("--device", default="cpu", help="where torch runs (default cpu)")
+    add_dtype(command)
     add_trust(command)
 
 
@@ -144,7 +154,7 @@ def _serve(args: argparse.Namespace) -> int:
     settings = Settings(
         tuple(args.models), args.host, args.port, args.api_key or os.environ.get("MLA2DSA_API_KEY"), args.max_body,
         args.max_tokens, args.max_seq, args.queue, None if args.temperature is None else Sampling(args.temperature),
-        args.runtime, args.device, args.trust_remote_code,
+        args.runtime, args.device, args.trust_remote_code, args.dtype,
     )  # fmt: skip
     check_installed()
     _check_models(args)

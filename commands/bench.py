@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..errors import UsageError
-from .answers import MODEL, RUNTIMES
+from .answers import MODEL, RUNTIMES, add_dtype
 from .common import command_parser
 from .parser import a_name, read_numbers
 
@@ -29,6 +29,7 @@ def add_bench(commands: Any) -> None:
     )
     command.add_argument("--runtime", choices=RUNTIMES, help="default: that of the folder, torch for a checkpoint")
     command.add_argument("--device", default="cpu", help="where torch runs (default cpu)")
+    add_dtype(command)
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -50,7 +51,7 @@ def _bench(args: argparse.Namespace) -> int:
     with Bars() as progress:
         result = bench(
             args.models, contexts, batch=args.batch, tokens=args.tokens, rounds=args.rounds, runtime=args.runtime,
-            device=args.device, on_progress=progress.advance,
+            device=args.device, dtype=args.dtype, on_progress=progress.advance,
         )  # fmt: skip
     print_json(result) if args.json else show_bench(result)
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .answers import RUNTIMES, add_prompts, check_prompts, prompts_of
+from .answers import RUNTIMES, add_dtype, add_prompts, check_prompts, prompts_of
 from .common import add_trust, command_parser
 from .parser import a_name
 
@@ -25,6 +25,7 @@ def add_compare(commands: Any) -> None:
     )
     command.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="most tokens a text (default 64)")
     command.add_argument("--device", default="cpu", help="where torch runs (default cpu)")
+    add_dtype(command)
     add_trust(command)
 
 
@@ -44,7 +45,7 @@ def _compare(args: argparse.Namespace) -> int:
     from .show.tables import print_json
 
     prompts = prompts_of(args)
-    both = open_both(args.dense, args.dsa, args.runtime, args.device, args.trust_remote_code)
+    both = open_both(args.dense, args.dsa, args.runtime, args.device, args.trust_remote_code, args.dtype)
     told = []
     for one in compare(both, prompts, args.max_new_tokens, chat=args.chat, system=args.system):
         told.append(one)

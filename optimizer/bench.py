@@ -33,11 +33,13 @@ def bench(
     rounds: int = 3,
     runtime: str | None = None,
     device: str = "cpu",
+    dtype: str | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
     time_it: Callable[[Run], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """`results`: medians for each model and context over `rounds`, with every run; `against`: how much faster every other model is
-    than the first. contexts: tokens of a prompt, None for a default. time_it: times one run, None in a process of its own.
+    than the first. contexts: tokens of a prompt, None for a default. dtype: of checkpoints, None: float32. time_it: times one run, None in
+    a process of its own.
 
     Raises UserError where a model cannot be run or does not take these sizes, UsageError for sizes out of range.
     """
@@ -49,7 +51,7 @@ def bench(
     work = list(product(range(rounds), longest_first, models))
     default = None
     for number, (_, context, model) in enumerate(work):
-        found = (time_it or timed_apart)(Run(model, batch, context or default, tokens, runtime, device))
+        found = (time_it or timed_apart)(Run(model, batch, context or default, tokens, runtime, device, dtype))
         default = default or found["context"]  # what the first model takes is what all are given
         runs.setdefault((model, context), []).append(found)
         if on_progress:
@@ -76,7 +78,8 @@ def _check_sizes(models: Sequence[str], contexts: Sequence[int | None], batch: i
 def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Of one model at one context: the median of every figure."""
     same = {
-        name: runs[0][name] for name in ("runtime", "batch", "context", "torch", "threads", "gpu", "cpus", "device")
+        name: runs[0][name]
+        for name in ("runtime", "dtype", "batch", "context", "torch", "threads", "gpu", "cpus", "device")
     }
     figures = {
         name: statistics.median(run[name] for run in runs) for name in (*_FIGURES, "prefill_seconds", "peak_memory")

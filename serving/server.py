@@ -47,7 +47,9 @@ def open_workers(settings: Settings) -> dict[str, Worker]:
     """By the id of their model."""
     opened: dict[str, Opened] = {}
     for model in settings.models:
-        found = open_model(model, settings.runtime, settings.device, settings.trust_remote_code, settings.max_seq)
+        found = open_model(
+            model, settings.runtime, settings.device, settings.trust_remote_code, settings.max_seq, settings.dtype
+        )
         if found.name in opened:
             raise UserError(f"{model} and {opened[found.name].folder} are both called {found.name}: rename one folder")
         opened[found.name] = found

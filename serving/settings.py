@@ -13,8 +13,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 @dataclass(frozen=True)
 class Settings:
     """models: folders. queue: requests that may wait for a model. max_seq: most tokens of prompt and answer, None: the model's.
-    sampling: of requests that say nothing of it, None: as each model's generation_config.json says. body_seconds: in which a
-    body has to be there."""
+    sampling: of requests that say nothing of it, None: as each model's generation_config.json says. dtype: of checkpoints, None: float32.
+    body_seconds: in which a body has to be there."""
 
     models: tuple[str, ...]
     host: str = "127.0.0.1"
@@ -28,6 +28,7 @@ class Settings:
     runtime: str | None = None
     device: str = "cpu"
     trust_remote_code: bool = False
+    dtype: str | None = None
     body_seconds: float = 30.0
 
     def __post_init__(self) -> None:

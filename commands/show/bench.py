@@ -34,7 +34,7 @@ def show_bench(found: Mapping[str, Any]) -> None:
     names = {model: short(name) for model, name in row_names([one["model"] for one in results]).items()}
     for one in results:
         rows.add_row(
-            names[one["model"]], one["runtime"], str(one["context"]), f"{one['prefill_seconds']:.2f}",
+            names[one["model"]], _kind(one), str(one["context"]), f"{one['prefill_seconds']:.2f}",
             f"{one['prefill_tokens_per_second']:.0f}", f"{one['decode_tokens_per_second']:.1f}", f"{one['decode_ms']['p50']:.2f}",
             f"{one['decode_ms']['p99']:.2f}", f"{one['peak_memory'] / 2**30:.2f} GiB",
         )  # fmt: skip
@@ -45,6 +45,11 @@ def show_bench(found: Mapping[str, Any]) -> None:
             f"{short(one['model'])} against {short(one['first'])}, {one['context']} tokens: prefill {prefill}, decode {decode}, "
             f"memory {one['peak_memory']:.2f}x"
         )
+
+
+def _kind(one: Mapping[str, Any]) -> str:
+    """Runtime and dtype; an engine's manifest may not have the second."""
+    return ", ".join(filter(None, (one["runtime"], one["dtype"])))
 
 
 def _told(ratio: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from ...files.model.text_model import text_config
 from ...runtime.generation import Sampling, Walk
 from ..model.checkpoint import Checkpoint
 from .answer import Ask, answer
-from .opened import Opened, open_model
+from .opened import Opened, check_dtype, open_model
 from .prompts import chat_ids, conversation, text_ids
 from .stream import detokenizer
 
@@ -80,17 +80,19 @@ class Both:
 
 
 def open_both(
-    dense: str, dsa: str, runtime: str | None = None, device: str = "cpu", trust_remote_code: bool = False
-) -> Both:
-    """runtime: of the DSA model. Raises UserError where the first is not dense or the second not sparse."""
+    dense: str, dsa: str, runtime: str | None = None, device: str = "cpu", trust_remote_code: bool = False,
+    dtype: str | None = None,
+) -> Both:  # fmt: skip
+    """runtime: of the DSA model. dtype: as for `open_model`. Raises UserError where the first is not dense or the second not sparse."""
     if is_export(dense) or engine_folder(dense) is not None or Checkpoint.open(dense).is_dsa():
         raise UserError(f"{dense}: a DSA model, expected the dense checkpoint first: mla2dsa compare DENSE DSA")
     if not is_export(dsa) and engine_folder(dsa) is None and not Checkpoint.open(dsa).is_dsa():
         raise UserError(
             f"{dsa}: a dense checkpoint (no indexer), expected the converted one: mla2dsa compare DENSE DSA"
         )
-    first = open_model(dense, "torch", device, trust_remote_code)
-    second = open_model(dsa, runtime, device, trust_remote_code)
+    check_dtype(dsa, dtype)  # before the other is read
+    first = open_model(dense, "torch", device, trust_remote_code, dtype=dtype)
+    second = open_model(dsa, runtime, device, trust_remote_code, dtype=dtype)
     topk = text_config(optional_json(second.folder / CONFIG)).get("index_topk")
     return Both(first, second, topk if isinstance(topk, int) else None)
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError
+from ...errors import UsageError, UserError
+from ...files.dtypes import torch_dtype
 from ...files.manifests.engine_manifest import engine_folder, read_engine
 from ...files.manifests.export_manifest import is_export, read_export
 from ...files.model.stop_tokens import stop_tokens
@@ -42,21 +43,27 @@ def open_model(
     device: str = "cpu",
     trust_remote_code: bool = False,
     capacity: int | None = None,
+    dtype: str | None = None,
 ) -> Opened:
-    """runtime None: onnxruntime for an ONNX export, tensorrt for an engine, else torch. capacity None: all that the model takes.
+    """runtime None: onnxruntime for an ONNX export, tensorrt for an engine, else torch. capacity None: all that the model takes. dtype:
+    of a checkpoint's weights and caches, None: float32.
 
-    Raises UserError for what is no model, or not one of this runtime.
+    Raises UserError for what is no model, or not one of this runtime, UsageError for a dtype of what is no checkpoint.
     """
-    folder, session, _ = _opened(model, runtime, device, 1, capacity)
+    folder, session, _ = _opened(model, runtime, device, 1, capacity, dtype)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     return Opened(folder, session, tokenizer, tuple(_stop(folder, tokenizer)))
 
 
-def open_session(model: str, runtime: str | None, device: str, batch: int) -> tuple[Session, int, str]:
-    """(a session of `batch` sequences, of as many tokens as the model takes; words in its vocabulary; runtime). Raises as `open_model`."""
-    folder, session, runtime = _opened(model, runtime, device, batch, None)
-    manifest = _manifest(folder)
-    return session, int(manifest["model"]["vocab_size"]) if manifest else _words(Checkpoint.open(folder)), runtime
+def open_session(
+    model: str, runtime: str | None, device: str, batch: int, dtype: str | None = None
+) -> tuple[Session, int, dict[str, Any]]:
+    """(a session of `batch` sequences, of as many tokens as the model takes; words in its vocabulary; its runtime and dtype, None where an
+    engine's manifest does not say). Raises as `open_model`."""
+    folder, session, runtime = _opened(model, runtime, device, batch, None, dtype)
+    if (manifest := _manifest(folder)) is not None:
+        return session, int(manifest["model"]["vocab_size"]), {"runtime": runtime, "dtype": manifest.get("dtype")}
+    return session, _words(Checkpoint.open(folder)), {"runtime": runtime, "dtype": dtype or "float32"}
 
 
 def _words(checkpoint: Checkpoint) -> int:
@@ -64,9 +71,17 @@ def _words(checkpoint: Checkpoint) -> int:
     return int(read_config(config).get_text_config().vocab_size)
 
 
+def check_dtype(model: str, dtype: str | None) -> None:
+    """Raises UsageError for a dtype of an export or an engine, which have theirs."""
+    if dtype is not None and (is_export(model) or engine_folder(model) is not None):
+        kind = "an exported folder" if is_export(model) else "an engine folder"
+        raise UsageError(f"{model}: {kind}, which has its dtype; --dtype is of checkpoints")
+
+
 def _opened(
-    model: str, runtime: str | None, device: str, batch: int, capacity: int | None
+    model: str, runtime: str | None, device: str, batch: int, capacity: int | None, dtype: str | None
 ) -> tuple[Path, Session, str]:
+    check_dtype(model, dtype)
     device, engine = usable_device(device), engine_folder(model)
     if engine is None and runtime == "tensorrt":
         raise UserError(f"{model}: no engine folder; run `mla2dsa build` first, or pass another --runtime")
@@ -75,7 +90,7 @@ def _opened(
     exported = is_export(model)
     folder = Path(model) if exported else Checkpoint.open(model).path
     runtime = runtime or _natural_runtime(folder, exported)
-    return folder, _session(folder, runtime, exported, device, batch, capacity), runtime
+    return folder, _session(folder, runtime, exported, device, batch, capacity, dtype or "float32"), runtime
 
 
 def _engine_session(folder: Path, runtime: str | None, batch: int) -> Session:
@@ -90,7 +105,9 @@ def _natural_runtime(folder: Path, exported: bool) -> str:
     return "onnxruntime" if exported and read_export(folder)["kind"] == "onnx" else "torch"
 
 
-def _session(folder: Path, runtime: str, exported: bool, device: str, batch: int, capacity: int | None) -> Session:
+def _session(
+    folder: Path, runtime: str, exported: bool, device: str, batch: int, capacity: int | None, dtype: str
+) -> Session:
     if runtime == "onnxruntime":
         if not exported:
             raise UserError(
@@ -99,7 +116,7 @@ def _session(folder: Path, runtime: str, exported: bool, device: str, batch: int
         return OrtSession(folder, batch, capacity)
     if exported:
         return open_pt2_session(folder, batch, capacity, device)
-    return open_torch_session(folder, batch, capacity, device=device)
+    return open_torch_session(folder, batch, capacity, torch_dtype(dtype), device)
 
 
 def _stop(folder: Path, tokenizer: Any) -> list[int]:

@@ -24,7 +24,7 @@ FIRST_CONTEXT = 4096  # fixed by what a small CPU prefills within a minute
 @dataclass(frozen=True)
 class Run:
     """What is timed: a prompt of `context` random tokens in each of `batch` sequences, then `tokens` decode steps. runtime: None for
-    the model's own. context: None for FIRST_CONTEXT, or as much as the model takes."""
+    the model's own. context: None for FIRST_CONTEXT, or as much as the model takes. dtype: of a checkpoint, None: float32."""
 
     model: str
     batch: int
@@ -32,6 +32,7 @@ class Run:
     tokens: int
     runtime: str | None = None
     device: str = "cpu"
+    dtype: str | None = None
 
 
 def timed_apart(run: Run) -> dict[str, Any]:
@@ -94,13 +95,13 @@ def timed(run: Run) -> dict[str, Any]:
     """Plain data. Raises UserError for a model that cannot be opened, or does not take so many tokens."""
     from .opened import open_session
 
-    session, vocabulary, runtime = open_session(run.model, run.runtime, run.device, run.batch)
+    session, vocabulary, kind = open_session(run.model, run.runtime, run.device, run.batch, run.dtype)
     beside = run.tokens + WARM_UP
     context = run.context or max(1, min(FIRST_CONTEXT, session.capacity - beside))
     if context + beside > session.capacity:
         raise UserError(f"{run.model}: {context} + {beside} tokens exceed the {session.capacity} that it takes")
     found = measure(session, vocabulary, context, run.tokens)
-    return {"runtime": runtime, **found, "peak_memory": peak_memory(), **_machine(run)}
+    return {**kind, **found, "peak_memory": peak_memory(), **_machine(run)}
 
 
 def measure(session: Any, vocab_size: int, context: int, tokens: int) -> dict[str, Any]:

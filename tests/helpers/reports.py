@@ -79,7 +79,8 @@ def prompt(**fields: Any) -> dict[str, Any]:
 
 def run(context: int, speed: float) -> dict[str, Any]:
     return {
-        "runtime": "torch", "batch": 2, "context": context, "prefill_seconds": context / speed, "prefill_tokens_per_second": speed,
+        "runtime": "torch", "dtype": "float32", "batch": 2, "context": context,
+        "prefill_seconds": context / speed, "prefill_tokens_per_second": speed,
         "decode_tokens_per_second": speed / 10, "decode_ms": {"p50": 8.0, "p90": 9.0, "p99": 1e4 / speed}, "peak_memory": 3 * 2**30,
         "torch": "2.13.0", "threads": 1, "gpu": None, "cpus": 2, "device": "cpu",
     }  # fmt: skip

@@ -42,7 +42,7 @@ def clock(speeds: dict[str, list[float]], asked: list[Run]) -> Callable[[Run], d
         asked.append(run)
         speed = left[run.model].pop(0)
         return {
-            "runtime": "torch", "batch": run.batch, "context": run.context or 100, "prefill_seconds": 1 / speed,
+            "runtime": "torch", "dtype": run.dtype, "batch": run.batch, "context": run.context or 100, "prefill_seconds": 1 / speed,
             "prefill_tokens_per_second": speed, "decode_tokens_per_second": 10 * speed, "peak_memory": int(1000 * speed),
             "decode_ms": {"p50": 1 / speed, "p99": 2 / speed}, "torch": "2", "threads": 1, "gpu": None, "cpus": 2, "device": "cpu",
         }  # fmt: skip

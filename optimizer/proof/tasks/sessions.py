@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ....errors import UserError
 from ....runtime.torch_session import EveryLogit, TorchSession
 from ...model.cached_model import CachedModel, open_cached
 from ...model.checkpoint import Checkpoint
-from ...model.free_memory import free_memory
+from ...model.free_memory import check_weights_fit
 from .selections import overrides
 
 
@@ -28,7 +26,7 @@ class Variants:
         self, folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", every_logit: bool = False
     ) -> None:
         checkpoint = Checkpoint.open(folder)
-        _refuse_if_too_large(checkpoint, dtype, device)
+        check_weights_fit(checkpoint.path, [place.shape for place in checkpoint.tensors.values()], dtype, device)
         self.model: CachedModel = open_cached(checkpoint, dtype, last_only=not every_logit, device=device)
         self.context, self.index_topk = self.model.captured.max_length, self.model.indexer.index_topk
         self._dtype, self._device = dtype, device
@@ -48,13 +46,3 @@ class Variants:
         if name not in self._held:
             self._held[name] = self._load(name)
         return self._held[name]
-
-
-def _refuse_if_too_large(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> None:
-    needed = dtype.itemsize * sum(math.prod(place.shape) for place in checkpoint.tensors.values())
-    free = free_memory() if torch.device(device).type == "cpu" else torch.cuda.mem_get_info(device)[0]
-    if needed > free:
-        raise UserError(
-            f"{checkpoint.path}: the weights take {needed / 2**30:.0f} GiB in {dtype}, {free / 2**30:.0f} GiB are free on {device}; "
-            "sessions hold all of them: use a machine with more memory"
-        )

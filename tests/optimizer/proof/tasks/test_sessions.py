@@ -10,10 +10,10 @@ from command_line import SMALL_TOPK, TINY, assert_refused, captured_once, mla2ds
 from torch import Tensor
 
 from mla2dsa.errors import UserError
+from mla2dsa.optimizer.model import free_memory
 from mla2dsa.optimizer.model.text import load_tokenizer, read_tokens
 from mla2dsa.optimizer.proof.evaluate import program_inputs
 from mla2dsa.optimizer.proof.pair import open_pair
-from mla2dsa.optimizer.proof.tasks import sessions
 from mla2dsa.optimizer.proof.tasks.selections import VARIANTS
 from mla2dsa.optimizer.proof.tasks.sessions import Variants
 from mla2dsa.runtime.generation import prefill
@@ -78,8 +78,8 @@ def test_weights_are_in_memory_once(variants: Variants, monkeypatch: pytest.Monk
 
 
 def test_a_model_that_does_not_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sessions, "free_memory", lambda: 1 << 20)
-    with pytest.raises(UserError, match=r"the weights take 0 GiB.*are free on cpu"):
+    monkeypatch.setattr(free_memory, "free_memory", lambda: 1 << 20)
+    with pytest.raises(UserError, match=r"the weights take 0\.0 GiB in float32, 0\.0 GiB are free on cpu"):
         Variants(folder)
 
 

@@ -1,0 +1,99 @@
+"""--dtype: what a checkpoint's weights and caches are in memory, in every command that runs models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import TINY, assert_refused, mla2dsa, small_conversion
+
+from mla2dsa.errors import UserError
+from mla2dsa.kernels import products
+from mla2dsa.optimizer.answers.timing import Run, timed
+from mla2dsa.optimizer.export import export
+from mla2dsa.optimizer.model import free_memory
+from mla2dsa.optimizer.model.cached_model import open_torch_session
+from mla2dsa.runtime.generation import prefill
+
+PROMPT = "def main():\n    import os\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_conversion(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def exported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "onnx"
+    export(folder, out)
+    return out
+
+
+@pytest.mark.parametrize("widened", [True, False], ids=["no instructions", "instructions"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["dense", "dsa"])
+def test_a_session_in_half_precision_is_near_float32_s(
+    folder: Path, kind: str, dtype: torch.dtype, widened: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_slow", lambda kind: widened and kind != torch.float32)
+    model, ids = TINY if kind == "dense" else folder, torch.arange(5, 105).tolist()
+    exact, half = (open_torch_session(model, 1, 128, kind) for kind in (torch.float32, dtype))
+    wanted, found = (prefill(session, [ids], len(ids)).softmax(-1) for session in (exact, half))
+    assert {cache.dtype for cache in half._caches.tensors.values()} == {dtype}
+    assert 0 < float((wanted - found).abs().max()) < 0.05
+
+
+def test_generate_says_the_same_in_bfloat16(folder: Path) -> None:
+    told = [
+        mla2dsa("generate", folder, PROMPT, "--max-new-tokens", 6, "--temperature", 0, *dtype)
+        for dtype in ((), ("--dtype", "float32"), ("--dtype", "bfloat16"))
+    ]
+    assert [done.code for done in told] == [0, 0, 0]
+    assert told[0].out == told[1].out
+    assert told[2].out.strip()
+
+
+def test_compare_takes_it_for_both(folder: Path) -> None:
+    done = mla2dsa("compare", TINY, folder, PROMPT, "--max-new-tokens", 4, "--dtype", "bfloat16", "--json")
+    assert done.code == 0, done.err
+    same = mla2dsa("compare", TINY, folder, PROMPT, "--max-new-tokens", 4, "--json")
+    assert done.json() != same.json()  # other roundings
+
+
+def test_bench_takes_it(folder: Path) -> None:
+    run = timed(Run(str(folder), 1, 16, 2, dtype="bfloat16"))
+    assert run["dtype"] == "bfloat16"
+    assert timed(Run(str(folder), 1, 16, 2))["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("command", ["generate", "compare", "bench", "serve"])
+def test_an_export_has_its_own(command: str, exported: Path) -> None:
+    arguments = {
+        "generate": (exported, PROMPT),
+        "compare": (TINY, exported, PROMPT),
+        "bench": (exported,),
+        "serve": (exported, "--port", 0),
+    }[command]
+    done = mla2dsa(command, *arguments, "--dtype", "bfloat16")
+    assert_refused(done, 2, str(exported), "an exported folder, which has its dtype; --dtype is of checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "advice"),
+    [
+        (torch.float32, "pass --dtype bfloat16, which takes half, or use"),
+        (torch.bfloat16, "all of them: use a machine"),
+    ],
+    ids=["float32", "bfloat16"],
+)
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(
+    folder: Path, dtype: torch.dtype, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(free_memory, "free_memory", lambda: 1 << 20)
+    with pytest.raises(
+        UserError, match=rf"dsa: the weights take .* GiB in {str(dtype)[6:]}, 0\.0 GiB are free on cpu"
+    ) as told:
+        open_torch_session(folder, 1, 128, dtype)
+    assert advice in str(told.value)
