@@ -22,7 +22,8 @@ from ..kernels.anchors import HEADS, QUERY_ROWS
 from ..kernels.cpu import BUDGET_MB
 from ..kernels.delta_attention import CHUNK
 from ..passes.graph.graph_eval import linear_parts, symbols, value
-from .execute import Piece, PieceRunner
+from ..passes.graph.pieces import Piece
+from .execute import PieceRunner
 from .one_expert import together
 from .tiled import Part, last_uses, queries
 from .tiled.heads import HeadsApart, heads_at_once
