@@ -41,8 +41,8 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale:
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """torch's flash kernel of the CPU, which takes values as wide as the keys alone: without zeros to fill them up, torch would
-    build all scores. A few heads at a time, so that their copies are never as large as all of them.
+    """`dense_attention` by torch's flash kernel of the CPU. It takes values as wide as the keys alone: without zeros to fill them up,
+    torch would build all scores. A few heads at a time, so that their copies are never as large as all of them.
 
     Agrees with the unfused formula to the rounding of the dtype. The kernel turns a bool mask into numbers, so that many
     queries at once would need more memory for their mask than for all the rest.
@@ -52,7 +52,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     for start in range(0, q.shape[1], HEADS):
         heads = slice(start, start + HEADS)
         own = mask if mask is None or mask.shape[1] == 1 else mask[:, heads]
-        _some_heads(q[:, heads], k[:, heads], v[:, heads], own, scale, out[:, heads])
+        attend_heads(q[:, heads], k[:, heads], v[:, heads], own, scale, out[:, heads])
     return out
 
 
@@ -67,7 +67,9 @@ def unless_causal(mask: Tensor | None) -> Tensor | None:
     return None
 
 
-def _some_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, out: Tensor) -> None:
+def attend_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, out: Tensor) -> None:
+    """`dense_attention` of a few heads into `out`, zeros [B,h,T,dv], whose rows without a key stay as they are. mask: bool, or None for
+    causal (`unless_causal`)."""
     width, tokens, slots = v.shape[-1], q.shape[2], k.shape[2]
     q, k, v = (_widened(x, max(q.shape[-1], width)) for x in (q, k, v))
     if mask is None:

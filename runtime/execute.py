@@ -27,7 +27,7 @@ from . import one_expert
 from .logits import Logits
 from .one_expert import OneByOne, Waiting
 from .shelf import Kept, Shelf
-from .tiled import Part, last_uses, parts_of
+from .tiled import Part, cached_parts_of, last_uses, parts_of
 
 Loader = Callable[[str], Tensor]
 Override = Callable[..., Any]
@@ -74,7 +74,7 @@ class PieceRunner:
         self.one_by_one = one_expert.large(self._names)
         self._tiled = cores is not None
         self._ends: dict[frozenset[str], int] = {}
-        self._parts: dict[tuple[int, frozenset[str]], list[Part]] = {}
+        self._orders: dict[tuple[int, frozenset[str]], Any] = {}
         for node in self._written & set(self._names):
             if sum(node in piece.weights for piece in self.pieces) > 1:
                 raise UserError(
@@ -193,9 +193,7 @@ class PieceRunner:
         env |= {node: kept.get() if isinstance(kept, Kept) else kept for node, kept in carried.items()}
         device = next((carried[node].device for node in self._inputs if node in carried), None)
         seen: dict[str, Any] = {}
-        parts = {part.out: part for part in self.parts(piece, watched)}
-        out_of = {node: part.out for part in parts.values() for node in part.inside}
-        last_use = last_uses(piece.nodes, piece.last_use, parts.values())
+        parts, out_of, last_use = self._order(piece, watched)
         for node in piece.nodes:
             made: Sequence[Node] = [node]
             if node in out_of:
@@ -219,11 +217,22 @@ class PieceRunner:
         return seen, {**inputs, **put}
 
     def parts(self, piece: Piece, watched: Collection[str]) -> list[Part]:
-        """What is run a part at a time: in a program that is streamed, where every query sees the keys up to its own."""
+        """What is run a part at a time, in a program that is streamed, or in another form."""
+        if self._tiled:
+            return parts_of(piece.nodes, self._memory, watched)
+        return cached_parts_of(piece.nodes, self._memory, watched, self._overrides)
+
+    def _order(
+        self, piece: Piece, watched: Collection[str]
+    ) -> tuple[dict[Node, Part], Mapping[Node, Node], Mapping[Node, Sequence[Node]]]:
+        """(`parts` by the node at whose place they are run, that node of what is inside, `last_uses`)."""
         key = id(piece), frozenset(watched)
-        if key not in self._parts:  # every sequence asks
-            self._parts[key] = parts_of(piece.nodes, self._memory, watched) if self._tiled else []
-        return self._parts[key]
+        if key not in self._orders:  # every token of a session asks
+            parts = {part.out: part for part in self.parts(piece, watched)}
+            out_of = {node: part.out for part in parts.values() for node in part.inside}
+            self._orders[key] = parts, out_of, last_uses(piece.nodes, piece.last_use, parts.values())
+        parts, *others = self._orders[key]
+        return dict(parts), *others
 
     def _late(self, linear: Node, env: Mapping[Node, Any]) -> Logits:
         """What a linear layer would give, whose weights are loaded when rows are asked for, if they are nobody else's."""

@@ -26,6 +26,7 @@ from ..passes.graph.pieces import Piece
 from .execute import PieceRunner
 from .one_expert import together
 from .tiled import Part, last_uses, queries
+from .tiled.expanded import Either
 from .tiled.heads import HeadsApart, heads_at_once
 
 aten = torch.ops.aten
@@ -182,7 +183,8 @@ class _How:
 
 
 def _lives(piece: Piece, how: _How, shapes: _Shapes) -> _Lives:
-    parts = {part.out: part for part in how.parts(piece, how.watch)}
+    # an attention that may be run in either form takes no more than it does as it stands
+    parts = {part.out: part for part in how.parts(piece, how.watch) if not isinstance(part, Either)}
     out_of = {node: part.out for part in parts.values() for node in part.inside}
     exits = {node for part in parts.values() for node in part.exits}
     last_use = last_uses(piece.nodes, piece.last_use, parts.values())

@@ -18,7 +18,8 @@ _LARGER = " (a checkpoint's cache holds its context; an exported folder's comes 
 
 
 class Session(Protocol):
-    """One batch of sequences with their caches. `capacity`: tokens a cache holds; `batch`: rows of the caches."""
+    """One batch of sequences with their caches. `capacity`: tokens a cache holds; `batch`: rows of the caches. One that is given more or
+    fewer than PREFILL_CHUNK tokens of a prompt at once says so as `chunk`."""
 
     capacity: int
     batch: int
@@ -144,6 +145,11 @@ def _check(session: Session, prompts: Sequence[Sequence[int]], longest: int, max
         )
 
 
+def chunk_of(session: Session) -> int:
+    """Tokens of a prompt that it is given at once."""
+    return int(getattr(session, "chunk", PREFILL_CHUNK))
+
+
 def prefill(session: Session, prompts: Sequence[Sequence[int]], longest: int) -> Tensor:
     """[B, vocab] float32 logits after each prompt's last token; one chunk at a time, so memory does not grow with the prompt."""
     lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -151,8 +157,9 @@ def prefill(session: Session, prompts: Sequence[Sequence[int]], longest: int) ->
     ids = torch.tensor([[prompt[int(p)] for p in row] for prompt, row in zip(prompts, positions, strict=True)])
     begin = torch.zeros(len(prompts), dtype=torch.int64)
     result: Any = None
-    for start in range(0, longest, PREFILL_CHUNK):
-        part = slice(start, min(start + PREFILL_CHUNK, longest))
+    step = chunk_of(session)
+    for start in range(0, longest, step):
+        part = slice(start, min(start + step, longest))
         # A row that ended in an earlier chunk repeats its last token; its logits are those of the chunk it ended in.
         last = (lengths - 1 - start).clamp(0, part.stop - start - 1)
         logits = session.step(ids[:, part], positions[:, part], positions[:, part], begin, last)

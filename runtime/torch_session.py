@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from ..errors import UserError
 from ..files.dtypes import torch_dtype
 from ..files.manifests.export_manifest import EXPORT_MANIFEST, check_limits, check_weight_files, read_export
+from ..files.sizes import TORCH_CHUNK
 from ..kernels import ops  # noqa: F401  registers what is named below
 from .caches import Caches, widths_of
 from .execute import Override, PieceRunner
@@ -27,6 +28,8 @@ class TorchSession:
     load: a weight by name, on `device`; each is asked for once. widths, dtype: of the caches, by input name. overrides: other
     ops, as in `PieceRunner`.
     """
+
+    chunk = TORCH_CHUNK
 
     def __init__(
         self, program: ExportedProgram, load: Callable[[str], Tensor], widths: Mapping[str, int], batch: int,

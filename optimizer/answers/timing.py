@@ -108,12 +108,11 @@ def measure(session: Any, vocab_size: int, context: int, tokens: int) -> dict[st
     """Prefill, then decode. Before the clock runs one chunk of a prefill warms up: its slots are written again."""
     import torch
 
-    from ...files.sizes import PREFILL_CHUNK
-    from ...runtime.generation import prefill
+    from ...runtime.generation import chunk_of, prefill
 
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(0, vocab_size, (session.batch, context), generator=generator).tolist()
-    first = min(context, PREFILL_CHUNK)
+    first = min(context, chunk_of(session))
     prefill(session, [prompt[:first] for prompt in prompts], first)
     started = time.perf_counter()
     prefill(session, prompts, context)

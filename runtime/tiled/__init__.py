@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch.fx import Node
 
 from ...compat.aliasing import Memory
 from .axis import Apply
+from .expanded import either_in
 from .heads import DENSE, heads_apart
 from .queries import SPARSE_MLA, chains_in
 
@@ -32,6 +33,13 @@ def parts_of(nodes: Sequence[Node], memory: Memory, watched: Collection[str] = (
     if sum(node.target in (DENSE, SPARSE_MLA) for node in nodes) != 1:
         return []
     return [*chains_in(nodes, memory, watched), *heads_apart(nodes, memory, watched)]
+
+
+def cached_parts_of(
+    nodes: Sequence[Node], memory: Memory, watched: Collection[str], replaced: Container[Any]
+) -> list[Part]:
+    """What of a program that is run as it is, with caches or without, is run in another form. replaced: ops that are not what they say."""
+    return [] if SPARSE_MLA in replaced else [*either_in(nodes, memory, watched)]
 
 
 def last_uses(

@@ -68,13 +68,27 @@ class Chain:
 
 def chains_in(nodes: Sequence[Node], memory: Memory, watched: Collection[str] = ()) -> list[Chain]:
     """Those that are all among `nodes`, and of which nobody is shown anything inside. watched: names of nodes."""
-    own, found = set(nodes), (_chain(node) for node in nodes if node.target is SPARSE_MLA)
+    found = (_chain(node) for node in nodes if node.target is SPARSE_MLA)
     return [
-        _with_queries(chain, nodes, memory, watched) for chain in found
-        if chain is not None and own.issuperset((*chain.around, chain.out))
+        _with_queries(chain, nodes, memory, watched)
+        for chain in found
+        if chain is not None and _apart(chain, nodes, memory, watched)
+    ]
+
+
+def cached_chains_in(nodes: Sequence[Node], memory: Memory, watched: Collection[str] = ()) -> list[Chain]:
+    """The same in a program with caches, whose keys are more than its queries; without what makes the queries."""
+    found = [_chain(node, cached=True) for node in nodes if node.target is SPARSE_MLA]
+    return [chain for chain in found if chain is not None and _apart(chain, nodes, memory, watched)]
+
+
+def _apart(chain: Chain, nodes: Sequence[Node], memory: Memory, watched: Collection[str]) -> bool:
+    """It is all among `nodes`, and nobody sees what is inside, or is shown it."""
+    return (
+        set(nodes).issuperset((*chain.around, chain.out))
         and not any(node.name in watched for node in chain.around)
         and undisturbed((*chain.around, chain.out), (chain.out,), chain.out, nodes, memory)
-    ]  # fmt: skip
+    )
 
 
 def _with_queries(chain: Chain, nodes: Sequence[Node], memory: Memory, watched: Collection[str]) -> Chain:
@@ -113,8 +127,9 @@ def _alone(chain: Chain, nodes: Sequence[Node], watched: Collection[str]) -> boo
     )
 
 
-def _chain(attention: Node) -> Chain | None:
-    """What `query_rows` and `value_heads` made around it; None where it is not that, or somebody else reads a part."""
+def _chain(attention: Node, cached: bool = False) -> Chain | None:
+    """What `query_rows` and `value_heads` made around it; None where it is not that, or somebody else reads a part. cached: its keys may
+    be others than those of its queries."""
     rows, after = attention.args[0], _only_user(attention, aten.transpose.int)
     out = _only_user(after, aten.matmul.default)
     if not (isinstance(rows, Node) and rows.target is aten.transpose.int and after is not None and out is not None):
@@ -136,7 +151,8 @@ def _chain(attention: Node) -> Chain | None:
     if not all(isinstance(node, Node) and getattr(value(node), "ndim", 0) == rank for node, rank in ranks):
         return None
     kv, indices = attention.args[1:3]
-    if length_of(kv, 1) != length_of(indices, 1) or isinstance(length_of(kv, 1), int):  # type: ignore[arg-type]
+    own_keys = length_of(kv, 1) == length_of(indices, 1) and not isinstance(length_of(kv, 1), int)  # type: ignore[arg-type]
+    if not (own_keys or cached):
         return None
     if not _usual_dims(rows, after, joined):
         return None

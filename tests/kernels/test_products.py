@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -83,6 +83,7 @@ def test_matmul_is_the_float32_product_rounded(
     assert found.shape == torch.matmul(a, b).shape
 
 
+@settings(deadline=None)
 @given(
     batch=st.lists(st.sampled_from([1, 3]), min_size=0, max_size=2),
     other=st.lists(st.sampled_from([1, 3]), min_size=0, max_size=2),

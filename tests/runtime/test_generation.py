@@ -14,8 +14,8 @@ from torch import Tensor
 from mla2dsa.errors import UserError
 from mla2dsa.optimizer.model.cached_model import open_torch_session
 from mla2dsa.optimizer.proof.transformers_check import lowest_slot_ties
-from mla2dsa.runtime import generation
 from mla2dsa.runtime.generation import Sampling, Session, generate
+from mla2dsa.runtime.torch_session import TorchSession
 
 pytestmark = pytest.mark.usefixtures("captured_once")
 NEW = 128
@@ -69,12 +69,12 @@ def test_greedy_text_is_that_of_transformers(converted: Path) -> None:
 def test_prefill_in_chunks_changes_nothing(converted: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = prompt_ids(50)
     whole = continuation(session(converted), [ids], 12)
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(TorchSession, "chunk", chunk)
     assert continuation(session(converted), [ids], 12) == whole
 
 
 def test_a_ragged_batch_is_its_sequences(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", 16)  # the shorter rows end in an earlier chunk
+    monkeypatch.setattr(TorchSession, "chunk", 16)  # the shorter rows end in an earlier chunk
     prompts = [prompt_ids(45, 1), prompt_ids(3, 2), prompt_ids(20, 3)]
     together = continuation(session(converted, 3), prompts, 16)
     alone = [continuation(session(converted), [ids], 16)[0] for ids in prompts]

@@ -17,6 +17,7 @@ from mla2dsa.passes.mla_to_dsa import Converted, mla_to_dsa, prepare
 from mla2dsa.runtime.execute import PieceRunner
 from mla2dsa.runtime.footprint import Footprints
 from mla2dsa.runtime.tiled import queries
+from mla2dsa.runtime.tiled.expanded import Either
 
 SPARSE_MLA = torch.ops.mla2dsa.sparse_mla.default
 TOPK, TILE, LENGTH = 16, 8, 45  # a last tile that is shorter, and tiles with fewer keys than index_topk
@@ -102,9 +103,14 @@ def test_what_somebody_looks_at_is_whole() -> None:
 
 
 def test_a_session_is_not_tiled() -> None:
-    """What a cache holds after a query's own key may be anybody's."""
+    """What a cache holds after a query's own key may be anybody's. Its attention may be run in another form, where nobody looks."""
     made = PieceRunner(sparse("deepseek_v3").program)
-    assert [made.parts(piece, ()) for piece in made.pieces] == [[]]
+    [piece] = made.pieces
+    found = made.parts(piece, ())
+    assert [type(part) for part in found] == [Either] * 2
+    assert all(not part.chain.queries for part in found if isinstance(part, Either))
+    assert made.parts(piece, [found[0].inside[0].name]) == found[1:]
+    assert PieceRunner(sparse("deepseek_v3").program, overrides={SPARSE_MLA: SPARSE_MLA}).parts(piece, ()) == []
 
 
 def test_no_more_memory_than_a_tile() -> None:
