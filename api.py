@@ -123,19 +123,19 @@ def verify(
 
 def compare(
     dense: str | Path, dsa: str | Path, prompts: str | Sequence[str], *, max_new_tokens: int = 64, chat: bool = False,
-    system: str | None = None, runtime: str | None = None, device: str = "cpu",
+    system: str | None = None, runtime: str | None = None, device: str = "cpu", dtype: str | None = None,
 ) -> Result[tuple[Compared, ...]]:  # fmt: skip
     """What a dense model and its DSA one (checkpoint, exported folder or engine) say to the same prompts, and how far apart they are by
-    position. runtime: of `dsa`, None for its own."""
+    position. runtime: of `dsa`, None for its own. dtype: of checkpoints' weights and caches, None for float32."""
     from .commands.show.answers import comparisons_json, show_comparison
     from .optimizer.answers.compare import compare, open_both
     from .optimizer.before.findings import Findings
     from .optimizer.before.preflight import check_generate
 
     with Findings() as looked:
-        check_generate(looked, str(dense), "torch")
-        check_generate(looked, str(dsa), runtime)
-    both = open_both(str(dense), str(dsa), runtime, device, False)
+        check_generate(looked, str(dense), "torch", dtype)
+        check_generate(looked, str(dsa), runtime, dtype)
+    both = open_both(str(dense), str(dsa), runtime, device, False, dtype)
     asked = [prompts] if isinstance(prompts, str) else list(prompts)
     found = tuple(compare(both, asked, max_new_tokens, chat=chat, system=system))
 
@@ -148,9 +148,10 @@ def compare(
 
 def bench(
     models: str | Path | Sequence[str | Path], contexts: Sequence[int] = (), *, batch: int = 1, tokens: int = 64, rounds: int = 3,
-    runtime: str | None = None, device: str = "cpu",
+    runtime: str | None = None, device: str = "cpu", dtype: str | None = None,
 ) -> Result[Mapping[str, Any]]:  # fmt: skip
-    """Time prefill and decode of models side by side, each run in a process of its own. contexts: tokens of prefill; none for a default."""
+    """Time prefill and decode of models side by side, each run in a process of its own. contexts: tokens of prefill; none for a default.
+    dtype: of checkpoints' weights and caches, None for float32."""
     from .commands.show.bench import show_bench
     from .optimizer.before.findings import Findings
     from .optimizer.before.preflight import check_generate
@@ -159,8 +160,10 @@ def bench(
     names = [str(model) for model in ([models] if isinstance(models, str | Path) else models)]
     with Findings() as looked:
         for name in names:
-            check_generate(looked, name, runtime)
-    found = bench(names, contexts or (None,), batch=batch, tokens=tokens, rounds=rounds, runtime=runtime, device=device)
+            check_generate(looked, name, runtime, dtype)
+    found = bench(
+        names, contexts or (None,), batch=batch, tokens=tokens, rounds=rounds, runtime=runtime, device=device, dtype=dtype
+    )  # fmt: skip
     return Result(found, found, lambda: show_bench(found))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, short
+from ..files.dtypes import MODEL_DTYPES
 from .common import add_trust, command_parser
 from .parser import a_name, a_path
 
@@ -46,7 +47,7 @@ def _add_generate(commands: Any) -> None:
 def add_dtype(command: argparse.ArgumentParser) -> None:
     """Of commands that run models."""
     command.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"),
+        "--dtype", choices=MODEL_DTYPES,
         help="of a checkpoint's weights and caches; bfloat16 takes half the memory of float32 (default float32)",
     )  # fmt: skip
 
@@ -83,7 +84,7 @@ def _generate(args: argparse.Namespace) -> int:
 
     _check(args)
     with Findings() as found:
-        check_generate(found, args.model, args.runtime)
+        check_generate(found, args.model, args.runtime, args.dtype)
 
     from ..optimizer.answers.answer import Piece, answer
     from ..optimizer.answers.opened import open_model
@@ -171,7 +172,7 @@ def _check_models(args: argparse.Namespace) -> None:
 
     with Findings() as found:
         for model in args.models:
-            check_generate(found, model, args.runtime)
+            check_generate(found, model, args.runtime, args.dtype)
 
 
 _SAMPLING: dict[str, tuple[Callable[[float], bool], str]] = {

@@ -37,7 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         for start in range(0, len(weight), step):
             part = slice(start, start + step)
             some[:, part] = F.linear(wide, weight[part].float(), None if bias is None else bias[part].float())
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], len(weight))
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -25,9 +25,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ...errors import UserError
+from ...errors import UsageError, UserError, short
+from ..dtypes import MODEL_DTYPES
 from ..regular import open_regular
-from .export_manifest import Runnable
+from .export_manifest import Runnable, is_export
 from .schema import Bytes, Entries, FileName, Sha256, Size, Strict, Text, read_manifest
 
 ENGINE_MANIFEST = "mla2dsa-engine.json"
@@ -95,6 +96,18 @@ def engine_folder(target: str | Path) -> Path | None:
     path = Path(target)
     folder = path.parent if path.suffix == ".engine" else path
     return folder if (folder / ENGINE_MANIFEST).exists() else None
+
+
+def check_dtype(model: str | Path, dtype: str | None) -> None:
+    """dtype: of a checkpoint's weights and caches, None: as it comes. Raises UsageError for one of an export or an engine, which have
+    theirs, and for none that models run in."""
+    if dtype is None:
+        return
+    if dtype not in MODEL_DTYPES:
+        raise UsageError(f"dtype {short(repr(dtype))}, expected {' or '.join(MODEL_DTYPES)}")
+    if is_export(model) or engine_folder(model) is not None:
+        kind = "an exported folder" if is_export(model) else "an engine folder"
+        raise UsageError(f"{model}: {kind}, which has its dtype; --dtype is of checkpoints")
 
 
 def read_engine(folder: Path) -> dict[str, Any]:

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from ...errors import UsageError, UserError
-from ...files.manifests.engine_manifest import engine_folder
+from ...files.manifests.engine_manifest import check_dtype, engine_folder
 from ...files.manifests.export_manifest import is_export
 from ...files.model.model_files import CONFIG, optional_json
 from ...files.model.text_model import text_config
 from ...runtime.generation import Sampling, Walk
 from ..model.checkpoint import Checkpoint
 from .answer import Ask, answer
-from .opened import Opened, check_dtype, open_model
+from .opened import Opened, open_model
 from .prompts import chat_ids, conversation, text_ids
 from .stream import detokenizer
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import UsageError, UserError
+from ...errors import UserError
 from ...files.dtypes import torch_dtype
-from ...files.manifests.engine_manifest import engine_folder, read_engine
+from ...files.manifests.engine_manifest import check_dtype, engine_folder, read_engine
 from ...files.manifests.export_manifest import is_export, read_export
 from ...files.model.stop_tokens import stop_tokens
 from ...runtime.devices import usable_device
@@ -69,13 +69,6 @@ def open_session(
 def _words(checkpoint: Checkpoint) -> int:
     config = dense_config(checkpoint) if checkpoint.is_dsa() else checkpoint.config
     return int(read_config(config).get_text_config().vocab_size)
-
-
-def check_dtype(model: str, dtype: str | None) -> None:
-    """Raises UsageError for a dtype of an export or an engine, which have theirs."""
-    if dtype is not None and (is_export(model) or engine_folder(model) is not None):
-        kind = "an exported folder" if is_export(model) else "an engine folder"
-        raise UsageError(f"{model}: {kind}, which has its dtype; --dtype is of checkpoints")
 
 
 def _opened(

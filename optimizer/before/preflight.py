@@ -18,7 +18,7 @@ from ...exporters.dsa.layout import choose
 from ...exporters.dsa.names import MANIFEST, file_names
 from ...exporters.dsa.targets import for_targets
 from ...files.json_files import read_json
-from ...files.manifests.engine_manifest import ENGINE_FILES, ENGINE_MANIFEST
+from ...files.manifests.engine_manifest import ENGINE_FILES, ENGINE_MANIFEST, check_dtype
 from ...files.manifests.export_manifest import EXPORT_FILES, EXPORT_MANIFEST, export_folder, is_export, read_export
 from ...files.model.model_files import CONFIG, is_folder
 from ...files.model.text_model import text_config, text_names
@@ -169,8 +169,9 @@ def check_strip(found: Findings, dsa: Path, out: Path, overwrite: bool) -> None:
     _check_space(found, needs)
 
 
-def check_generate(found: Findings, model: str, runtime: str | None) -> None:
-    """generate: the model's files, where it is a checkpoint."""
+def check_generate(found: Findings, model: str, runtime: str | None, dtype: str | None = None) -> None:
+    """generate: the model's files, where it is a checkpoint, whose dtype alone can be chosen."""
+    found.collect(check_dtype, model, dtype)
     if runtime == "tensorrt":
         return
     path = Path(model)

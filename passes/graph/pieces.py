@@ -42,6 +42,7 @@ class Piece:
 
 
 def cut(program: ExportedProgram, cores: set[str], weights: set[Node], memory: Memory) -> list[Piece]:
+    """The program in pieces with one of `cores` (names of nodes) each, whole without any. weights: its placeholders that are not inputs."""
     nodes = [
         n for n in program.graph.nodes
         if n.op not in ("placeholder", "output") and not is_metadata_assert(n.target)

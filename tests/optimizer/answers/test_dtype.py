@@ -8,7 +8,8 @@ import pytest
 import torch
 from command_line import TINY, assert_refused, mla2dsa, small_conversion
 
-from mla2dsa.errors import UserError
+from mla2dsa import api
+from mla2dsa.errors import UsageError, UserError
 from mla2dsa.kernels import products
 from mla2dsa.optimizer.answers.timing import Run, timed
 from mla2dsa.optimizer.export import export
@@ -97,3 +98,12 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(
     ) as told:
         open_torch_session(folder, 1, 128, dtype)
     assert advice in str(told.value)
+
+
+def test_from_python(folder: Path, exported: Path) -> None:
+    found = api.compare(TINY, folder, PROMPT, max_new_tokens=4, dtype="bfloat16")
+    assert found.data != api.compare(TINY, folder, PROMPT, max_new_tokens=4).data
+    with pytest.raises(UsageError, match=r"dtype 'fp8', expected float32 or float16 or bfloat16"):
+        api.bench(folder, (16,), dtype="fp8")
+    with pytest.raises(UsageError, match="an exported folder, which has its dtype"):
+        api.bench([folder, exported], (16,), dtype="bfloat16")
