@@ -28,7 +28,9 @@ ROWS = 1024  # of the other operand at once: fixed by memory, 72 MiB at DeepSeek
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As torch's: x [..., I], weight [O, I], bias [O] -> [..., O]."""
     rows = math.prod(x.shape[:-1])
-    if not slow(x) or rows <= FEW_ROWS or weight.dtype != x.dtype:
+    if rows <= FEW_ROWS or not _served(x, weight) or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
+        return F.linear(x, weight, bias)
+    if bias is not None and not (bias.shape == weight.shape[:1] and bias.dtype == x.dtype):
         return F.linear(x, weight, bias)
     flat, out = x.reshape(rows, -1), x.new_empty(rows, len(weight))
     step = max(1, PART // max(1, weight.shape[1]))
@@ -42,18 +44,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """As torch's, of any ranks; widened where both are matrices."""
-    if not slow(a) or b.dtype != a.dtype or a.ndim < 2 or b.ndim < 2:
+    if a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-2] or not _served(a, b):
         return torch.matmul(a, b)
     if b.ndim == 2:
         return linear(a, b.T)
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    several = [x.expand(*batch, *x.shape[-2:]).flatten(0, -3) for x in (a, b)] if len(batch) != 1 else [a, b]
+    several = [x.expand(*batch, *x.shape[-2:]).flatten(0, -3) for x in (a, b)]
     out = a.new_empty(math.prod(batch), a.shape[-2], b.shape[-1])
     step = max(1, PART // max(1, *(math.prod(x.shape[-2:]) for x in (a, b, out))))
     for start in range(0, len(out), step):
         part = slice(start, start + step)
         out[part] = several[0][part].float() @ several[1][part].float()
     return out.view(*batch, *out.shape[-2:])
+
+
+def _served(a: Tensor, b: Tensor) -> bool:
+    """Whether torch would be slower, and nobody wants gradients, which are torch's business."""
+    trained = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    return slow(a) and a.dtype == b.dtype and not trained
 
 
 def slow(x: Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -65,6 +67,9 @@ SHAPES = {
     "matrices": ((9, 16), (16, 24)),
     "one right side": ((2, 3, 9, 16), (16, 24)),
     "one token": ((1, 4, 1, 16), (4, 16, 24)),
+    "one left side": ((9, 16), (3, 16, 24)),
+    "one of a batch, left": ((1, 9, 16), (3, 16, 24)),
+    "one of a batch, right": ((3, 9, 16), (1, 16, 24)),
     "vector": ((9, 16), (16,)),
     "nothing": ((2, 0, 16), (2, 16, 24)),
 }
@@ -89,15 +94,43 @@ def test_matmul_is_the_float32_product_rounded(
     other=st.lists(st.sampled_from([1, 3]), min_size=0, max_size=2),
     sizes=st.tuples(st.integers(0, 5), st.integers(1, 5), st.integers(1, 5)),
     turned=st.booleans(),
+    part=st.sampled_from([1, 30, products.PART]),
 )
-def test_shapes_are_torch_s(batch: list[int], other: list[int], sizes: tuple[int, int, int], turned: bool) -> None:
+def test_shapes_are_torch_s(
+    batch: list[int], other: list[int], sizes: tuple[int, int, int], turned: bool, part: int
+) -> None:
     rows, inner, columns = sizes
     a = numbers(*batch, rows, inner, dtype=torch.bfloat16)
     b = numbers(*other, *((columns, inner) if turned else (inner, columns)), dtype=torch.bfloat16, seed=1)
     b = b.mT if turned else b
-    found, exact = products.matmul(a, b), a.double() @ b.double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "PART", part)
+        found, exact = products.matmul(a, b), a.double() @ b.double()
     torch.testing.assert_close(found, exact.to(torch.bfloat16))
     assert found.shape == exact.shape
+
+
+ODD = {
+    "weight of one row": (lambda x: products.linear(x, x[0]), lambda x: F.linear(x, x[0])),
+    "bias for all": (lambda x: products.linear(x, x, x[0, 0]), lambda x: F.linear(x, x, x[0, 0])),
+    "bias of one": (lambda x: products.linear(x, x, x[0, :1]), lambda x: F.linear(x, x, x[0, :1])),
+    "other bias": (lambda x: products.linear(x, x, x[:, 0].float()), lambda x: F.linear(x, x, x[:, 0].float())),
+    "other widths": (lambda x: products.matmul(x[:, :0], x), lambda x: x[:, :0] @ x),
+    "other widths, linear": (lambda x: products.linear(x, x[:, :3]), lambda x: F.linear(x, x[:, :3])),
+    "gradients": (lambda x: products.linear(x.requires_grad_(), x), lambda x: F.linear(x, x)),
+}
+
+
+@pytest.mark.parametrize(("ours", "torchs"), ODD.values(), ids=ODD)
+def test_what_is_odd_is_left_to_torch(ours: Any, torchs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "PART", 1)
+    told = list[Any]()
+    for call in (ours, torchs):
+        try:
+            told.append(call(numbers(8, 8, dtype=torch.bfloat16)))
+        except RuntimeError as error:
+            told.append(str(error))
+    assert told[0] == told[1] if isinstance(told[0], str) else torch.equal(*told)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
