@@ -88,7 +88,8 @@ def pays(q_nope: Tensor, kv: Tensor, indices: Tensor, key_up: Tensor, value_up: 
     speed = (_SPARSE_HALF if q_nope.dtype == torch.bfloat16 else _SPARSE).get(path, _SPARSE.get(path, _USUAL))
     absorbed = pairs * (2 * rank + rope) / speed + tokens * rank * wide / _GEMM
     seen = tokens * (keys - (tokens - min(tokens, QUERY_ROWS)) / 2)  # no later keys than the last of a tile of queries
-    return seen * 2 * max(nope + rope, value_up.shape[2]) + keys * rank * wide / _GEMM < absorbed
+    less = seen * 2 * max(nope + rope, value_up.shape[2]) + keys * rank * wide / _GEMM < absorbed
+    return less and bool(kv[:, :keys].isfinite().all())  # what is masked out would be NaN in every sum
 
 
 def attend(

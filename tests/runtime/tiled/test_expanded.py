@@ -82,7 +82,7 @@ def v2_lite(tokens: int, keys: int, topk: int = 2048, dtype: torch.dtype = torch
     ends = torch.arange(keys - tokens + 1, keys + 1)[:, None]
     slots = torch.arange(min(topk, keys)) + (ends - topk).clamp(min=0)
     indices = torch.where(slots < ends, slots, -1)[None].int()
-    q, kv = torch.empty(1, 1, 1, 1, dtype=dtype).expand(1, 16, tokens, 128), torch.empty(1, keys, 576, device="meta")
+    q, kv = torch.empty(1, 1, 1, 1, dtype=dtype).expand(1, 16, tokens, 128), torch.zeros(1).expand(1, keys, 576)
     up, down = torch.empty(16, 128, 512, device="meta"), torch.empty(16, 512, 128, device="meta")
     return expanded.pays(q, kv, indices, up, down)
 
@@ -106,6 +106,21 @@ def test_it_is_taken_where_it_is_less_work(
 ) -> None:
     monkeypatch.setattr(native_ops, "taken", lambda _: path)
     assert v2_lite(tokens, keys, dtype=dtype) is taken
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_latent_that_is_not_finite_spoils_the_queries_alone_that_select_it(
+    bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masked out, it would be in every sum as 0 times NaN."""
+    monkeypatch.setattr(native_ops, "taken", lambda _: "avx2")
+    monkeypatch.setattr(expanded, "_USUAL", 0.01)
+    arguments = given_to(1, 4, 128, 128, 128)
+    kv = arguments[2]
+    assert expanded.pays(arguments[0], kv, *arguments[3:6])
+    kv[0, 100] = bad
+    assert not expanded.pays(arguments[0], kv, *arguments[3:6])
+    assert expanded.pays(arguments[0][:, :, :100], kv, arguments[3][:, :100], *arguments[4:6])  # no key of theirs
 
 
 @pytest.fixture(scope="module")
