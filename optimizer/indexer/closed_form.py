@@ -130,9 +130,10 @@ def closed_form(
         return ClosedForm(weights, weights, stats, heads)
 
     plain = built(widths[0], None)
-    if len(widths) == 1:
+    divisor = _divisor(maps, samples) if len(widths) > 1 else None
+    if divisor is None or not _energy(divisor[None], samples) > 0:
         return plain
-    return replace(_best([plain, built(widths[1], _divisor(maps, samples))], config, samples), start=plain.weights)
+    return replace(_best([plain, built(widths[1], divisor)], config, samples), start=plain.weights)
 
 
 def _best(found: Sequence[ClosedForm], config: IndexerConfig, samples: Sequence[SiteSample]) -> ClosedForm:

@@ -123,3 +123,13 @@ def test_where_there_is_room_for_no_divisor_training_begins_at_the_closed_form()
     layer = make_layer()
     built = closed_form(layer.maps(), [layer.sample(seed) for seed in range(2)], IndexerConfig(24, 8, 10))
     assert built.start is built.weights
+
+
+def test_where_nothing_tells_the_latent_s_norm_there_is_none() -> None:
+    """Every hidden state beside its opposite: no linear function of them is the same of both."""
+    layer = make_layer()
+    sample = layer.sample(0)
+    hidden, q_resid = sample.hidden.clone(), sample.q_resid.clone()
+    hidden[1::2], q_resid[1::2] = -hidden[::2], -q_resid[::2]
+    opposed = replace(sample, hidden=hidden, q_resid=q_resid)
+    assert not closed_form(layer.maps(), [opposed], IndexerConfig(16, 4, 24)).stats.divisor
