@@ -29,7 +29,7 @@ from ...runtime.torch_session import TorchSession
 from .capture import Capture, capture, max_length, read_config
 from .checkpoint import Checkpoint
 from .every_tensor import SAME_REVISION, check_every_tensor, with_true_quantisation
-from .free_memory import check_weights_fit
+from .free_memory import weights_that_fit
 from .weights import WeightSource
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -250,6 +250,6 @@ def open_torch_session(
         raise UserError(f"a cache of {capacity} tokens is longer than the model's {context} positions")
     program, load = model.cached.program, model.source.loader(model.cached.program)
     advice = "pass --dtype bfloat16, which takes half, or " if dtype == torch.float32 else ""
-    check_weights_fit(checkpoint.path, [t.shape for t in program.state_dict.values()], dtype, device, advice)
+    promised = weights_that_fit(checkpoint.path, program.state_dict, model.captured.tied, dtype, device, advice)
     widths = {f"past_{name}": width for cache in model.cached.caches for name, width in cache.widths.items()}
-    return TorchSession(program, load, widths, batch, capacity or context, dtype, device)
+    return TorchSession(program, promised.counted(load), widths, batch, capacity or context, dtype, device)

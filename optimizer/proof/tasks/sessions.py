@@ -10,7 +10,7 @@ from torch import Tensor
 from ....runtime.torch_session import EveryLogit, TorchSession
 from ...model.cached_model import CachedModel, open_cached
 from ...model.checkpoint import Checkpoint
-from ...model.free_memory import check_weights_fit
+from ...model.free_memory import weights_that_fit
 from .selections import overrides
 
 
@@ -26,11 +26,12 @@ class Variants:
         self, folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", every_logit: bool = False
     ) -> None:
         checkpoint = Checkpoint.open(folder)
-        check_weights_fit(checkpoint.path, [place.shape for place in checkpoint.tensors.values()], dtype, device)
         self.model: CachedModel = open_cached(checkpoint, dtype, last_only=not every_logit, device=device)
         self.context, self.index_topk = self.model.captured.max_length, self.model.indexer.index_topk
         self._dtype, self._device = dtype, device
-        self._load = self.model.source.loader(self.model.cached.program)
+        program = self.model.cached.program
+        promised = weights_that_fit(checkpoint.path, program.state_dict, self.model.captured.tied, dtype, device)
+        self._load = promised.counted(self.model.source.loader(program))
         self._held: dict[str, Tensor] = {}
 
     def session(self, variant: str, batch: int, capacity: int) -> TorchSession:

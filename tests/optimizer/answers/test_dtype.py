@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -18,6 +19,12 @@ from mla2dsa.optimizer.model.cached_model import open_torch_session
 from mla2dsa.runtime.generation import prefill
 
 PROMPT = "def main():\n    import os\n"
+
+
+@pytest.fixture(autouse=True)
+def nothing_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By sessions of other tests, which nobody may have collected yet."""
+    monkeypatch.setattr(free_memory, "_PROMISED", WeakSet())
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +101,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(
 ) -> None:
     monkeypatch.setattr(free_memory, "free_memory", lambda: 1 << 20)
     with pytest.raises(
-        UserError, match=rf"dsa: the weights take .* GiB in {str(dtype)[6:]}, 0\.0 GiB are free on cpu"
+        UserError, match=rf"dsa: the weights take .* MiB in {str(dtype)[6:]}, 1\.0 MiB are free on cpu"
     ) as told:
         open_torch_session(folder, 1, 128, dtype)
     assert advice in str(told.value)
@@ -107,3 +114,29 @@ def test_from_python(folder: Path, exported: Path) -> None:
         api.bench(folder, (16,), dtype="fp8")
     with pytest.raises(UsageError, match="an exported folder, which has its dtype"):
         api.bench([folder, exported], (16,), dtype="bfloat16")
+
+
+def test_weights_that_two_sessions_will_load_are_counted_together(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is loaded when it is first asked for: until then the memory looks free."""
+    monkeypatch.setattr(free_memory, "free_memory", lambda: 12 << 20)
+    first = open_torch_session(TINY, 1, 128)
+    with pytest.raises(UserError, match=r"the weights take 9\.\d MiB in float32, 4\.\d MiB are free"):
+        open_torch_session(folder, 1, 128)
+    prefill(first, [[5, 6, 7]], 3)  # loaded: what is free is so now
+    second = open_torch_session(folder, 1, 128)
+    prefill(second, [[5, 6, 7]], 3)
+    assert [promised.left for promised in free_memory._PROMISED] == [0] * len(free_memory._PROMISED)
+
+
+def test_tied_weights_are_counted_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = open_torch_session(folder, 1, 128)
+    [needed] = [one.left for one in free_memory._PROMISED if one.left]
+    prefill(session, [[5, 6, 7]], 3)
+    assert not any(one.left for one in free_memory._PROMISED)
+    monkeypatch.setattr(free_memory, "free_memory", lambda: needed)
+    open_torch_session(folder, 1, 128)
+    monkeypatch.setattr(free_memory, "free_memory", lambda: needed - 1)
+    with pytest.raises(UserError, match="the weights take"):
+        open_torch_session(folder, 1, 128)
