@@ -18,9 +18,9 @@ from torch import Tensor
 from ..compat.torch_private import cpu_multiplies_float16
 from .cpu import has_bfloat16_gemm
 
-# benchmarks/products.py: parts of 1 MiB to 4 MiB take the same time, of 16 MiB up to twice as long.
+# benchmarks/products.py: parts of 1 MiB to 4 MiB take about the same time, of 16 MiB up to twice as long.
 PART = 2**20  # numbers of the larger operand that are float32 at once
-# benchmarks/products.py: up to 4 rows what widening the weight takes is more than it saves.
+# benchmarks/products.py: up to 4 rows what widening the weight takes is about what it saves, or more.
 FEW_ROWS = 4
 ROWS = 1024  # of the other operand at once: fixed by memory, 72 MiB at DeepSeek-V3's widest; the weight is widened again for the next
 
