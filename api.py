@@ -133,8 +133,8 @@ def compare(
     from .optimizer.before.preflight import check_generate
 
     with Findings() as looked:
-        check_generate(looked, str(dense), "torch", dtype)
-        check_generate(looked, str(dsa), runtime, dtype)
+        check_generate(looked, [str(dense)], "torch", dtype)
+        check_generate(looked, [str(dsa)], runtime)
     both = open_both(str(dense), str(dsa), runtime, device, False, dtype)
     asked = [prompts] if isinstance(prompts, str) else list(prompts)
     found = tuple(compare(both, asked, max_new_tokens, chat=chat, system=system))
@@ -159,8 +159,7 @@ def bench(
 
     names = [str(model) for model in ([models] if isinstance(models, str | Path) else models)]
     with Findings() as looked:
-        for name in names:
-            check_generate(looked, name, runtime, dtype)
+        check_generate(looked, names, runtime, dtype)
     found = bench(
         names, contexts or (None,), batch=batch, tokens=tokens, rounds=rounds, runtime=runtime, device=device, dtype=dtype
     )  # fmt: skip

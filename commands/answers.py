@@ -48,7 +48,7 @@ def add_dtype(command: argparse.ArgumentParser) -> None:
     """Of commands that run models."""
     command.add_argument(
         "--dtype", choices=MODEL_DTYPES,
-        help="of a checkpoint's weights and caches; bfloat16 takes half the memory of float32 (default float32)",
+        help="of checkpoints' weights and caches; bfloat16 takes half the memory of float32 (default float32)",
     )  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def _generate(args: argparse.Namespace) -> int:
 
     _check(args)
     with Findings() as found:
-        check_generate(found, args.model, args.runtime, args.dtype)
+        check_generate(found, [args.model], args.runtime, args.dtype)
 
     from ..optimizer.answers.answer import Piece, answer
     from ..optimizer.answers.opened import open_model
@@ -171,8 +171,7 @@ def _check_models(args: argparse.Namespace) -> None:
     from ..optimizer.before.preflight import check_generate
 
     with Findings() as found:
-        for model in args.models:
-            check_generate(found, model, args.runtime, args.dtype)
+        check_generate(found, args.models, args.runtime, args.dtype)
 
 
 _SAMPLING: dict[str, tuple[Callable[[float], bool], str]] = {

@@ -40,8 +40,7 @@ def _bench(args: argparse.Namespace) -> int:
     if len(set(contexts)) != len(contexts):
         raise UsageError(f"--context {args.context}: a length is given twice")
     with Findings() as found:  # before a process is started that imports torch
-        for model in args.models:
-            check_generate(found, model, args.runtime, args.dtype)
+        check_generate(found, args.models, args.runtime, args.dtype)
 
     from ..optimizer.bench import bench
     from .show.bench import show_bench

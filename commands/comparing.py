@@ -37,8 +37,8 @@ def _compare(args: argparse.Namespace) -> int:
     check_prompts(args)
     check_count(args.max_new_tokens)
     with Findings() as found:
-        check_generate(found, args.dense, "torch", args.dtype)
-        check_generate(found, args.dsa, args.runtime, args.dtype)
+        check_generate(found, [args.dense], "torch", args.dtype)
+        check_generate(found, [args.dsa], args.runtime)
 
     from ..optimizer.answers.compare import compare, open_both
     from .show.answers import comparisons_json, show_comparison

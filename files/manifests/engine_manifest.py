@@ -19,7 +19,7 @@ All of the export's manifest but `kind`, `file`, `runs_on` and `weights`, and:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -98,16 +98,16 @@ def engine_folder(target: str | Path) -> Path | None:
     return folder if (folder / ENGINE_MANIFEST).exists() else None
 
 
-def check_dtype(model: str | Path, dtype: str | None) -> None:
-    """dtype: of a checkpoint's weights and caches, None: as it comes. Raises UsageError for one of an export or an engine, which have
-    theirs, and for none that models run in."""
+def check_dtype(models: Sequence[str | Path], dtype: str | None) -> None:
+    """dtype: of weights and caches of those that are checkpoints, None: as it comes; exports and engines have theirs. Raises UsageError
+    where none is a checkpoint, and for a dtype that models do not run in."""
     if dtype is None:
         return
     if dtype not in MODEL_DTYPES:
         raise UsageError(f"dtype {short(repr(dtype))}, expected {' or '.join(MODEL_DTYPES)}")
-    if is_export(model) or engine_folder(model) is not None:
-        kind = "an exported folder" if is_export(model) else "an engine folder"
-        raise UsageError(f"{model}: {kind}, which has its dtype; --dtype is of checkpoints")
+    if all(is_export(model) or engine_folder(model) is not None for model in models):
+        kind = "an exported folder" if is_export(models[0]) else "an engine folder"
+        raise UsageError(f"{models[0]}: {kind}, which has its dtype; --dtype is of checkpoints")
 
 
 def read_engine(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UsageError, UserError
-from ...files.manifests.engine_manifest import check_dtype, engine_folder
+from ...files.manifests.engine_manifest import engine_folder
 from ...files.manifests.export_manifest import is_export
 from ...files.model.model_files import CONFIG, optional_json
 from ...files.model.text_model import text_config
@@ -90,7 +90,6 @@ def open_both(
         raise UserError(
             f"{dsa}: a dense checkpoint (no indexer), expected the converted one: mla2dsa compare DENSE DSA"
         )
-    check_dtype(dsa, dtype)  # before the other is read
     first = open_model(dense, "torch", device, trust_remote_code, dtype=dtype)
     second = open_model(dsa, runtime, device, trust_remote_code, dtype=dtype)
     topk = text_config(optional_json(second.folder / CONFIG)).get("index_topk")

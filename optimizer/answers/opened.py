@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import UserError
 from ...files.dtypes import torch_dtype
-from ...files.manifests.engine_manifest import check_dtype, engine_folder, read_engine
+from ...files.manifests.engine_manifest import engine_folder, read_engine
 from ...files.manifests.export_manifest import is_export, read_export
 from ...files.model.stop_tokens import stop_tokens
 from ...runtime.devices import usable_device
@@ -46,9 +46,9 @@ def open_model(
     dtype: str | None = None,
 ) -> Opened:
     """runtime None: onnxruntime for an ONNX export, tensorrt for an engine, else torch. capacity None: all that the model takes. dtype:
-    of a checkpoint's weights and caches, None: float32.
+    of a checkpoint's weights and caches, None: float32; exports and engines have theirs.
 
-    Raises UserError for what is no model, or not one of this runtime, UsageError for a dtype of what is no checkpoint.
+    Raises UserError for what is no model, or not one of this runtime.
     """
     folder, session, _ = _opened(model, runtime, device, 1, capacity, dtype)
     tokenizer = load_tokenizer(folder, trust_remote_code)
@@ -74,7 +74,6 @@ def _words(checkpoint: Checkpoint) -> int:
 def _opened(
     model: str, runtime: str | None, device: str, batch: int, capacity: int | None, dtype: str | None
 ) -> tuple[Path, Session, str]:
-    check_dtype(model, dtype)
     device, engine = usable_device(device), engine_folder(model)
     if engine is None and runtime == "tensorrt":
         raise UserError(f"{model}: no engine folder; run `mla2dsa build` first, or pass another --runtime")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,9 +169,14 @@ def check_strip(found: Findings, dsa: Path, out: Path, overwrite: bool) -> None:
     _check_space(found, needs)
 
 
-def check_generate(found: Findings, model: str, runtime: str | None, dtype: str | None = None) -> None:
-    """generate: the model's files, where it is a checkpoint, whose dtype alone can be chosen."""
-    found.collect(check_dtype, model, dtype)
+def check_generate(found: Findings, models: Sequence[str], runtime: str | None, dtype: str | None = None) -> None:
+    """What answers: the files of those that are checkpoints, whose dtype alone can be chosen."""
+    found.collect(check_dtype, models, dtype)
+    for model in models:
+        _check_answering(found, model, runtime)
+
+
+def _check_answering(found: Findings, model: str, runtime: str | None) -> None:
     if runtime == "tensorrt":
         return
     path = Path(model)

@@ -76,16 +76,21 @@ def test_bench_takes_it(folder: Path) -> None:
     assert timed(Run(str(folder), 1, 16, 2))["dtype"] == "float32"
 
 
-@pytest.mark.parametrize("command", ["generate", "compare", "bench", "serve"])
+@pytest.mark.parametrize("command", ["generate", "bench", "serve"])
 def test_an_export_has_its_own(command: str, exported: Path) -> None:
-    arguments = {
-        "generate": (exported, PROMPT),
-        "compare": (TINY, exported, PROMPT),
-        "bench": (exported,),
-        "serve": (exported, "--port", 0),
-    }[command]
+    arguments = {"generate": (exported, PROMPT), "bench": (exported,), "serve": (exported, "--port", 0)}[command]
     done = mla2dsa(command, *arguments, "--dtype", "bfloat16")
     assert_refused(done, 2, str(exported), "an exported folder, which has its dtype; --dtype is of checkpoints")
+
+
+def test_beside_an_export_it_is_the_checkpoint_s(folder: Path, exported: Path) -> None:
+    """And each row says which it had."""
+    done = mla2dsa(
+        "bench", folder, exported, "--context", 16, "--tokens", 2, "--rounds", 1, "--dtype", "bfloat16", "--json"
+    )
+    assert [one["dtype"] for one in done.json()["results"]] == ["bfloat16", "float32"]
+    done = mla2dsa("compare", TINY, exported, PROMPT, "--max-new-tokens", 2, "--dtype", "bfloat16", "--json")
+    assert done.code == 0, done.err
 
 
 @pytest.mark.parametrize(
@@ -113,7 +118,7 @@ def test_from_python(folder: Path, exported: Path) -> None:
     with pytest.raises(UsageError, match=r"dtype 'fp8', expected float32 or float16 or bfloat16"):
         api.bench(folder, (16,), dtype="fp8")
     with pytest.raises(UsageError, match="an exported folder, which has its dtype"):
-        api.bench([folder, exported], (16,), dtype="bfloat16")
+        api.bench(exported, (16,), dtype="bfloat16")
 
 
 def test_weights_that_two_sessions_will_load_are_counted_together(
