@@ -100,10 +100,10 @@ def dsa_chunk(queries: int, length: int, dtype: torch.dtype, repeats: int) -> tu
     indices = ops.lightning_indexer(q, k, weights, begin, end, TOPK)
 
     def attention() -> Tensor:
-        if expanded.pays(q_nope, kv, indices, key_up, value_up):
-            return expanded.attend(q_nope, q_rope, kv, indices, key_up, value_up, SCALE)
-        rows = torch.cat([products.matmul(q_nope, key_up), q_rope], -1).transpose(1, 2)
-        return products.matmul(ops.sparse_mla(rows, kv, indices, SCALE, RANK).transpose(1, 2), value_up)
+        return expanded.in_less_work(
+            q_nope, q_rope, kv, indices, key_up, value_up, SCALE,
+            lambda rows, selected: ops.sparse_mla(rows, kv, selected, SCALE, RANK),
+        )  # fmt: skip
 
     return fastest(lambda: ops.lightning_indexer(q, k, weights, begin, end, TOPK), repeats), fastest(attention, repeats)
 

@@ -10,7 +10,8 @@ The second is a third of the work of a pair, so that it wins until there are abo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.fx import Node
 from ...compat.aliasing import Memory
 from ...kernels import native_ops
 from ...kernels.anchors import HEADS, QUERY_ROWS, attend_heads
+from ...kernels.choice import KERNELS_ENV
 from ...kernels.products import linear, matmul
 from .axis import Apply
 from .queries import Chain, cached_chains_in, tile_rows
@@ -58,18 +60,13 @@ class Either:
         q_nope, q_rope, up, down = (env[node] for node in (chain.q_nope, chain.q_rope, chain.key_up, chain.value_up))
         given: list[Any] = [env[x] if isinstance(x, Node) else x for x in chain.attention.args[1:]]
         kv, indices, scale, rank = given
-        if pays(q_nope, kv, indices, up, down):
-            return {chain.out: attend(q_nope, q_rope, kv, indices, up, down, scale)}
 
-        def absorbed(part: slice) -> Tensor:
-            rows = torch.cat([matmul(q_nope[:, :, part], up), q_rope[:, :, part]], -1).transpose(1, 2)
-            attended = apply(chain.attention, (rows, kv, indices[:, part], scale, rank), {})
-            return matmul(attended.transpose(1, 2), down)  # [B,H,t,dv]
+        def sparse_mla(rows: Tensor, selected: Tensor) -> Tensor:
+            done: Tensor = apply(chain.attention, (rows, kv, selected, scale, rank), {})
+            return done
 
         step = min(ABSORBED_ROWS, tile_rows(len(kv), len(up), chain.width, up.itemsize))
-        parts = [slice(start, start + step) for start in range(0, max(1, q_nope.shape[2]), step)]
-        done = [absorbed(part) for part in parts]
-        return {chain.out: done[0] if len(done) == 1 else torch.cat(done, 2)}
+        return {chain.out: in_less_work(q_nope, q_rope, kv, indices, up, down, scale, sparse_mla, step)}
 
 
 def either_in(nodes: Sequence[Node], memory: Memory, watched: Collection[str] = ()) -> list[Either]:
@@ -77,10 +74,28 @@ def either_in(nodes: Sequence[Node], memory: Memory, watched: Collection[str] = 
     return [Either(chain) for chain in cached_chains_in(nodes, memory, watched)]
 
 
+def in_less_work(
+    q_nope: Tensor, q_rope: Tensor, kv: Tensor, indices: Tensor, key_up: Tensor, value_up: Tensor, scale: float,
+    sparse_mla: Callable[[Tensor, Tensor], Tensor], step: int = ABSORBED_ROWS,
+) -> Tensor:  # fmt: skip
+    """`attend`, or the same in absorbed form, `step` queries at a time. sparse_mla: the op, of query rows and their indices."""
+    if pays(q_nope, kv, indices, key_up, value_up):
+        return attend(q_nope, q_rope, kv, indices, key_up, value_up, scale)
+
+    def absorbed(part: slice) -> Tensor:
+        rows = torch.cat([matmul(q_nope[:, :, part], key_up), q_rope[:, :, part]], -1).transpose(1, 2)
+        return matmul(sparse_mla(rows, indices[:, part]).transpose(1, 2), value_up)  # [B,H,t,dv]
+
+    done = [absorbed(slice(start, start + step)) for start in range(0, max(1, q_nope.shape[2]), step)]
+    return done[0] if len(done) == 1 else torch.cat(done, 2)
+
+
 def pays(q_nope: Tensor, kv: Tensor, indices: Tensor, key_up: Tensor, value_up: Tensor) -> bool:
     """Whether the per-head form is less work here. Arguments as for `attend`."""
     tokens, (_, nope, rank) = q_nope.shape[2], key_up.shape
-    if tokens < LEAST or q_nope.device.type != "cpu":
+    if (
+        tokens < LEAST or q_nope.device.type != "cpu" or os.environ.get(KERNELS_ENV)
+    ):  # whoever names the kernels is to have them
         return False
     rope, wide = kv.shape[2] - rank, nope + value_up.shape[2]
     keys, pairs = int(indices.max()) + 1, int((indices >= 0).sum()) // len(indices)

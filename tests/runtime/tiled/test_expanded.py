@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mla2dsa.kernels import native_ops, ops, products
+from mla2dsa.kernels import native_ops, ops
 from mla2dsa.optimizer.model.cached_model import open_torch_session
 from mla2dsa.optimizer.proof.tasks.sessions import Variants
 from mla2dsa.runtime.generation import prefill
@@ -108,6 +108,14 @@ def test_it_is_taken_where_it_is_less_work(
     assert v2_lite(tokens, keys, dtype=dtype) is taken
 
 
+@pytest.mark.parametrize("forced", ["reference", "triton"])
+def test_who_names_the_kernels_has_them(forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_ops, "taken", lambda _: "avx2")
+    assert v2_lite(2048, 2048)
+    monkeypatch.setenv("MLA2DSA_KERNELS", forced)
+    assert not v2_lite(2048, 2048)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_latent_that_is_not_finite_spoils_the_queries_alone_that_select_it(
     bad: float, monkeypatch: pytest.MonkeyPatch
@@ -174,7 +182,3 @@ def test_other_selections_are_left_alone(folder: Path, seen: list[int], monkeypa
     told = {name: logits(variants.session(name, 1, 512), 300) for name in ("dense", "oracle", "window")}
     assert seen == []
     torch.testing.assert_close(told["dense"], logits(open_torch_session(TINY, 1, 512), 300), atol=1e-3, rtol=1e-3)
-
-
-def test_products_are_those_of_the_processor() -> None:
-    assert expanded.linear is products.linear
