@@ -19,16 +19,15 @@ All of the export's manifest but `kind`, `file`, `runs_on` and `weights`, and:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ...errors import UsageError, UserError, short
-from ..dtypes import MODEL_DTYPES
+from ...errors import UserError
 from ..regular import open_regular
-from .export_manifest import Runnable, is_export
+from .export_manifest import Runnable
 from .schema import Bytes, Entries, FileName, Sha256, Size, Strict, Text, read_manifest
 
 ENGINE_MANIFEST = "mla2dsa-engine.json"
@@ -96,18 +95,6 @@ def engine_folder(target: str | Path) -> Path | None:
     path = Path(target)
     folder = path.parent if path.suffix == ".engine" else path
     return folder if (folder / ENGINE_MANIFEST).exists() else None
-
-
-def check_dtype(models: Sequence[str | Path], dtype: str | None) -> None:
-    """dtype: of weights and caches of those that are checkpoints, None: as it comes; exports and engines have theirs. Raises UsageError
-    where none is a checkpoint, and for a dtype that models do not run in."""
-    if dtype is None:
-        return
-    if dtype not in MODEL_DTYPES:
-        raise UsageError(f"dtype {short(repr(dtype))}, expected {' or '.join(MODEL_DTYPES)}")
-    if all(is_export(model) or engine_folder(model) is not None for model in models):
-        kind = "an exported folder" if is_export(models[0]) else "an engine folder"
-        raise UsageError(f"{models[0]}: {kind}, which has its dtype; --dtype is of checkpoints")
 
 
 def read_engine(folder: Path) -> dict[str, Any]:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import UsageError, UserError
+from ...errors import UsageError, UserError, short
 from ...exporters.dsa.layout import choose
 from ...exporters.dsa.names import MANIFEST, file_names
 from ...exporters.dsa.targets import for_targets
+from ...files.dtypes import MODEL_DTYPES
 from ...files.json_files import read_json
-from ...files.manifests.engine_manifest import ENGINE_FILES, ENGINE_MANIFEST, check_dtype
+from ...files.manifests.engine_manifest import ENGINE_FILES, ENGINE_MANIFEST, engine_folder
 from ...files.manifests.export_manifest import EXPORT_FILES, EXPORT_MANIFEST, export_folder, is_export, read_export
 from ...files.model.model_files import CONFIG, is_folder
 from ...files.model.text_model import text_config, text_names
@@ -171,9 +172,21 @@ def check_strip(found: Findings, dsa: Path, out: Path, overwrite: bool) -> None:
 
 def check_generate(found: Findings, models: Sequence[str], runtime: str | None, dtype: str | None = None) -> None:
     """What answers: the files of those that are checkpoints, whose dtype alone can be chosen."""
-    found.collect(check_dtype, models, dtype)
+    found.collect(_check_dtype, models, dtype)
     for model in models:
         _check_answering(found, model, runtime)
+
+
+def _check_dtype(models: Sequence[str | Path], dtype: str | None) -> None:
+    """dtype: of weights and caches of those that are checkpoints, None: as it comes; exports and engines have theirs. Raises UsageError
+    where none is a checkpoint, and for a dtype that models do not run in."""
+    if dtype is None:
+        return
+    if dtype not in MODEL_DTYPES:
+        raise UsageError(f"dtype {short(repr(dtype))}, expected {' or '.join(MODEL_DTYPES)}")
+    if all(is_export(model) or engine_folder(model) is not None for model in models):
+        kind = "an exported folder" if is_export(models[0]) else "an engine folder"
+        raise UsageError(f"{models[0]}: {kind}, which has its dtype; --dtype is of checkpoints")
 
 
 def _check_answering(found: Findings, model: str, runtime: str | None) -> None:
